@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, Self
 
 from ucxx_transport import errors
-from ucxx_transport.config import PublisherConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, SharedState
@@ -67,7 +67,7 @@ class RankGroup:
         address: str = "",
         meta: Mapping[str, object] | None = None,
         config: PublisherConfig | Mapping[str, object] | None = None,
-        ack_timeout_s: float = 10.0,
+        ack_timeout_s: float | str = 10.0,
         store_config: StoreConfig | Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,6 +75,7 @@ class RankGroup:
             raise errors.ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
         if not group:
             raise errors.ConfigError("a group needs a name", field="group")
+        ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
         self._world_size = world_size
@@ -138,7 +139,7 @@ class RankGroup:
             return seat.state
         return RankState.JOINING  # it has published itself: to be admitted
 
-    def join_group(self, timeout_s: float) -> GroupState:
+    def join_group(self, timeout_s: float | str) -> GroupState:
         """Become a member: publish this rank, be admitted at a new epoch, and wait until all have acknowledged it.
 
         A member already: returns at once, and nothing changes. If its lease is lost while it waits, or the store is
@@ -206,7 +207,7 @@ class RankGroup:
     def __exit__(self, *error: object) -> None:
         self.leave()
 
-    def activate_ranks(self, ranks: Collection[int], timeout_s: float = CHANGE_TIMEOUT_S) -> GroupView:
+    def activate_ranks(self, ranks: Collection[int], timeout_s: float | str = CHANGE_TIMEOUT_S) -> GroupView:
         """Wait until these ranks are ACTIVE, and let those join once more that were deactivated.
 
         Ranks that are active already stay as they are; if all are, the epoch does not change. Called from a callback
@@ -222,7 +223,7 @@ class RankGroup:
         """
         return self._change(RankEvent.RECALL, ranks, timeout_s)
 
-    def deactivate_ranks(self, ranks: Collection[int], timeout_s: float = CHANGE_TIMEOUT_S) -> GroupView:
+    def deactivate_ranks(self, ranks: Collection[int], timeout_s: float | str = CHANGE_TIMEOUT_S) -> GroupView:
         """Take these ranks out of the active ones; they stay members, and are not waited for.
 
         This rank may be among them. Ranks that are not active, or not even members, stay as they are.
@@ -237,7 +238,9 @@ class RankGroup:
         """
         return self._change(RankEvent.DEACTIVATE, ranks, timeout_s)
 
-    def set_policy_version(self, version: int, timeout_s: float = CHANGE_TIMEOUT_S, *, rewind: bool = False) -> None:
+    def set_policy_version(
+        self, version: int, timeout_s: float | str = CHANGE_TIMEOUT_S, *, rewind: bool = False
+    ) -> None:
         """Set which policy version the group trains; joiners get it. It is no part of the view: no epoch follows.
 
         Raises:
@@ -257,7 +260,7 @@ class RankGroup:
                 lambda _: f"revision {revision}",
             )
 
-    def wait_for_view(self, min_epoch: int, timeout_s: float) -> GroupView:
+    def wait_for_view(self, min_epoch: int, timeout_s: float | str) -> GroupView:
         """The group's view once it is of `min_epoch` or later, and the callbacks of `on_view` have had it.
 
         Raises:
@@ -349,7 +352,7 @@ class RankGroup:
         if self._participant is None or not self.state.state.is_seated:
             raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
 
-    def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float) -> GroupView:
+    def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float | str) -> GroupView:
         """Write a change, and wait for the view that has it; after a RECALL for one in which the ranks are ACTIVE."""
         self._check_ranks(ranks)
         self._member()

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
-from ucxx_transport.config import PublisherConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.groups.decisions import is_alive, view_after
 from ucxx_transport.groups.view import GroupSnapshot, MemberRecord, RankEvent, parse_policy_version
 from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
@@ -58,8 +58,9 @@ class Retrying:
     """
 
     def __init__(
-        self, context: RankContext, timeout_s: float, purpose: str, *, cancelled: threading.Event | None = None
+        self, context: RankContext, timeout_s: float | str, purpose: str, *, cancelled: threading.Event | None = None
     ) -> None:
+        timeout_s = checked_seconds(timeout_s, "timeout_s")
         if timeout_s <= 0:
             raise errors.ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
         self.context, self._purpose = context, purpose

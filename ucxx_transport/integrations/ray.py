@@ -16,7 +16,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from ucxx_transport.config import ServerConfig
+from ucxx_transport.config import ServerConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.orphans import remove_orphan
@@ -82,7 +82,7 @@ class ActorRollouts(Iterator[Any]):
         replace: called with the handle of an actor that died; gives another one in its place, or None.
 
     Raises:
-        ConfigError: there is no actor, or `in_flight` is below 1.
+        ConfigError: there is no actor, `in_flight` is below 1, or `timeout_s` is no finite duration.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ActorRollouts(Iterator[Any]):
         ask: Callable[[Any], Any],
         *,
         in_flight: int = 2,
-        timeout_s: float = 600.0,
+        timeout_s: float | str = 600.0,
         replace: Callable[[Any], Any | None] = lambda _: None,
     ) -> None:
         if not actors:
@@ -100,7 +100,7 @@ class ActorRollouts(Iterator[Any]):
             raise ConfigError(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
         self._ask_actor = ask
         self._in_flight = in_flight
-        self._timeout_s = timeout_s
+        self._timeout_s = checked_seconds(timeout_s, "timeout_s")
         self._replace = replace
         self._actors: list[Any | None] = []
         self._rings: set[Path] = set()
@@ -171,7 +171,7 @@ class ActorRollouts(Iterator[Any]):
         """Ask for no more: what is under way still comes, then the iteration ends."""
         self._stopped = True
 
-    def close(self, *, drain_s: float = 0.0, timeout_s: float = 30.0) -> int:
+    def close(self, *, drain_s: float | str = 0.0, timeout_s: float | str = 30.0) -> int:
         """Call `cleanup_ucxx` of every actor that has it, and remove what dead ones left on this host. Idempotent.
 
         What is under way is dropped: take it first, after `stop`.
@@ -183,6 +183,7 @@ class ActorRollouts(Iterator[Any]):
         Returns:
             How many payloads the actors had left unread.
         """
+        drain_s, timeout_s = checked_seconds(drain_s, "drain_s"), checked_seconds(timeout_s, "timeout_s")
         self.stop()
         self._pending.clear()
         actors, self._actors = self._actors, []

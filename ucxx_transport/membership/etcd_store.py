@@ -19,7 +19,7 @@ from functools import partial
 from typing import Final
 
 from ucxx_transport.backoff import pause_s
-from ucxx_transport.config import StoreConfig
+from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -161,7 +161,7 @@ class EtcdStore(Store):
         return self.client.call(path, body, until=self._until(timeout_s), repeatable=repeatable)
 
     def _until(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        return time.monotonic() + (self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s"))
 
 
 class EtcdWatch(QueuedWatch):

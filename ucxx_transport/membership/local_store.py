@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ucxx_transport.config import StoreConfig
+from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import CompactedError, StoreResetError
 from ucxx_transport.membership.keys import Namespace
 from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
@@ -201,7 +201,8 @@ class LocalStore(Store):
         return self._transact("IMMEDIATE", change, timeout_s)
 
     def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        return self.file.transact(mode, body, time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s))
+        limit_s = self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
+        return self.file.transact(mode, body, time.monotonic() + limit_s)
 
     def entry(self, row: _Row) -> Entry:
         """A row of `entries` or `log`, as callers know it."""

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
-from ucxx_transport.config import PublisherConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.keys import source_key
@@ -136,16 +136,16 @@ class HeartbeatPublisher:
             raise
         atexit.register(self.stop)
 
-    def wait_published(self, timeout_s: float) -> int:
+    def wait_published(self, timeout_s: float | str) -> int:
         """Wait until the source is published and serves; returns its epoch.
 
         Raises:
             DeadlineExceededError: not within `timeout_s`; its facts have the store's answer.
             TransportError: the publisher has failed for good, and why.
-            ConfigError: it was stopped, or not started.
+            ConfigError: it was stopped, or not started; or `timeout_s` is no finite duration.
         """
         refuse_forked(self._pid, "HeartbeatPublisher")
-        until_s = self._clock() + timeout_s
+        until_s = self._clock() + checked_seconds(timeout_s, "timeout_s")
         with self._changed:
             while self.state is not PublisherState.LIVE:
                 if self.state is PublisherState.FAILED and self.error is not None:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import Final
 
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.keys import MAX_VALUE_BYTES
 from ucxx_transport.membership.store import Batch, Watch
@@ -62,7 +63,7 @@ class QueuedWatch(Watch):
         self._closing = threading.Event()
 
     def next(self, timeout_s: float) -> Batch | None:
-        until = time.monotonic() + max(0.0, timeout_s)
+        until = time.monotonic() + checked_seconds(timeout_s, "timeout_s")
         if self._pid != os.getpid():
             raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
         self._check_open()

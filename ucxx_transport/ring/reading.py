@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import numpy as np
 import xxhash
 
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ChecksumError, ConfigError, ProtocolError, SlotError, StaleSlotError, TransportError
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.handle import RingHandle
@@ -53,7 +54,7 @@ class ReadableRing(RingHandle):
         self._places: dict[int, tuple[int, int, int, int | None]] = {}
         self.again: list[ReadLease] = []  # that have ended, and that no caller has
 
-    def acquire(self, ref: Referring, *, reader: int = 0, deadline_s: float | None = None) -> ReadLease:
+    def acquire(self, ref: Referring, *, reader: int = 0, deadline_s: float | str | None = None) -> ReadLease:
         """Begin to read a payload in place. Leave the lease by `mark_consumed`, or it is released.
 
         Args:
@@ -80,6 +81,7 @@ class ReadableRing(RingHandle):
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self.ring_id.hex(),
             )
+        deadline_s = _limit_s(deadline_s)
         lease = self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
         if ref.fingerprint != self.fingerprint or ref.nbytes != lease.words[layout.HOLD_NBYTES]:
             self.refuse(lease, ref)
@@ -134,7 +136,7 @@ class ReadableRing(RingHandle):
         max_bytes: int | None = None,
         newest: bool = False,
         reader: int = 0,
-        deadline_s: float | None = None,
+        deadline_s: float | str | None = None,
     ) -> list[ReadLease]:
         """Begin to read what is there, without references. No two takers get the same payload for the same read.
 
@@ -157,6 +159,7 @@ class ReadableRing(RingHandle):
             raise ConfigError("take at least one payload", field="max_payloads", value=max_payloads)
         if max_bytes is not None and max_bytes < 0:
             raise ConfigError("max_bytes is 0 or more, or None", field="max_bytes", value=max_bytes)
+        deadline_s = _limit_s(deadline_s)
         self._prepare(reader)
         words = self._words
         there = words[_READY] + (words[_READING] if self.readers > 1 else 0)
@@ -196,7 +199,7 @@ class ReadableRing(RingHandle):
             )
         return leases[:number]
 
-    def wait_for_ready(self, wait_s: float, *, reader: int = 0) -> bool:
+    def wait_for_ready(self, wait_s: float | str, *, reader: int = 0) -> bool:
         """Wait until something has become READY since `take` left nothing for this reader, through this handle.
 
         Args:
@@ -208,8 +211,7 @@ class ReadableRing(RingHandle):
             is READY.
         """
         self._require_open()
-        if not wait_s >= 0:
-            raise ConfigError("wait_s is seconds, 0 or more", field="wait_s", value=wait_s)
+        wait_s = checked_seconds(wait_s, "wait_s")
         words, transitions = self._words, self._transitions
         started = monotonic()
         seen = self._places.get(reader, _NOWHERE)[3]
@@ -309,3 +311,7 @@ class ReadableRing(RingHandle):
             raise ConfigError("a reader's id must be 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if unsettled:
             settle()
+
+
+def _limit_s(deadline_s: float | str | None) -> float | None:
+    return None if deadline_s is None else checked_seconds(deadline_s, "deadline_s")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
@@ -92,7 +93,7 @@ class SharedRingBuffer(ReadableRing):
         *,
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
-        deadline_s: float | None = None,
+        deadline_s: float | str | None = None,
         envelope: bytes | None = None,
     ) -> SlotRef:
         """Copy arrays into a slot and make them readable. A failed write leaves no trace but its count.
@@ -129,7 +130,7 @@ class SharedRingBuffer(ReadableRing):
         *,
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
-        deadline_s: float | None = None,
+        deadline_s: float | str | None = None,
         envelope: bytes | None = None,
     ) -> SlotRef:
         """Copy bytes into a slot of a raw ring: any contiguous buffer, whatever its elements. Else as `write`."""
@@ -149,7 +150,7 @@ class SharedRingBuffer(ReadableRing):
         lengths: Mapping[str, int] | None = None,
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
-        deadline_s: float | None = None,
+        deadline_s: float | str | None = None,
         envelope: bytes | None = None,
     ) -> WriteLease:
         """A slot to produce a payload in, without a copy: `with ring.reserve() as lease: lease.arrays["obs"][:] = …`.
@@ -186,14 +187,14 @@ class SharedRingBuffer(ReadableRing):
             self._write_lengths(lease, placement)
         return lease
 
-    def drain(self, wait_s: float) -> int:
+    def drain(self, wait_s: float | str) -> int:
         """Wait until all payloads have had their readers, for `wait_s` at most; how many are left unread.
 
         A write under way counts as one. What dead processes hold is given back meanwhile.
         """
         self._require_open()
         words, transitions = self._words, self._transitions
-        until_s = monotonic() + wait_s
+        until_s = monotonic() + checked_seconds(wait_s, "wait_s")
         while True:
             freed = words[layout.FREED_WORD] & 0xFFFFFFFF
             # of one word: a slot on its way from READY to READING is never FREE in between
@@ -213,7 +214,7 @@ class SharedRingBuffer(ReadableRing):
         readers: int | None,
         meta: Mapping[str, object] | None,
         envelope: bytes | None,
-        deadline_s: float | None,
+        deadline_s: float | str | None,
     ) -> SlotRef:
         """Copy what fits into a slot: arrays to their places, or bytes where there is no placement."""
         if readers is not None or meta or envelope:
@@ -294,7 +295,7 @@ class SharedRingBuffer(ReadableRing):
                 "ring works on, over UCX for those who have not attached yet",
             )
 
-    def _reserve(self, hold: Hold, nbytes: int, deadline_s: float | None) -> None:
+    def _reserve(self, hold: Hold, nbytes: int, deadline_s: float | str | None) -> None:
         """Give a hold a slot in WRITING; errors as `write`."""
         if self.closed:
             self._require_open()
@@ -303,6 +304,8 @@ class SharedRingBuffer(ReadableRing):
         words = hold.words
         words[layout.HOLD_NBYTES] = nbytes
         try:
+            if deadline_s is not None:
+                deadline_s = checked_seconds(deadline_s, "deadline_s")
             if not self._transitions.reserve(words, overwrites=self._overwrites, wait_s=deadline_s):
                 self._wait_for_slot(words, deadline_s)
         except TransportError:

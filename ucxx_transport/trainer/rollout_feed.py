@@ -22,6 +22,7 @@ from itertools import cycle
 from os import getpid
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.teardown import refuse_forked
@@ -361,6 +362,8 @@ class RolloutFeed(Prefetcher):
     def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:
         """Take what is on its way into use, and give it; None when nothing is. Whatever ends its fetch, it is over."""
         self.check_usable()
+        if timeout_s is not None:  # before what is on its way is taken: a wrong one must not cost it
+            timeout_s = checked_seconds(timeout_s, "timeout_s")
         with self._turn:
             with self._state:
                 asked = self._pending[0] if self._pending else None

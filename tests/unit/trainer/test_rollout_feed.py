@@ -79,6 +79,15 @@ def test_rollouts_are_acknowledged_early_and_trained_on_one_iteration_later(work
         assert feed.statistics().losses == {}
 
 
+def test_a_time_limit_that_is_none_costs_no_batch(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        feed.start(worker.play(2))
+        for wait in (feed.wait, feed.collect):
+            with pytest.raises(ConfigError, match="timeout_s"):
+                wait("soon")
+        assert numbers(feed, feed.collect("60s")) == [0, 1]
+
+
 def test_what_is_deferred_is_fetched_in_turn(worker: LocalWorker) -> None:
     with RolloutFeed(LOCAL) as feed:
         for count in (1, 2, 3):
