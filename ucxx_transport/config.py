@@ -8,6 +8,7 @@ validated again.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
@@ -46,6 +47,31 @@ def checked_seconds(value: float | str, field: str) -> float:
         return units.parse_duration(value)
     except ValueError as exc:
         raise ConfigError(f"{field} = {value!r}: {exc}", field=field, value=value) from exc
+
+
+def checked_count(value: int, field: str, *, at_least: int, unset: str | None = None) -> int:
+    """A number that a call was given.
+
+    Args:
+        value: what the caller passed.
+        field: the argument's name, for the error.
+        at_least: its bound.
+        unset: what None stands for, for the error, where the argument may be None.
+
+    Raises:
+        ConfigError: no whole number, or less than `at_least`.
+    """
+    choice = "" if unset is None else f", or None for {unset}"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        message = f"{field} must be a whole number, at least {at_least}{choice}, not {value!r}"
+        raise ConfigError(message, field=field, value=value)
+    if count < at_least:
+        raise ConfigError(f"{field} must be at least {at_least}{choice}, not {value!r}", field=field, value=value)
+    return count
 
 
 @runtime_checkable

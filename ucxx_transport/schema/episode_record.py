@@ -298,9 +298,14 @@ def slot_ref_of(value: object) -> SlotRef:
 
 def listed(refs: Any) -> list[Any]:
     """References as a list; a ConfigError where a single one is given, or no iterable."""
-    if isinstance(refs, Iterable) and not isinstance(refs, (str, bytes, bytearray, Mapping)):
+    if is_list(refs):
         return [*refs]
     raise ConfigError(f"refs must be a list of references, not {wire_form.describe(refs)}; give [ref]", field="refs")
+
+
+def is_list(given: object) -> bool:
+    """Whether this is several things, as a list or another iterable has them, rather than one."""
+    return isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray, Mapping))
 
 
 def _reader_of(value: object) -> Callable[[Any], Reference] | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import Batch
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, hint_for
@@ -63,6 +63,13 @@ class _Lasting:
     due_s: float
     pause_s: float = FIRST_PAUSE_S
     unsaid: int = 0
+
+
+def check_hook(on_loss: object) -> None:
+    """Refuse, by a ConfigError, what cannot be called with a loss and is not None."""
+    if on_loss is not None and not callable(on_loss):
+        message = f"on_loss must be a function of a Loss, or None, not {on_loss!r}"
+        raise ConfigError(message, field="on_loss", value=on_loss)
 
 
 class Accounts:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 import anyio
 
 from ucxx_transport.client.ports import attempt_budget_s
-from ucxx_transport.config import checked_seconds
+from ucxx_transport.config import checked_count, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.schema.episode_record import as_policy_version
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
@@ -70,15 +71,13 @@ class FetchLimits:
 
     def __init__(self, deadline_s: float | str, max_fetch_rounds: int, max_staleness: int | None) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
-        self.max_fetch_rounds = max_fetch_rounds
+        if self.deadline_s == 0:
+            message = f"deadline_s must be more than 0, not {deadline_s!r}"
+            raise ConfigError(message, field="deadline_s", value=deadline_s)
+        self.max_fetch_rounds = checked_count(max_fetch_rounds, "max_fetch_rounds", at_least=1)
         self.max_staleness = max_staleness
-        for name, value, fits, bound in (
-            ("deadline_s", deadline_s, self.deadline_s > 0, "more than 0"),
-            ("max_fetch_rounds", max_fetch_rounds, max_fetch_rounds >= 1, "at least 1"),
-            ("max_staleness", max_staleness, max_staleness is None or max_staleness >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise ConfigError(f"{name} must be {bound}, not {value}", field=name)
+        if max_staleness is not None:
+            self.max_staleness = checked_count(max_staleness, "max_staleness", at_least=0, unset="any")
 
     def sorter(self, policy_version: int | None) -> Callable[[Sequence[AskedFor]], SortedOut]:
         """What sorts the episodes of a batch out, for a trainer with weights of this version."""
@@ -86,7 +85,8 @@ class FetchLimits:
             raise ConfigError(
                 "max_staleness needs policy_version: how old is judged against it", field="policy_version"
             )
-        return partial(sort_out, policy_version=policy_version, max_staleness=self.max_staleness)
+        version = as_policy_version(policy_version)
+        return partial(sort_out, policy_version=version, max_staleness=self.max_staleness)
 
 
 SortedOut: TypeAlias = tuple[list[Wanted], list[Loss]]

@@ -6,14 +6,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from ucxx_transport.config import checked_count
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.trainer.batch import FetchSettings
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, checked_unreachable, is_ours, record_of
 from ucxx_transport.trainer.prefetcher import DEFAULT_UNREACHABLE_BATCHES, PendingBatch, Prefetcher
 
 if TYPE_CHECKING:
@@ -70,16 +72,15 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         on_loss: Callable[[Loss], None] | None = None,
         **settings: Unpack[FetchSettings],
     ) -> None:
-        if ahead < 1:
-            raise ConfigError(f"ahead must be at least 1, not {ahead}", field="ahead")
-        batches = settings.get("unreachable_batches", DEFAULT_UNREACHABLE_BATCHES)
-        settings["unreachable_batches"] = None if batches is None else batches * ahead
-        self._ahead = ahead
+        self._ahead = checked_count(ahead, "ahead", at_least=1)
+        batches = checked_unreachable(settings.get("unreachable_batches", DEFAULT_UNREACHABLE_BATCHES))
+        settings["unreachable_batches"] = None if batches is None else batches * self._ahead
         self._moved = threading.Condition()  # of what follows
         self._begun: deque[PendingBatch] = deque()
         super().__init__(config, on_loss=on_loss, **settings)
         # the class, not an object of it: kept, that would keep the frames that it was raised through
         self._end: BaseException | type[StopIteration] | None = None
+        self._end_traceback: TracebackType | None = None
         try:  # a daemon: it may wait for a reference that never comes
             start_thread(self._take, references, name="ucxx-stream")
         except TransportError:
@@ -101,11 +102,20 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                 self._moved.wait_for(lambda: self._begun or self._end is not None or self.closed)
                 self.check_usable()
                 if not self._begun:
-                    assert self._end is not None
-                    raise self._end
+                    end = self._end
+                    assert end is not None
+                    if isinstance(end, BaseException):
+                        raise end.with_traceback(self._end_traceback)  # else each raise adds its frames to it
+                    raise end
                 pending = self._begun.popleft()
                 self._moved.notify_all()
-            for payload in pending.result().payloads.values():
+            try:
+                batch = pending.result()
+            except BaseException as error:
+                if not isinstance(error, Exception):  # interrupted
+                    pending.cancel()
+                raise
+            for payload in batch.payloads.values():
                 (record,) = pending.records
                 assert isinstance(record, EpisodeRecord)
                 with payload:
@@ -132,6 +142,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         finally:
             with self._moved:
                 self._end = end
+                self._end_traceback = end.__traceback__ if isinstance(end, BaseException) else None
                 self._moved.notify_all()
 
     def _append(self, record: AskedFor) -> bool:

@@ -32,14 +32,15 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from ucxx_transport import errors
+from ucxx_transport.config import checked_count
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, reader_of
+from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, is_list, reader_of
 from ucxx_transport.schema.wire_form import describe
 
 MOST_SOURCES: Final = 4096
@@ -178,6 +179,13 @@ def is_ours(output: object) -> bool:
     return reader_of(output) is not None
 
 
+def rollouts_of(given: Iterable[object]) -> tuple[object, ...]:
+    """Rollouts as they were given; a ConfigError where a single one is given, or no iterable."""
+    if is_list(given):
+        return tuple(given)
+    raise ConfigError(f"rollouts must be a list of rollouts, not {describe(given)}; give [rollout]", field="rollouts")
+
+
 def record_of(output: object) -> AskedFor:
     """The episode that an output refers to, or why that cannot be said."""
     try:
@@ -222,6 +230,11 @@ def hint_for(loss: Loss, host_id: str) -> str | None:
     return "a firewall? both directions must be open: docs/operations.md#firewalls"
 
 
+def checked_unreachable(batches: int | None) -> int | None:
+    """The setting `unreachable_batches`; a ConfigError when it is no whole number, or less than 1."""
+    return None if batches is None else checked_count(batches, "unreachable_batches", at_least=1, unset="never")
+
+
 class Sources:
     """Which sources have answered, batch by batch, and when their silence is a reason to stop.
 
@@ -231,14 +244,11 @@ class Sources:
         unreachable_batches: as the table above has it; None: never.
 
     Raises:
-        ConfigError: `unreachable_batches` is less than 1.
+        ConfigError: `unreachable_batches` is no whole number, or less than 1.
     """
 
     def __init__(self, unreachable_batches: int | None) -> None:
-        if unreachable_batches is not None and unreachable_batches < 1:
-            message = f"unreachable_batches must be at least 1, or None for never, not {unreachable_batches}"
-            raise ConfigError(message, field="unreachable_batches")
-        self._most = unreachable_batches
+        self._most = checked_unreachable(unreachable_batches)
         self._answered: dict[_Source, int] = {}
         self._silent: dict[_Source, int] = {}
 

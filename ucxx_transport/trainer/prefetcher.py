@@ -31,7 +31,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.settings import unknown_name
 from ucxx_transport.teardown import refuse_forked
-from ucxx_transport.trainer.accounts import Accounts, Alone, PrefetchStatistics
+from ucxx_transport.trainer.accounts import Accounts, Alone, PrefetchStatistics, check_hook
 from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of
 from ucxx_transport.trainer.unpacking import unpacker_for
@@ -88,7 +88,7 @@ class PendingBatch(BatchFetch):
 
         Returns:
             The batch. One that does not come in time is given up: then every episode that was on its way is lost by
-            "timeout", and whatever still comes of it is released.
+            "timeout", and whatever still comes of it is released. A wait that is interrupted leaves it to be taken.
 
         Raises:
             ConfigError: it was taken or cancelled, or the prefetcher is closed.
@@ -114,15 +114,9 @@ class PendingBatch(BatchFetch):
         """
         prefetcher = self._prefetcher
         prefetcher.check_usable()  # before a lock is taken, which a forked child may never get
-        limit_s = prefetcher.limits.deadline_s + _GRACE_S
-        if timeout_s is not None:
-            limit_s = checked_seconds(timeout_s, "timeout_s")
-        try:
-            outcome = self._taken(limit_s)
-        except BaseException as error:
-            if not isinstance(error, ConfigError):  # interrupted
-                self.cancel()
-            raise
+        own_s = prefetcher.limits.deadline_s + _GRACE_S
+        limit_s = own_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
+        outcome = self._taken(min(limit_s, threading.TIMEOUT_MAX))
         batch = outcome if isinstance(outcome, Batch) else self._given_up(outcome)
         if self._is_counted:
             return batch, (), None
@@ -267,15 +261,15 @@ class Prefetcher:
         if unknown:
             choices = {*FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
             raise unknown_name(f"setting of {type(self).__name__}", next(iter(unknown)), choices)
+        check_hook(on_loss)
         self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
         sources = Sources(unreachable_batches)
         self.unpack, self.uploader, in_place = unpacker_for(device)
-        uploader = self.uploader
         self.core = ClientCore(
             config,
             link_factory,
             watcher=watcher,
-            page_locker=None if uploader is None else uploader.page_locker,
+            page_locker=None if self.uploader is None else self.uploader.page_locker,
             in_place=in_place,
         )
         self.changed = threading.Condition()  # of what follows
@@ -285,7 +279,11 @@ class Prefetcher:
         self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
         self._discard_lost = discard_lost
         self._stopping = threading.Event()
-        self._thread = start_thread(self._run, name="ucxx-prefetch")
+        try:
+            self._thread = start_thread(self._run, name="ucxx-prefetch")
+        except BaseException:
+            self._end_core()
+            raise
         atexit.register(self.close)
 
     def fetch(self, records: Records, *, policy_version: int | None = None) -> Batch:
@@ -394,6 +392,9 @@ class Prefetcher:
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
             self._leave_all()
         finally:
-            if self.uploader is not None:
-                self.uploader.close()  # before the core, which frees the buffers that come back
-            self.core.close()
+            self._end_core()
+
+    def _end_core(self) -> None:
+        if self.uploader is not None:
+            self.uploader.close()  # before the core, which frees the buffers that come back
+        self.core.close()

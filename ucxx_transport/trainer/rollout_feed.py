@@ -28,7 +28,7 @@ from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.accounts import Alone
 from ucxx_transport.trainer.batch import Batch, FetchSettings
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of, rollouts_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ class _Rollouts:
     pending: PendingBatch
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
-        self.rollouts = tuple(rollouts)
-        outputs = enumerate(map(output_of, self.rollouts))
-        self.ours = {place: output for place, output in outputs if is_ours(output)}
+        self.rollouts = rollouts_of(rollouts)
+        self.ours = {place: output for place, output in enumerate(map(output_of, self.rollouts)) if is_ours(output)}
 
     @cached_property
     def records(self) -> tuple[AskedFor, ...]:
@@ -232,6 +231,7 @@ class RolloutFeed(Prefetcher):
             if not any(asked.is_for(other) for other in known):
                 self._append(asked, policy_version)
             elif policy_version is not None:
+                self.limits.sorter(policy_version)  # refuses what is no number
                 self._policy_version = policy_version
 
     def wait(self, timeout_s: float | str | None = None) -> bool:
@@ -305,7 +305,11 @@ class RolloutFeed(Prefetcher):
             if not self._awaited(key, in_use):
                 break
         asked = self.begin([record], policy_version=self._policy_version)
-        batch, losses, problem = asked.take(alone=Alone(key, output))
+        try:
+            batch, losses, problem = asked.take(alone=Alone(key, output))
+        except BaseException:
+            asked.cancel()
+            raise
         self.accounts.report(deque(losses), problem)
         if not batch.payloads:
             return None
@@ -360,10 +364,9 @@ class RolloutFeed(Prefetcher):
         return changed
 
     def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:
-        """Take what is on its way into use, and give it; None when nothing is. Whatever ends its fetch, it is over."""
+        """Take what is on its way into use, and give it, whatever ended its fetch; None when nothing is."""
         self.check_usable()
-        if timeout_s is not None:  # before what is on its way is taken: a wrong one must not cost it
-            timeout_s = checked_seconds(timeout_s, "timeout_s")
+        limit_s = None if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
         with self._turn:
             with self._state:
                 asked = self._pending[0] if self._pending else None
@@ -372,19 +375,24 @@ class RolloutFeed(Prefetcher):
             self._is_awaited = not asked.pending.is_ready
             taken: tuple[Batch | None, Sequence[Loss], Exception | None] = None, (), None
             try:
-                taken = asked.pending.take(timeout_s)
+                taken = asked.pending.take(limit_s)
             finally:
-                asked.take(*taken)
-                self.accounts.remember(asked.lost_by)
-                done: _Rollouts | None = asked
-                with self._state:
-                    if self._pending:  # else it was closed meanwhile, and this one is not used at all
-                        self._pending.popleft()
-                        self._begin_next()
-                        done, self._in_use = self._in_use, asked
-                if done is not None:
-                    done.release()
+                if asked.pending not in self.untaken:  # else the wait was interrupted: it stays on its way
+                    self._use(asked, *taken)
             return asked
+
+    def _use(self, asked: _Rollouts, batch: Batch | None, losses: Sequence[Loss], problem: Exception | None) -> None:
+        """Take what became of these rollouts into use, release what was, and begin to fetch the next."""
+        asked.take(batch, losses, problem)
+        self.accounts.remember(asked.lost_by)
+        done: _Rollouts | None = asked
+        with self._state:
+            if self._pending:  # else it was closed meanwhile, and this one is not used at all
+                self._pending.popleft()
+                self._begin_next()
+                done, self._in_use = self._in_use, asked
+        if done is not None:
+            done.release()
 
     def _report(self, taken: _Rollouts) -> None:
         """Report losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""

@@ -142,6 +142,21 @@ def test_what_the_references_raise_comes_after_the_episodes_before_it(worker: Lo
         list(stream)
 
 
+def test_what_the_references_raise_does_not_grow_each_time_it_is_raised() -> None:
+    def references() -> Iterator[object]:
+        yield from ()
+        raise ZeroDivisionError
+
+    depths = []
+    with EpisodeStream(references(), LOCAL) as stream:
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError) as caught:
+                next(stream)
+            depths.append([entry.name for entry in caught.traceback])
+    assert depths[0] == depths[1] == depths[2]
+    assert depths[0][-1] == "references"  # where it was raised
+
+
 def test_closing_ends_who_waits_and_what_is_on_its_way(worker: LocalWorker) -> None:
     never = threading.Event()
 
@@ -200,6 +215,8 @@ def test_what_was_fetched_ahead_comes_back_when_it_is_closed(worker: LocalWorker
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="ahead"):
         EpisodeStream([], ahead=0)
+    with pytest.raises(ConfigError, match="ahead must be a whole number, at least 1, not '8'"):
+        EpisodeStream([], ahead="8")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="device"):
         EpisodeStream([], device="tpu")
     with pytest.raises(ConfigError, match=r"Unknown setting of EpisodeStream 'ahed'; did you mean 'ahead'?"):

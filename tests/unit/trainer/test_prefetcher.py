@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, MutableMapping
 from dataclasses import replace
@@ -12,6 +15,7 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.local_worker import LocalWorker, silence
+from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
@@ -23,7 +27,7 @@ from ucxx_transport import (
     TransportError,
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer import Batch, Loss, LossReason, PendingBatch, Prefetcher
+from ucxx_transport.trainer import Batch, EpisodeStream, Loss, LossReason, PendingBatch, Prefetcher
 
 LOCAL = ClientConfig(local="view")
 
@@ -140,6 +144,51 @@ def test_a_wrong_argument_is_refused_at_once() -> None:
         for call in (prefetcher.prepare, prefetcher.begin, prefetcher.fetch):
             with pytest.raises(ConfigError, match="policy_version"):
                 call([])
+
+
+def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
+    rows: tuple[tuple[str, Any, str], ...] = (
+        ("max_fetch_rounds", "3", "max_fetch_rounds must be a whole number, at least 1, not '3'"),
+        ("max_fetch_rounds", True, "max_fetch_rounds must be a whole number, at least 1, not True"),
+        ("max_fetch_rounds", None, "max_fetch_rounds must be a whole number, at least 1, not None"),
+        ("max_staleness", "3", "max_staleness must be a whole number, at least 0, or None for any, not '3'"),
+        ("max_staleness", -1, "max_staleness must be at least 0, or None for any, not -1"),
+        ("unreachable_batches", "3", "unreachable_batches must be a whole number, at least 1, or None for never"),
+        ("unreachable_batches", -1, "unreachable_batches must be at least 1, or None for never, not -1"),
+        ("deadline_s", 0, "deadline_s must be more than 0, not 0"),
+        ("on_loss", "x", "on_loss must be a function of a Loss, or None, not 'x'"),
+    )
+    for name, wrong, message in rows:
+        makers: tuple[Callable[..., object], ...] = (partial(Prefetcher, LOCAL), partial(EpisodeStream, [], LOCAL))
+        for make in makers:
+            with row(name=name, wrong=wrong, make=make), pytest.raises(ConfigError, match=re.escape(message)) as caught:
+                make(**{name: wrong})
+            assert (caught.value.facts["field"], caught.value.facts["value"]) == (name, wrong)
+    with Prefetcher(LOCAL) as prefetcher, pytest.raises(ConfigError, match="policy_version"):
+        prefetcher.begin([], policy_version="x")  # type: ignore[arg-type]
+
+
+def test_where_its_thread_cannot_start_nothing_is_left_behind() -> None:
+    program = """
+import threading
+from ucxx_transport import BusyError
+from ucxx_transport.trainer import Prefetcher
+class NoThread(threading.Thread):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+class Watcher:
+    reports = []
+    def report_to(self, on_change):
+        self.reports.append(on_change)
+        return lambda: self.reports.remove(on_change)
+threading.Thread = NoThread
+try:
+    Prefetcher(watcher=Watcher())
+except BusyError:
+    print(len(Watcher.reports), "reports")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0 reports\n", "")
 
 
 def test_what_ends_a_fetch_is_raised_to_who_takes_it_and_the_next_batch_is_fine(worker: LocalWorker) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -379,6 +381,16 @@ def test_a_batch_that_is_given_up_is_not_taken_for_the_next_one_whatever_the_hoo
         assert numbers(feed, feed.collect()) == [1]
 
 
+def test_a_policy_version_that_is_no_number_is_refused_and_costs_nothing(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        feed.start(worker.play(1))
+        rollouts = feed.collect()
+        for take in (feed.start, feed.defer):
+            with row(take=take.__name__), pytest.raises(ConfigError, match="policy_version"):
+                take(rollouts, policy_version="x")  # type: ignore[arg-type]
+        assert numbers(feed, feed.collect()) == [0]
+
+
 def lossy(worker: LocalWorker) -> list[object]:
     """Four rollouts: a text, and three episodes of which the first and the last are lost."""
     gone, kept = worker.play(2)
@@ -498,6 +510,47 @@ def test_what_is_out_of_turn_is_refused(worker: LocalWorker) -> None:
     with pytest.raises(ConfigError, match="closed"):
         feed.resolve(record)
     assert feed.statistics().batches == 0
+
+
+def test_a_time_limit_may_be_longer_than_a_lock_can_wait(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL) as feed:
+        feed.start(worker.play(2))
+        assert numbers(feed, feed.collect(1e300)) == [0, 1]
+
+
+def test_a_batch_whose_wait_is_interrupted_stays_on_its_way(worker: LocalWorker) -> None:
+    losses: list[Loss] = []
+
+    def interrupt() -> None:
+        wait_until(lambda: bool(feed.changed._waiters))  # type: ignore[attr-defined]  # noqa: SLF001 - the main thread waits
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with RolloutFeed(deadline_s=600, on_loss=losses.append, link_factory=silence) as feed:
+        feed.start(worker.play_far_away(2))
+        feed.defer(worker.play(1))
+        for wait in (feed.collect, feed.wait):
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            with row(wait=wait.__name__), pytest.raises(KeyboardInterrupt):
+                wait()
+            thread.join()
+            assert (feed.is_ready, feed.buffer, feed.missing, feed.statistics().losses) == (False, None, (), {})
+        assert feed.collect(0.05) == []
+        assert [loss.reason for loss in losses] == [LossReason.TIMEOUT] * 2
+        assert numbers(feed, feed.collect()) == [2]
+
+
+def test_one_rollout_in_the_place_of_a_list_is_refused(worker: LocalWorker) -> None:
+    (record,) = worker.play(1)
+    text = json.dumps(record.to_dict())
+    with RolloutFeed(LOCAL) as feed:
+        for take in (feed.start, feed.defer):
+            for one in (record, record.ref, record.to_dict(), text, text.encode(), None, 3):
+                with row(take=take.__name__, one=one), pytest.raises(ConfigError, match=r"give \[rollout\]"):
+                    take(one)  # type: ignore[arg-type]
+        assert feed.is_cold_start
+        feed.start(iter([record]))  # type: ignore[arg-type]
+        assert numbers(feed, feed.collect()) == [0]
 
 
 class Machine(RuleBasedStateMachine):
