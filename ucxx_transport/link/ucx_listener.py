@@ -62,8 +62,7 @@ class UCXXListener:
         try:
             ucx = bound[0].create_endpoint_from_conn_request(request, True)  # noqa: FBT003
         except self._link.binding.root as exc:  # it has gone already, or its address cannot be reached
-            self._link.counters.accepts_failed += 1
-            self._link.ready.append((self._log_failed, (peer, f"{type(exc).__name__}: {exc}")))
+            self._link.ready.append((self._note_failed, (peer, f"{type(exc).__name__}: {exc}")))
         else:
             self._link.ready.append((self._hand_over, (ucx, peer, bound)))
 
@@ -81,8 +80,11 @@ class UCXXListener:
             finally:
                 if endpoint.events is None:
                     endpoint.close()
+        else:
+            self._note_failed((peer, "it was gone before it was handed over"))
 
-    def _log_failed(self, failed: tuple[str, str]) -> None:
+    def _note_failed(self, failed: tuple[str, str]) -> None:
+        self._link.counters.accepts_failed += 1
         now = self._link.timers.now()
         if now >= self._quiet_until_s:
             self._quiet_until_s = now + QUIET_S
