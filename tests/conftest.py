@@ -29,6 +29,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray's tests first: they take long, and what stands first is not handed on to a process with no cluster yet."""
+    items.sort(key=lambda item: item.path.name != "test_ray.py")
+
+
 def pytest_collection_finish() -> None:
     """What is loaded by now stays: the guard's garbage collections, hundreds of them, need not look at it again."""
     gc.collect()
