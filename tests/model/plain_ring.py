@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from tests.support.payloads import answer_with, ref_to
 from ucxx_transport.errors import BusyError, StaleSlotError
-from ucxx_transport.wire.codec import encode_reply
-from ucxx_transport.wire.frames import (
-    ReplyHeader,
-    Status,
-)
+from ucxx_transport.schema import SlotRef
 
 Key = tuple[int, int]
 """Slot and generation."""
 
 
-class Name(NamedTuple):
-    """What names a payload, as a reference does."""
-
-    ring_id: bytes
-    slot: int
-    generation: int
-    nbytes: int
-    checksum: int | None = None
-    fingerprint: int = 0
-
-    @property
-    def key(self) -> Key:
-        return self.slot, self.generation
+def key_of(ref: SlotRef) -> Key:
+    """What names a payload of one ring."""
+    return ref.slot, ref.generation
 
 
 class ModelLease(Protocol):
@@ -46,9 +33,9 @@ class ModelRing(Protocol):
 
     ring_id: bytes
 
-    def write(self, content: bytes) -> Name | None: ...
+    def write(self, content: bytes) -> SlotRef | None: ...
     def acquire(self, slot: int, generation: int, reader: int) -> ModelLease: ...
-    def ready(self) -> list[Name]: ...
+    def ready(self) -> list[SlotRef]: ...
     def is_reading(self) -> bool: ...
 
 
@@ -77,11 +64,8 @@ class PlainLease:
     nbytes: int
 
     def message(self) -> bytes:
-        slot = self.slot
-        header = ReplyHeader(
-            Status.OK, len(slot.content or b""), self.ring.ring_id, self.index, generation=slot.generation
-        )
-        return encode_reply(header, slot.content or b"")
+        content = self.slot.content or b""
+        return answer_with(ref_to(self.ring.ring_id, self.index, self.slot.generation, len(content)), content)
 
     def mark_consumed(self) -> bool:
         first = not self.slot.consumed
@@ -108,7 +92,7 @@ class PlainRing:
         self.slots = [PlainSlot() for _ in range(slots)]
         self._written = 0
 
-    def write(self, content: bytes) -> Name | None:
+    def write(self, content: bytes) -> SlotRef | None:
         free = [slot for slot in self.slots if slot.content is None]
         ready = sorted((slot for slot in self.slots if not slot.readers), key=lambda slot: slot.written)
         if not free and not ready:
@@ -116,7 +100,7 @@ class PlainRing:
         slot = (free or ready)[0]
         self._written += 1
         slot.generation, slot.written, slot.content, slot.consumed = slot.generation + 1, self._written, content, False
-        return Name(self.ring_id, self.slots.index(slot), slot.generation, len(content))
+        return ref_to(self.ring_id, self.slots.index(slot), slot.generation, len(content))
 
     def acquire(self, slot: int, generation: int, reader: int) -> PlainLease:
         found = self.slots[slot]
@@ -128,12 +112,12 @@ class PlainRing:
         found.readers += 1
         return PlainLease(self, found, slot, len(found.content))
 
-    def ready(self) -> list[Name]:
+    def ready(self) -> list[SlotRef]:
         there = [
             (index, slot) for index, slot in enumerate(self.slots) if slot.content is not None and not slot.readers
         ]
         there.sort(key=lambda item: item[1].written)
-        return [Name(self.ring_id, index, slot.generation, len(slot.content or b"")) for index, slot in there]
+        return [ref_to(self.ring_id, index, slot.generation, len(slot.content or b"")) for index, slot in there]
 
     def is_reading(self) -> bool:
         return any(slot.readers for slot in self.slots)

@@ -24,12 +24,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.model.plain_ring import Key, ModelRing, Name, PlainRing
+from tests.model.plain_ring import Key, ModelRing, PlainRing, key_of
 from tests.model.wire_model import Client, Connection, Port
 from tests.support.exhaustive import exhaustive
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import RingFullError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
+from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Take
 from ucxx_transport.wire.frames import MAX_CHANNEL, Window
 from ucxx_transport.wire.server_side import SessionSource
@@ -113,18 +114,17 @@ class RealRing:
         self._ring = ring
         self.ring_id = ring.ring_id
 
-    def write(self, content: bytes) -> Name | None:
+    def write(self, content: bytes) -> SlotRef | None:
         try:
-            ref = self._ring.write_raw(content)
+            return self._ring.write_raw(content)
         except RingFullError:
             return None
-        return Name(self.ring_id, ref.slot, ref.generation, ref.nbytes)
 
     def acquire(self, slot: int, generation: int, reader: int) -> RealLease:
         return RealLease(self._ring.acquire_slot(slot, generation, reader=reader))
 
-    def ready(self) -> list[Name]:
-        return [Name(self.ring_id, ref.slot, ref.generation, ref.nbytes) for ref in self._ring.ready_refs()]
+    def ready(self) -> list[SlotRef]:
+        return self._ring.ready_refs()
 
     def is_reading(self) -> bool:
         return any(state is SlotState.READING for state in self._ring.slot_states())
@@ -157,7 +157,7 @@ class WireMachine(RuleBasedStateMachine):
         self.port = port = Port(self.ring, source, settings, WINDOW)
         self.clients = [Client(number + 1) for number in range(CLIENTS)]
         self.born = CLIENTS
-        self.names: list[Name] = []
+        self.names: list[SlotRef] = []
         self.contents: dict[Key, bytes] = {}
         self.letters = {"f": port.receive_frame, "s": self.first_send, "a": self.first_answer, "e": port.send_ends}
         self.letters |= {"x": port.cut, "c": port.client_notices, "p": port.server_notices}
@@ -186,8 +186,8 @@ class WireMachine(RuleBasedStateMachine):
         content = (b"%06d-" % len(self.contents) * 60)[: choice.choice(SIZES)]
         name = self.ring.write(content)
         if name is not None:
-            assert name.key not in self.contents
-            self.contents[name.key] = content
+            assert key_of(name) not in self.contents
+            self.contents[key_of(name)] = content
             self.names.append(name)
 
     def connect(self, choice: Random) -> None:
@@ -202,7 +202,7 @@ class WireMachine(RuleBasedStateMachine):
         connection = one_of(self.opened(), choice)
         if connection is None:
             return
-        names: list[Name] = []
+        names: list[SlotRef] = []
         for name in choice.choices(self.names[-8:], k=choice.randint(1, 4)) if self.names else ():
             total = sum(one.nbytes for one in names) + name.nbytes
             if connection.session.room(total, len(names) + 1):
@@ -228,7 +228,7 @@ class WireMachine(RuleBasedStateMachine):
     def discard(self, choice: Random) -> None:
         connection, name = one_of(self.opened(), choice), one_of(self.names[-8:], choice)
         if connection is not None and name is not None:
-            connection.client.discarded.add(name.key)
+            connection.client.discarded.add(key_of(name))
             self.port.confirm(connection, [name])
 
     def abandon(self, choice: Random) -> None:
@@ -345,7 +345,7 @@ class WireMachine(RuleBasedStateMachine):
             assert connection.session.room(WINDOW.nbytes, WINDOW.attempts)
             everything = Take(1, WINDOW.attempts, WINDOW.nbytes, newest=False, until_s=0.0)
             assert connection.server.take_room(everything) == WINDOW
-        ready = {name.key for name in self.ring.ready()}
+        ready = {key_of(name) for name in self.ring.ready()}
         wanted = {key for client in self.clients for key in (*client.delivered, *client.discarded)}
         assert not (ready & wanted) - self.port.forgotten, "delivered, and still there for others"
         latest = {slot: generation for slot, generation in self.contents}  # noqa: C416 - the last one of each slot

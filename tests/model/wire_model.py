@@ -11,26 +11,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.model.plain_ring import Key, ModelLease, ModelRing, Name
+from tests.model.plain_ring import Key, ModelLease, ModelRing, key_of
 from tests.support.numbered_session import NumberedSession
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
-from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle, Take
-from ucxx_transport.wire.client_side import (
-    CONFIRM_RECEIVE_BYTES,
-    DESCRIBE_RECEIVE_BYTES,
-    HANDSHAKE_RECEIVE_BYTES,
-)
-from ucxx_transport.wire.codec import Named
-from ucxx_transport.wire.frames import (
-    FRAME_BYTES,
-    OfferedPayload,
-    Status,
-    Window,
-    message_bytes,
-    offer_receive_bytes,
-    receive_bytes,
-)
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.wire.actions import Asked, Attempt, Reply, Serve, Settle, Take
+from ucxx_transport.wire.frames import FRAME_BYTES, OfferedPayload, Status, Window, message_bytes, receive_bytes
 from ucxx_transport.wire.server_side import Phase, ServerSession, SessionSource
 
 
@@ -79,7 +66,7 @@ class Connection:
     held: dict[int, Held] = field(default_factory=dict)
     posted: dict[int, tuple[int, int]] = field(default_factory=dict)
     judges: dict[int, Callable[[bytes], object]] = field(default_factory=dict)
-    names: dict[int, Named] = field(default_factory=dict)
+    names: dict[int, SlotRef] = field(default_factory=dict)
     abandoned: set[int] = field(default_factory=set)
     taken: set[Attempt] = field(default_factory=set)
     is_cut: bool = False
@@ -94,7 +81,7 @@ class Client:
         self.reader = reader
         self.delivered: dict[Key, Connection] = {}
         self.discarded: set[Key] = set()
-        self.owed: dict[Key, Named] = {}
+        self.owed: dict[Key, SlotRef] = {}
         self.connections: list[Connection] = []
 
 
@@ -125,53 +112,43 @@ class Port:
         client.connections.append(connection)
         self.connections.append(connection)
         self.clients.add(client)
-        asked = session.hello()
-        self._ask(
-            connection, asked.frame, asked.attempt, HANDSHAKE_RECEIVE_BYTES, lambda m: self._welcomed(connection, m)
-        )
+        self._ask(connection, session.hello(), lambda m: self._welcomed(connection, m))
         return connection
 
     def _welcomed(self, connection: Connection, message: bytes) -> None:
         asked = connection.session.on_welcome(message)
         if asked is not None:
-            judge = connection.session.on_authenticated
-            self._ask(connection, asked.frame, asked.attempt, HANDSHAKE_RECEIVE_BYTES, judge)
+            self._ask(connection, asked, connection.session.on_authenticated)
 
-    def fetch(self, connection: Connection, names: Sequence[Name], *, packed: bool) -> None:
+    def fetch(self, connection: Connection, names: Sequence[SlotRef], *, packed: bool) -> None:
         session = connection.session
         fetch = session.ask(names, packed=packed)
         connection.names.update(zip(fetch.attempts, names, strict=True))
         if packed:
             room = sum(message_bytes(name.nbytes) for name in names)
-            self._ask(
-                connection,
-                fetch.frame,
-                fetch.shared,
-                room,
-                lambda m: self._arrived_together(connection, fetch.attempts, m),
-            )
+            asked = Asked(fetch.frame, fetch.shared, room)
+            self._ask(connection, asked, lambda m: self._arrived_together(connection, fetch.attempts, m))
             return
         for attempt, name in zip(fetch.attempts, names, strict=True):
             self._post_payload(connection, attempt, name)
         self._send(connection, fetch.frame)
 
-    def fetch_one(self, connection: Connection, name: Name) -> None:
-        frame, attempt = connection.session.ask_one(name)
+    def fetch_one(self, connection: Connection, name: SlotRef) -> None:
+        frame, attempt, _ = connection.session.ask_one(name)
         connection.names[attempt] = name
         self._post_payload(connection, attempt, name)
         self._send(connection, frame)
 
     def take(self, connection: Connection, max_payloads: int, max_bytes: int, *, newest: bool, wait_ms: int) -> None:
         asked = connection.session.take(max_payloads, max_bytes, newest=newest, wait_ms=wait_ms)
-        room = offer_receive_bytes(max_payloads)
-        self._ask(connection, asked.frame, asked.attempt, room, lambda m: self._offered(connection, asked.attempt, m))
+        self._ask(connection, asked, lambda m: self._offered(connection, asked.attempt, m))
 
     def _offered(self, connection: Connection, attempt: int, message: bytes) -> None:
-        for offered in connection.session.on_offer(attempt, message).payloads:
-            connection.names[offered.attempt] = offered
-            self._post_payload(connection, offered.attempt, offered)
+        for taken in connection.session.receive_offer(attempt, message):
+            connection.names[taken.number] = taken.ref
+            self._post_payload(connection, taken.number, taken.ref)
 
-    def confirm(self, connection: Connection, names: Sequence[Named]) -> None:
+    def confirm(self, connection: Connection, names: Sequence[SlotRef]) -> None:
         asked = connection.session.confirm(names)
 
         def judge(message: bytes) -> None:
@@ -181,21 +158,21 @@ class Port:
 
         for name in names:
             connection.client.owed.pop((name.slot, name.generation), None)
-        self._ask(connection, asked.frame, asked.attempt, CONFIRM_RECEIVE_BYTES, judge)
+        self._ask(connection, asked, judge)
 
     def describe(self, connection: Connection) -> None:
         asked = connection.session.describe(self.ring.ring_id)
 
         def judge(message: bytes) -> None:
-            assert connection.session.described(asked.attempt, message) == self.source.schema_bytes
+            assert connection.session.answered(asked.attempt, message) == self.source.schema_bytes
 
-        self._ask(connection, asked.frame, asked.attempt, DESCRIBE_RECEIVE_BYTES, judge)
+        self._ask(connection, asked, judge)
 
     def send_ends(self, connection: Connection) -> None:
         if connection.session.ends and not connection.client_knows:
             self._send(connection, connection.session.ends_frame())
 
-    def _post_payload(self, connection: Connection, attempt: int, name: Named) -> None:
+    def _post_payload(self, connection: Connection, attempt: int, name: SlotRef) -> None:
         judge: Callable[[bytes], object] = lambda m: self._arrived(connection, attempt, m)  # noqa: E731 - read beside its use
         self._post(connection, attempt, receive_bytes(name.nbytes), judge)
 
@@ -206,11 +183,9 @@ class Port:
         connection.posted[channel] = (attempt, room)
         connection.judges[attempt] = judge
 
-    def _ask(
-        self, connection: Connection, frame: bytes, attempt: int, room: int, judge: Callable[[bytes], object]
-    ) -> None:
-        self._post(connection, attempt, room, judge)
-        self._send(connection, frame)
+    def _ask(self, connection: Connection, asked: Asked, judge: Callable[[bytes], object]) -> None:
+        self._post(connection, asked.attempt, asked.receive_bytes, judge)
+        self._send(connection, asked.frame)
 
     def _send(self, connection: Connection, frame: bytes) -> None:
         assert len(frame) <= FRAME_BYTES
@@ -315,7 +290,7 @@ class Port:
         """See whether there is something to take; where there is not, it waits until `give_up`."""
         payloads, nbytes = connection.server.take_room(take)
         ready = self.ring.ready()
-        picked: list[tuple[Name, ModelLease]] = []
+        picked: list[tuple[SlotRef, ModelLease]] = []
         for name in reversed(ready) if take.newest else ready:
             if len(picked) == payloads or name.nbytes > nbytes:
                 break
@@ -324,7 +299,7 @@ class Port:
         if not picked:
             return
         facts = [
-            OfferedPayload(name.slot, name.generation, name.nbytes, name.checksum, 1, b"%d/%d" % name.key)
+            OfferedPayload(name.slot, name.generation, name.nbytes, name.checksum, 1, b"%d/%d" % key_of(name))
             for name, _ in picked
         ]
         reply, attempts = connection.server.taken(take, facts, self.now)
@@ -360,15 +335,11 @@ class Port:
         sending = connection.sending.pop(index)
         sending.bytes_now()
         server = connection.server
-        if sending.is_shared:
-            over = server.sent_shared(sending.attempts, self.now)
-        elif sending.attempts:
-            over = [attempt for attempt in sending.attempts if server.sent(attempt, self.now)]
-        else:
+        if sending.is_shared or not sending.attempts:
             server.replied()
-            over = []
-        for attempt in over:
-            self._finalise(connection, attempt)
+        for attempt in sending.attempts:
+            if server.sent(attempt, self.now):
+                self._finalise(connection, attempt)
 
     def _finalise(self, connection: Connection, attempt: Attempt) -> None:
         held = connection.held.pop(attempt.number)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ucxx_transport.wire.actions import Asked, Offer
+from tests.support.payloads import ref_to
+from ucxx_transport.schema import SlotRef
+from ucxx_transport.wire.actions import Asked
 from ucxx_transport.wire.client_side import Attempt, ClientSession
-from ucxx_transport.wire.codec import Message, Named
+from ucxx_transport.wire.codec import Message
 
 
 class Fetch(NamedTuple):
@@ -30,19 +32,19 @@ class NumberedSession(ClientSession):
         """Attempts that have not ended, named and taken."""
         return self.named + self._taken
 
-    def ask(self, names: Sequence[Named], *, packed: bool = False) -> Fetch:
+    def ask(self, names: Sequence[SlotRef], *, packed: bool = False) -> Fetch:
         """`fetch`."""
         attempts = [Attempt(name) for name in names]
         frame = self.fetch(attempts, packed=packed)
         self.by_number |= {attempt.number: attempt for attempt in attempts}
         return Fetch(frame, [attempt.number for attempt in attempts], attempts[0].shared)
 
-    def ask_one(self, name: Named) -> Asked:
+    def ask_one(self, name: SlotRef) -> Asked:
         """`fetch_one`."""
         attempt = Attempt(name)
         frame = self.fetch_one(attempt)
         self.by_number[attempt.number] = attempt
-        return Asked(frame, attempt.number)
+        return Asked(frame, attempt.number, name.nbytes)
 
     def judge(self, number: int, message: Message) -> None:
         """`verify`."""
@@ -57,10 +59,11 @@ class NumberedSession(ClientSession):
         named = self.named + names
         return named <= self.window.attempts and (self.named_bytes + nbytes <= self.window.nbytes or named == 1)
 
-    def on_offer(self, attempt: int, message: Message) -> Offer:
-        """An attempt is given for each payload at once."""
-        offer = super().on_offer(attempt, message)
-        for payload in offer.payloads:
-            taken = self.by_number[payload.attempt] = Attempt(payload)
-            self.receive(payload, taken)
-        return offer
+    def receive_offer(self, attempt: int, message: Message) -> list[Attempt]:
+        """`on_offer` and `receive`: the attempts of what the server has picked."""
+        offer = self.on_offer(attempt, message)
+        names = [(one.slot, one.generation, one.nbytes, one.checksum) for one in offer.payloads]
+        attempts = [Attempt(ref_to(offer.ring_id, *name, offer.fingerprint)) for name in names]
+        self.receive(offer, attempts)
+        self.by_number |= {taken.number: taken for taken in attempts}
+        return attempts

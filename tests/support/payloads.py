@@ -1,12 +1,37 @@
-"""Payloads as a ring writes them, without a ring."""
+"""Payloads as a ring writes them, their references and answers, without a ring."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
 
-from ucxx_transport.schema import Schema
+from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.tensors import copy_fields, view_fields
+from ucxx_transport.wire.codec import encode_reply
+from ucxx_transport.wire.frames import ReplyHeader, Status
+
+
+def ref_to(  # noqa: PLR0917 - the words of its name, in their order
+    ring_id: bytes, slot: int, generation: int, nbytes: int, checksum: int | None = None, fingerprint: int = 0
+) -> SlotRef:
+    """The reference of a payload of a raw ring that nobody has to find."""
+    return SlotRef(
+        ring_id=ring_id,
+        ring_name="ring",
+        slot=slot,
+        generation=generation,
+        nbytes=nbytes,
+        host_id="host",
+        fingerprint=fingerprint,
+        checksum=checksum,
+    )
+
+
+def answer_with(ref: SlotRef, body: bytes, **changes: object) -> bytes:
+    """A whole and proper answer that brings a payload, as it lies in its slot, but for the `changes` in its header."""
+    name = ref.ring_id, ref.slot, ref.generation, ref.checksum, ref.fingerprint
+    header = ReplyHeader(Status.OK, len(body), *name)._replace(**changes)  # type: ignore[arg-type]  # fields, by name
+    return encode_reply(header, body)
 
 
 def pack_into(schema: Schema, memory: bytearray, tree: Mapping[str, object]) -> int:

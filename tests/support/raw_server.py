@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from tests.support.payloads import answer_with
 from ucxx_transport import SlotRef, TransportError
 from ucxx_transport.link.base import Endpoint, Operation
 from ucxx_transport.link.reactor import Reactor
@@ -92,17 +93,8 @@ def welcome(*, attempts: int = 64, nbytes: int = 1 << 30, token_required: bool =
 
 def answer_to(ref: SlotRef, **changes: object) -> bytes:
     """A whole and proper answer with a payload, but for the `changes` in its header; the body is as long."""
-    header = ReplyHeader(
-        status=Status.OK,
-        nbytes=ref.nbytes,
-        ring_id=ref.ring_id,
-        slot=ref.slot,
-        generation=ref.generation,
-        checksum=ref.checksum,
-        fingerprint=ref.fingerprint,
-    )
-    changed = header._replace(**changes)  # type: ignore[arg-type]  # fields of the header, by name
-    return encode_reply(changed, payload_of(replace(ref, nbytes=changed.nbytes)))
+    nbytes = changes.get("nbytes", ref.nbytes)
+    return answer_with(ref, payload_of(replace(ref, nbytes=nbytes)), **changes)  # type: ignore[arg-type]  # an int
 
 
 class Port:

@@ -26,7 +26,6 @@ from ucxx_transport.client.line import Line
 from ucxx_transport.client.ports import FRAMING_BYTES, OWN_WINDOW_BYTES, PortKey, next_request
 from ucxx_transport.errors import BusyError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.schema import Schema
-from ucxx_transport.wire.client_side import DESCRIBE_RECEIVE_BYTES
 from ucxx_transport.wire.codec import clear_trailer, seal_of
 from ucxx_transport.wire.frames import MAX_CHANNEL, SHORTEST_BYTES, TRAILER_BYTES
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.jobs import Errand
     from ucxx_transport.link.base import Operation
     from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Asked, Offered
+    from ucxx_transport.wire.actions import Asked, Offer
 
 
 class Connection(Line):
@@ -166,9 +165,9 @@ class Connection(Line):
         except TransportError as error:
             self.fail(error)
 
-    def receive(self, offered: Sequence[Offered], reads: list[Read]) -> None:
+    def receive(self, offer: Offer, reads: list[Read]) -> None:
         """Receive what the server has picked, each payload for its read; one without a job is given back."""
-        self._describe(offered[0].ring_id, offered[0].fingerprint)
+        self._describe(offer.ring_id, offer.fingerprint)
         try:
             for read in reads:
                 self._lend_to(read)
@@ -178,9 +177,9 @@ class Connection(Line):
                     self._engine.fail(read, copy_of(error))
             self.fail(error)
             return
-        for named, read in zip(offered, reads, strict=True):
-            self.session.receive(named, read)
-            self.asked_bytes += named.nbytes
+        self.session.receive(offer, reads)
+        for read in reads:
+            self.asked_bytes += read.ref.nbytes
         self._engine.orphans.update(read for read in reads if read.job is None)
         self._post(None, reads, [(read.view, [read], read.number) for read in reads])
 
@@ -290,7 +289,7 @@ class Connection(Line):
         def described(asked: Asked, answer: memoryview) -> None:
             error: TransportError | None = None
             try:
-                self._schemas[fingerprint] = _schema_in(self.session.described(asked.attempt, answer), fingerprint)
+                self._schemas[fingerprint] = _schema_in(self.session.answered(asked.attempt, answer), fingerprint)
                 del self._undescribed[key]
             except TransportError as caught:
                 if self.session.broken:
@@ -305,7 +304,7 @@ class Connection(Line):
                 self._engine.arrived(self, waiting)
             self.after_answers()
 
-        self.ask(self.session.describe(ring_id), DESCRIBE_RECEIVE_BYTES, described)
+        self.ask(self.session.describe(ring_id), described)
 
     # --- Errands, the end ---
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.process import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.logs import get_logger
-from ucxx_transport.wire.client_side import BYE_RECEIVE_BYTES, CONFIRM_RECEIVE_BYTES
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
@@ -32,9 +31,8 @@ if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientCounters
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.schema import Schema
+    from ucxx_transport.schema import Schema, SlotRef
     from ucxx_transport.wire.actions import Asked
-    from ucxx_transport.wire.codec import Named
 
 UNSETTLED_PER_RING: Final = 1024
 UNSETTLED_RINGS: Final = 256
@@ -80,7 +78,7 @@ class Connections:
         self.waiting: deque[Carrier] = deque()
         self.ending: set[Carrier] = set()
         self.schemas: dict[int, Schema | None] = {0: None}
-        self.unsettled: OrderedDict[bytes, deque[Named]] = OrderedDict()
+        self.unsettled: OrderedDict[bytes, deque[SlotRef]] = OrderedDict()
         self.closed = False
         self._connect = connect
         self._opening: set[Carrier] = set()
@@ -209,7 +207,7 @@ class Connections:
         while self.ending:
             self.ending.pop().send_ends()
 
-    def owe(self, names: Iterable[Named]) -> None:
+    def owe(self, names: Iterable[SlotRef]) -> None:
         """Remember payloads that are ours, or are not wanted, of which a server may not know."""
         for name in names:
             self.unsettled.setdefault(name.ring_id, deque(maxlen=UNSETTLED_PER_RING)).append(name)
@@ -225,9 +223,9 @@ class Connections:
                 self.owe(some)
             else:
                 asked = connection.session.confirm(some)
-                connection.ask(asked, CONFIRM_RECEIVE_BYTES, partial(self._confirmed, connection, some))
+                connection.ask(asked, partial(self._confirmed, connection, some))
 
-    def _confirmed(self, connection: Carrier, names: list[Named], asked: Asked, answer: memoryview) -> None:
+    def _confirmed(self, connection: Carrier, names: list[SlotRef], asked: Asked, answer: memoryview) -> None:
         """A server has heard it; of what it could not look at, it hears again with the next read."""
         try:
             statuses = connection.session.confirmed(asked.attempt, answer)
@@ -244,13 +242,13 @@ class Connections:
         awaited = {connection for connection in self.known.values() if connection.is_open}
 
         def said(connection: Carrier, asked: Asked, answer: memoryview) -> None:
-            connection.session.farewell(asked.attempt, answer)
+            connection.session.answered(asked.attempt, answer)
             awaited.discard(connection)
             if not awaited:
                 goodbye.finish()
 
         for connection in tuple(awaited):
-            connection.ask(connection.session.bye(), BYE_RECEIVE_BYTES, partial(said, connection))
+            connection.ask(connection.session.bye(), partial(said, connection))
         if awaited:
             self.reactor.call_at(self.reactor.now() + GOODBYE_TIMEOUT_S, goodbye.finish)
         else:

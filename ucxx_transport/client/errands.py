@@ -26,8 +26,7 @@ from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError,
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.envelope import checked_meta, meta_of, unpack_envelope
 from ucxx_transport.schema.slot_ref import common_of, renumbered
-from ucxx_transport.wire.client_side import CONFIRM_RECEIVE_BYTES
-from ucxx_transport.wire.frames import MAX_NAMES, Status, offer_receive_bytes
+from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.jobs import Carrier
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.wire.actions import Asked, Offered
+    from ucxx_transport.wire.actions import Asked, Offer
 
 Selector = Literal["oldest", "newest"]
 TakeIn = Callable[["Carrier", int, memoryview], None]
@@ -95,10 +94,10 @@ class SourceCall(Call, ABC):
     def say(self, connection: Carrier) -> None:
         """The connection is open: `send` something."""
 
-    def send(self, connection: Carrier, asked: Asked, receive_bytes: int, take_in: TakeIn) -> None:
+    def send(self, connection: Carrier, asked: Asked, take_in: TakeIn) -> None:
         """Send a frame; `take_in` is called with the connection, the frame's number and the answer."""
         connection.errands.append(self)
-        connection.ask(asked, receive_bytes, partial(self._answered, connection, take_in))
+        connection.ask(asked, partial(self._answered, connection, take_in))
 
     def lost(self, connection: Carrier, error: TransportError) -> None:
         """See `Errand`: ask again a little later, another port where there is one."""
@@ -177,7 +176,7 @@ class Take(SourceCall):
         wait_s = max(0.0, min(self.wait_until_s - now, MAX_WAIT_S, (self._asked_until_s - now) / 2))
         wait_ms = math.ceil(wait_s * 1000)
         asked = connection.session.take(self.max_payloads, self.max_bytes, newest=self.newest, wait_ms=wait_ms)
-        self.send(connection, asked, offer_receive_bytes(self.max_payloads), self._offered)
+        self.send(connection, asked, self._offered)
 
     def result(self) -> list[Payload]:
         """What has come, once it is done, or the error."""
@@ -199,12 +198,12 @@ class Take(SourceCall):
         """A server has answered, with what it has picked or why it has picked nothing."""
         offer, is_wanted = connection.session.on_offer(attempt, answer), connection is self._connection
         if offer.payloads and is_wanted:
-            self._receive(connection, offer.payloads)
+            self._receive(connection, offer)
         elif offer.payloads:
-            refs = self._references(offer.payloads, [None] * len(offer.payloads))
+            refs = self._references(offer, [None] * len(offer.payloads))
             source = self._dispatch.ports.source(connection.key[0], refs[0].ports)
             reads = [Read(None, index, ref, source, self.until_s) for index, ref in enumerate(refs)]
-            connection.receive(offer.payloads, reads)  # to be given back
+            connection.receive(offer, reads)  # to be given back
         elif offer.reason and is_wanted:
             self.end(ConfigError(f"{offer.reason}; raise max_bytes", field="max_bytes"))
         elif is_wanted and self._dispatch.now() < self.wait_until_s:
@@ -213,12 +212,12 @@ class Take(SourceCall):
         elif is_wanted:
             self.end(None)
 
-    def _receive(self, connection: Carrier, offered: Sequence[Offered]) -> None:
+    def _receive(self, connection: Carrier, offer: Offer) -> None:
         """Payloads are on their way: they are the reads of a job."""
         self._connection, self.due_s = None, math.inf
         try:
-            records = [unpack_envelope(each.envelope) for each in offered]
-            refs = self._references(offered, records)
+            records = [unpack_envelope(each.envelope) for each in offer.payloads]
+            refs = self._references(offer, records)
         except TransportError as error:
             self.end(error)
             connection.fail(error)
@@ -231,16 +230,16 @@ class Take(SourceCall):
             read.alternate = others[0] if others else None
         source.under_way += len(refs)
         self._dispatch.jobs.add(job)
-        connection.receive(offered, [*job.reads.values()])
+        connection.receive(offer, [*job.reads.values()])
 
-    def _references(self, offered: Sequence[Offered], records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
+    def _references(self, offer: Offer, records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
         """What was picked, by reference; a ProtocolError where what its writer said is malformed."""
-        source, (first, *_) = self.source, offered
-        if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (first.ring_id, first.fingerprint):
+        source = self.source
+        if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (offer.ring_id, offer.fingerprint):
             template = source
         else:
             template = SlotRef(
-                ring_id=first.ring_id,
+                ring_id=offer.ring_id,
                 ring_name=source.ring_name,
                 slot=0,
                 generation=0,
@@ -248,12 +247,12 @@ class Take(SourceCall):
                 host_id=source.host_id,
                 host=source.host,
                 ports=tuple(source.ports),
-                fingerprint=first.fingerprint,
+                fingerprint=offer.fingerprint,
             )
         common = common_of(template)
         return [
             renumbered(common, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0])
-            for each, record in zip(offered, records, strict=True)
+            for each, record in zip(offer.payloads, records, strict=True)
         ]
 
     def _came(self, records: Sequence[Mapping[str, object] | None], job: Job) -> None:
@@ -282,7 +281,7 @@ class RingDiscard(SourceCall):
         """See `SourceCall`."""
         names = tuple(self._left.values())[:MAX_NAMES]
         asked = connection.session.confirm(names)
-        self.send(connection, asked, CONFIRM_RECEIVE_BYTES, partial(self._confirmed, names))
+        self.send(connection, asked, partial(self._confirmed, names))
 
     def end(self, error: TransportError | None) -> None:
         """See `SourceCall`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import PeerLostError, TransportError
 from ucxx_transport.link.base import DATA_PORT_SILENT, loopback_hint
-from ucxx_transport.wire.client_side import HANDSHAKE_RECEIVE_BYTES, ClientSession
+from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class Line(ABC):
         """See `EndpointEvents`."""
         self.fail(error)
 
-    def ask(self, asked: Asked, receive_bytes: int, on_answer: Callable[[Asked, memoryview], None]) -> None:
+    def ask(self, asked: Asked, on_answer: Callable[[Asked, memoryview], None]) -> None:
         """Send a frame whose answer is small, and of which nothing is reused."""
-        answer = memoryview(bytearray(receive_bytes))
+        answer = memoryview(bytearray(asked.receive_bytes))
 
         def arrived(operation: Operation) -> None:
             if self.closed:
@@ -117,7 +117,7 @@ class Line(ABC):
         except TransportError as error:
             self.fail(error)
             return
-        self.ask(self.session.hello(), HANDSHAKE_RECEIVE_BYTES, self._welcomed)
+        self.ask(self.session.hello(), self._welcomed)
 
     def _too_slow_to_open(self) -> None:
         if self._reactor.now() - self._due_s > OWN_DELAY_S:
@@ -137,7 +137,7 @@ class Line(ABC):
         if challenge is None:
             self._greeted()
         else:
-            self.ask(challenge, HANDSHAKE_RECEIVE_BYTES, self._authenticated)
+            self.ask(challenge, self._authenticated)
 
     def _authenticated(self, _: Asked, answer: memoryview) -> None:
         self.session.on_authenticated(answer)

@@ -27,12 +27,14 @@ All names of a frame are of one ring; it takes as many of a queue as the windows
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
-from ucxx_transport.wire.codec import Named
 from ucxx_transport.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES, Window
+
+if TYPE_CHECKING:
+    from ucxx_transport.schema import SlotRef
 
 REMEMBERED_SOURCES: Final = 4096
 """Sources whose position is remembered; beyond it the longest unused starts again at its first port."""
@@ -196,7 +198,7 @@ class Queued(Protocol):
     @property
     def job(self) -> object | None: ...
     @property
-    def ref(self) -> Named: ...
+    def ref(self) -> SlotRef: ...
 
 
 class Windows(Protocol):

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
-from ucxx_transport.server.slots import NO_EPOCH, status_of
+from ucxx_transport.server.slots import MAX_PACK_BUFFERS, NO_EPOCH, status_of
 from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
 from ucxx_transport.wire.server_side import Phase
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ucxx_transport.link.base import Endpoint, Message, Operation
-    from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.server.slots import Slots
     from ucxx_transport.wire.actions import Action, Take
@@ -41,16 +40,11 @@ FRAMES_POSTED: Final = 4
 """Receives for frames: a client's next ones arrive while one is handled."""
 
 MAX_FRAMES: Final = 256
-"""Frames that have arrived and are not handled yet: more than an end and a name for each attempt of both windows."""
-
-MAX_LATE_FRAMES: Final = 64
-"""Frames that are taken in behind the last answered one: a client's whole window may be on its way, no flood."""
+"""Frames that have arrived and are not handled: more than an end and a name for each attempt of both windows. Those
+behind the last answer never are: a client's whole window may be on its way, no flood."""
 
 MAX_COPIED_BYTES: Final = 512 << 10
 """Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
-
-MAX_PACK_BUFFERS: Final = 16
-"""Kept by a port for further packed payloads."""
 
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING: Final = Phase.CLOSING
@@ -64,53 +58,37 @@ _COUNTED: Final = {
 }
 
 
-class Host(Protocol):
-    """What a connection needs of its port.
-
-    Attributes:
-        pack_buffers: for packed payloads, those that are not in use.
-    """
-
-    reactor: Reactor
-    slots: Slots
-    pack_buffers: list[bytearray]
-
-    def wait(self, connection: Connection, take: Take) -> None:
-        """Call `answer_take` again and again until it has answered."""
-
-    def forget(self, connection: Connection) -> None:
-        """The connection is closed, and holds nothing any more."""
-
-
 class Connection:
     """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit; it hears the endpoint's events.
 
     Args:
-        port: whose connection it is.
+        slots: of its port.
         session: its half of the protocol.
         endpoint: its own from now on.
-        is_admitted: False above the limit of connections: it only waits for its BUSY.
+        wait: for a TAKE: call `answer_take` again and again until it has answered.
+        forget: called once it is closed, and holds nothing any more.
 
     Attributes:
         is_closing: nothing is served any more.
     """
 
-    __slots__ = (
-        *("_arrived", "_copied_bytes", "_endpoint", "_is_deferred", "_late_frames", "_port", "_reactor", "_receives"),
-        *("_slots", "_turn", "is_admitted", "is_closing", "session"),
-    )
-
-    def __init__(self, port: Host, session: ServerSession, endpoint: Endpoint, *, is_admitted: bool) -> None:
-        self._port = port
-        self._slots, self._reactor = port.slots, port.reactor
+    def __init__(
+        self,
+        slots: Slots,
+        session: ServerSession,
+        endpoint: Endpoint,
+        wait: Callable[[Connection, Take], None],
+        forget: Callable[[Connection], None],
+    ) -> None:
+        self._slots, self._reactor = slots, slots.reactor
         self.session = session
-        self.is_admitted = is_admitted
+        self._wait, self._forget = wait, forget
         self.is_closing = self._is_deferred = False
         self._endpoint = endpoint
         endpoint.channels = 1
         self._receives: deque[tuple[Operation, Message, bytearray]] = deque()
         self._turn = -1
-        self._arrived = self._copied_bytes = self._late_frames = 0  # the first: frames that are not handled yet
+        self._arrived = self._copied_bytes = 0  # the first: frames that are not handled yet
 
     def open(self) -> None:
         """Begin to take frames."""
@@ -164,22 +142,18 @@ class Connection:
 
     def _serve_next(self) -> None:
         """Handle the next frame, if it has arrived; unless it brings ends alone, the one behind it has a later turn."""
-        if self._copied_bytes >= MAX_COPIED_BYTES or self.is_closing or not self._arrived:
+        receives, session = self._receives, self.session
+        if self._copied_bytes >= MAX_COPIED_BYTES or self.is_closing or not self._arrived or session.phase is _CLOSING:
             return
-        reactor, receives, session = self._reactor, self._receives, self.session
         _, message, frame = receives.popleft()
         self._arrived -= 1
-        now = reactor.now()
+        now = self._reactor.now()
         try:
             actions = session.receive(frame, now)
             if actions:
                 self._perform(actions, now)
             else:
-                self._turn = reactor.turns
-                if session.phase is _CLOSING:  # the client closes, or the sweep does; one that goes on is cut off
-                    self._late_frames += 1
-                    if self._late_frames == MAX_LATE_FRAMES:
-                        self.close()
+                self._turn = self._reactor.turns
             if len(receives) < FRAMES_POSTED and not self.is_closing:
                 receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
         except Exception as error:  # noqa: BLE001 - the edge of a callback: one connection's bug leaves the port up
@@ -209,7 +183,7 @@ class Connection:
             elif isinstance(action, Reply):
                 self.reply(action)
             elif not self.answer_take(action):
-                self._port.wait(self, action)
+                self._wait(self, action)
 
     def _defer(self) -> None:
         if not self._is_deferred:
@@ -246,8 +220,7 @@ class Connection:
     def _serve_packed(self, serve: Serve) -> None:
         """Copy the slots into one message, and send that."""
         slots, acquired, offset = self._slots, [], 0
-        buffers = self._port.pack_buffers
-        buffer = buffers.pop() if buffers else bytearray(PACK_BYTES)
+        buffer = slots.pack_buffers.pop() if slots.pack_buffers else bytearray(PACK_BYTES)
         room = memoryview(buffer)
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
@@ -259,9 +232,7 @@ class Connection:
                 room[offset:end] = self.session.refused_part(attempt, status_of(error), error.message)
             offset = end
         slots.counters.add("packed", len(acquired))
-        send = self._send_copied(room[:offset], serve.shared, partial(self._on_packed_sent, acquired, buffer))
-        for attempt in acquired:
-            attempt.send = send
+        self._send_copied(room[:offset], serve.shared, acquired, buffer)
 
     def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
         if operation.error is not None:
@@ -270,17 +241,6 @@ class Connection:
                 return  # UCX has not released the slot, although the connection ends
         if self.session.sent(attempt, self._reactor.now()):
             self._slots.finish(attempt)
-
-    def _on_packed_sent(self, attempts: Sequence[Attempt], buffer: bytearray, operation: Operation) -> None:
-        port = self._port
-        if operation.error is not None:
-            self.close()
-        if operation.completed:
-            if len(port.pack_buffers) < MAX_PACK_BUFFERS:
-                port.pack_buffers.append(buffer)
-            for attempt in self.session.sent_shared(attempts, self._reactor.now()):
-                self._slots.finish(attempt)
-        self._copy_left(operation)
 
     # --- What is no FETCH ---
 
@@ -315,34 +275,40 @@ class Connection:
     def reply(self, reply: Reply) -> None:
         """Send an answer that is no payload."""
         self._count(reply.status)
-        self._send_copied(reply.message, reply.channel, self._on_replied)
+        self._send_copied(reply.message, reply.channel)
 
-    def _send_copied(self, message: object, channel: int, on_sent: Callable[[Operation], None]) -> Operation:
-        """Send what is no slot's."""
+    def _send_copied(
+        self, message: object, channel: int, attempts: Sequence[Attempt] = (), buffer: bytearray | None = None
+    ) -> None:
+        """Send what is no slot's: a reply, or what of these attempts has been copied into the buffer."""
         send = self._endpoint.post_send(message, channel=channel)
         self._copied_bytes += send.nbytes
+        for attempt in attempts:
+            attempt.send = send
         if send.completed:
-            on_sent(send)
+            self._on_copied_sent(attempts, buffer, send)
         else:
-            send.on_done = on_sent
-        return send
+            send.on_done = partial(self._on_copied_sent, attempts, buffer)
 
-    def _on_replied(self, operation: Operation) -> None:
-        self.session.replied()
+    def _on_copied_sent(self, attempts: Sequence[Attempt], buffer: bytearray | None, operation: Operation) -> None:
+        session, slots = self.session, self._slots
+        self._copied_bytes -= operation.nbytes
+        if operation.completed:
+            session.replied()
+            if buffer is not None and len(slots.pack_buffers) < MAX_PACK_BUFFERS:
+                slots.pack_buffers.append(buffer)
+            for attempt in attempts:
+                if session.sent(attempt, self._reactor.now()):
+                    slots.finish(attempt)
         if operation.error is not None:
             self.close()
-        self._copy_left(operation)
+        elif self._arrived:
+            self._defer()
 
     def _count(self, status: Status) -> None:
         counter = _COUNTED.get(status)
         if counter is not None:
             self._slots.counters.add(counter)
-
-    def _copy_left(self, operation: Operation) -> None:
-        was_full = self._copied_bytes >= MAX_COPIED_BYTES
-        self._copied_bytes -= operation.nbytes
-        if was_full and self._copied_bytes < MAX_COPIED_BYTES:
-            self._defer()
 
     # --- The end ---
 
@@ -375,7 +341,7 @@ class Connection:
         del clean  # what has not ended is looked at one by one
         for attempt in (*self.session.in_flight.values(), *self.session.leaving.values()):
             self._slots.abandon(attempt)
-        self._port.forget(self)
+        self._forget(self)
 
 
 def _offered(lease: ReadLease) -> OfferedPayload:

@@ -73,21 +73,18 @@ class Port:
 
     Attributes:
         slots: of the ring.
-        pack_buffers: see `connection.Host`.
     """
 
     def __init__(self, ring: SharedRingBuffer, settings: ServerConfig, index: int, reactor: Reactor) -> None:
-        self.reactor = reactor
+        self._reactor = reactor
         self._counters = PortCounters(ring.server_words, index)
         self.slots = Slots(ring, self._counters, reactor)
-        self.pack_buffers: list[bytearray] = []
         self._source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=ring.schema_bytes)
         self._settings = settings
         self._reclaims = index == 0
         self._listener: Listener | None = None
         self._is_stopping = False
         self._connections: dict[Connection, None] = {}
-        self._admitted = 0
         self._waiting: list[tuple[Connection, Take]] = []
         self._pause_s = SOON_S
         self._sweeper: Timer | None = None
@@ -103,7 +100,7 @@ class Port:
         self._listener = self._listen(candidates)
         self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0
-        self._reclaim_s = self.reactor.now()
+        self._reclaim_s = self._reactor.now()
         self._beat()
         return self._listener.port
 
@@ -128,23 +125,10 @@ class Port:
         self._counters.retire()
         self.slots.retire()
 
-    # --- For connections, see `connection.Host` ---
-
-    def wait(self, connection: Connection, take: Take) -> None:
-        if not self._waiting:
-            self._pause_s = SOON_S
-            self._look_later()
-        self._waiting.append((connection, take))
-
-    def forget(self, connection: Connection) -> None:
-        del self._connections[connection]
-        self._admitted -= connection.is_admitted
-        self._counters.words[CONNECTIONS] = len(self._connections)
-
     # --- Callbacks ---
 
     def _listen(self, candidates: Sequence[int]) -> Listener:
-        link, last = self.reactor.link, None
+        link, last = self._reactor.link, None
         for port in candidates:
             try:
                 return link.listen(port, self._admit)
@@ -160,20 +144,29 @@ class Port:
         if self._is_stopping:
             return None
         self._counters.add("accepted")
-        # Those that only wait for their BUSY do not count.
-        is_admitted = self._admitted < self._settings.max_connections
+        admitted = sum(connection.session.is_admitted for connection in self._connections)
+        is_admitted = admitted < self._settings.max_connections
         if not is_admitted:
             self._counters.add("refused")
-            if len(self._connections) - self._admitted >= BUSY_ANSWERS:
+            if len(self._connections) - admitted >= BUSY_ANSWERS:
                 return None
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        session = ServerSession(self._source, self._settings, nonce=nonce, now=self.reactor.now(), admitted=is_admitted)
-        connection = Connection(self, session, endpoint, is_admitted=is_admitted)
+        now, nonce = self._reactor.now(), secrets.token_bytes(NONCE_BYTES)
+        session = ServerSession(self._source, self._settings, nonce=nonce, now=now, is_admitted=is_admitted)
+        connection = Connection(self.slots, session, endpoint, self._wait, self._forget)
         self._connections[connection] = None
-        self._admitted += is_admitted
         self._counters.words[CONNECTIONS] = len(self._connections)
         connection.open()
         return connection
+
+    def _forget(self, connection: Connection) -> None:
+        del self._connections[connection]
+        self._counters.words[CONNECTIONS] = len(self._connections)
+
+    def _wait(self, connection: Connection, take: Take) -> None:
+        if not self._waiting:
+            self._pause_s = SOON_S
+            self._look_later()
+        self._waiting.append((connection, take))
 
     def _look(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -189,13 +182,13 @@ class Port:
             self._look_later()
 
     def _look_later(self) -> None:
-        self.reactor.call_at(self.reactor.now() + self._pause_s, self._look)
+        self._reactor.call_at(self._reactor.now() + self._pause_s, self._look)
 
     def _sweep(self) -> None:
         self._beat()  # before the ring's lock is waited for, once a turn
         try:
-            now = self.reactor.now()
-            before, self._accepts_failed = self._accepts_failed, self.reactor.link.counters.accepts_failed
+            now = self._reactor.now()
+            before, self._accepts_failed = self._accepts_failed, self._reactor.link.counters.accepts_failed
             self._counters.add("accepts_failed", self._accepts_failed - before)
             for connection in list(self._connections):
                 when_s, counter = connection.session.limit()
@@ -212,7 +205,7 @@ class Port:
 
     def _beat(self) -> None:
         self._counters.words[BEAT] = time.monotonic_ns()
-        self._sweeper = self.reactor.call_at(self.reactor.now() + SWEEP_INTERVAL_S, self._sweep)
+        self._sweeper = self._reactor.call_at(self._reactor.now() + SWEEP_INTERVAL_S, self._sweep)
 
 
 class PortThread:

@@ -33,6 +33,9 @@ MAX_ANSWERS: Final = 4096
 MAX_SPARE: Final = 128
 """Leases that are kept for further attempts: making one costs 2 µs."""
 
+MAX_PACK_BUFFERS: Final = 16
+"""Kept for further packed payloads."""
+
 CLOGGED: Final = 8
 """The part of the ring that stuck sends may hold."""
 
@@ -60,6 +63,7 @@ class Slots:
 
     Attributes:
         words: of the counters. awaited: one word, not 0 while the source waits for its epoch.
+        pack_buffers: for packed payloads, those that are not in use.
         is_clogged: UCX has not ended the sends of so many slots that only the end of this process can give them back.
     """
 
@@ -69,7 +73,8 @@ class Slots:
         self.awaited = ring.server_words[AWAITED : AWAITED + 1]
         self._answers: dict[tuple[int, int], Answer] = {}
         self._ring = ring
-        self._reactor = reactor
+        self.reactor = reactor
+        self.pack_buffers: list[bytearray] = []
         self.is_clogged = False
         self._locked_turn = -1
         self._kept: list[Attempt] = []
@@ -78,14 +83,14 @@ class Slots:
     @property
     def is_locked(self) -> bool:
         """Whether the ring's lock was waited for in vain in this turn: others wait too, so not again."""
-        return self._locked_turn == self._reactor.turns
+        return self._locked_turn == self.reactor.turns
 
     def acquire(self, attempt: Attempt, reader: int) -> Answer:
         """Enter the attempt at its slot; the answer that this is, or a TransportError, see `status_of`."""
         self.words[REQUESTS] += 1
         if self.awaited[0]:
             raise errors.NotReadyError(NO_EPOCH)
-        if self._locked_turn == self._reactor.turns:
+        if self._locked_turn == self.reactor.turns:
             raise errors.BusyError(_LOCKED)
         slot, nbytes = attempt.slot, attempt.nbytes
         try:
@@ -107,7 +112,7 @@ class Slots:
             if len(self._answers) >= MAX_ANSWERS:
                 del self._answers[next(iter(self._answers))]
             memory = cast("ReadLease", attempt.lease).message
-            known = self._answers[attempt.slot, attempt.nbytes] = Answer(self._reactor.link.message(memory), memory)
+            known = self._answers[attempt.slot, attempt.nbytes] = Answer(self.reactor.link.message(memory), memory)
         return known
 
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
@@ -147,7 +152,7 @@ class Slots:
         lease = attempt.lease
         if lease is None:
             return
-        if self._locked_turn == self._reactor.turns:
+        if self._locked_turn == self.reactor.turns:
             self._kept.append(attempt)
             return
         try:
@@ -225,7 +230,7 @@ class Slots:
 
     def _note_lock(self, error: TransportError) -> None:
         if isinstance(error, errors.DeadlineExceededError):
-            self._locked_turn = self._reactor.turns
+            self._locked_turn = self.reactor.turns
 
 
 def _is_over(attempt: Attempt) -> bool:

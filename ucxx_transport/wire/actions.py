@@ -15,35 +15,26 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, TypeAlias
 
-from ucxx_transport.wire.frames import MAX_CHANNEL, Status
+from ucxx_transport.wire.frames import MAX_CHANNEL, OfferedPayload, Status
 
 
 class Asked(NamedTuple):
-    """A frame to send, and the attempt whose channel brings its answer."""
+    """A frame to send, the attempt whose channel brings its answer, and the room that this needs."""
 
     frame: bytes
     attempt: int
-
-
-class Offered(NamedTuple):
-    """A payload that the server has picked, and the attempt on whose channel it comes."""
-
-    attempt: int
-    ring_id: bytes
-    slot: int
-    generation: int
-    nbytes: int
-    checksum: int | None
-    fingerprint: int
-    commit_time_ns: int
-    envelope: bytes
+    receive_bytes: int
 
 
 class Offer(NamedTuple):
-    """The answer to a TAKE; without payloads, `reason` may say why."""
+    """The answer to a TAKE, by attempt and sequence: what the server has picked; where that is nothing, maybe why."""
 
-    payloads: list[Offered]
-    reason: str
+    attempt: int
+    sequence: int
+    ring_id: bytes
+    fingerprint: int
+    payloads: list[OfferedPayload]
+    reason: str = ""
 
 
 class Lease(Protocol):
@@ -114,8 +105,8 @@ class Reply(NamedTuple):
 class Serve(NamedTuple):
     """Acquire each slot and send it on its attempt's channel, or all in one message on channel `shared` (if not 0).
 
-    When a message has left: `sent()`, or `sent_shared()` for all. A name that the ring refuses: `refused()` instead,
-    or in a shared message `refused_part()` in its place.
+    When a message has left: `sent()` for each in it, and `replied()` for a shared one. A name that the ring refuses:
+    `refused()` instead, or in a shared message `refused_part()` in its place.
     """
 
     attempts: list[Attempt]

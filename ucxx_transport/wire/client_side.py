@@ -2,7 +2,7 @@
 
 ```
  phase       call               -> phase      what the caller does
- GREETING    hello()               GREETING   sends the frame; posts HANDSHAKE_RECEIVE_BYTES on the attempt's channel
+ GREETING    hello()               GREETING   sends the frame; posts a receive on the attempt's channel
  GREETING    on_welcome()          OPEN       no token configured
  GREETING    on_welcome()          CHALLENGED a token is configured: sends the AUTH frame likewise
  CHALLENGED  on_authenticated()    OPEN
@@ -16,21 +16,20 @@ long as no later answer has proved that the server handled the frame with its en
 
 from __future__ import annotations
 
+import hmac
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from ucxx_transport.errors import ProtocolError
+from ucxx_transport.errors import AuthenticationError, ProtocolError
 from ucxx_transport.wire import codec, frames
-from ucxx_transport.wire.actions import Asked, Offer, Offered
-from ucxx_transport.wire.codec import Message, Named, Seal, encode_fetch, pack_one_end, pack_one_name, seal_of
+from ucxx_transport.wire.actions import Asked, Offer
+from ucxx_transport.wire.codec import Message, Seal, encode_frame, pack_one_end, pack_one_name, seal_of
 from ucxx_transport.wire.frames import END_MARK, HEADER_BYTES, MAX_CHANNEL, Frame, Kind, ReplyHeader, Status, Window
-from ucxx_transport.wire.handshake import WELCOME_BYTES, ClientHandshake
+from ucxx_transport.wire.handshake import token_mac, unpack_welcome
 
-HANDSHAKE_RECEIVE_BYTES: Final = frames.receive_bytes(WELCOME_BYTES)
-CONFIRM_RECEIVE_BYTES: Final = frames.receive_bytes(frames.MAX_NAMES)
-DESCRIBE_RECEIVE_BYTES: Final = frames.receive_bytes(frames.MAX_SCHEMA_BYTES)
-BYE_RECEIVE_BYTES: Final = frames.receive_bytes(0)
+if TYPE_CHECKING:
+    from ucxx_transport.schema import SlotRef
 
 _CONFIRMED: Final = {int(status): status for status in (Status.OK, Status.STALE, Status.BUSY)}
 
@@ -49,7 +48,7 @@ class Attempt:
     is_taken = has_arrived = False
     seal: Seal | None = None
 
-    def __init__(self, ref: Named) -> None:
+    def __init__(self, ref: SlotRef) -> None:
         self.ref = ref
 
 
@@ -69,19 +68,19 @@ class ClientSession:
     """
 
     def __init__(self, *, reader: int, nonce: bytes, token: bytes | None) -> None:
-        self._reader = reader
-        self._handshake = ClientHandshake(nonce=nonce, token=token)
+        self._reader, self._nonce, self._token = reader, nonce, token
+        self._proof = b""  # that the server knows the token
         self._last = 0  # attempt
         self._sequence = 0
-        self._awaited: dict[int, Attempt | tuple[int, int]] = {}  # by channel; of what is no payload number, sequence
+        self._awaited: dict[int, Attempt | int] = {}  # by channel; where it is no payload, the frame's sequence
         self._takes: dict[int, tuple[int, int]] = {}  # by attempt: payloads and bytes at most
-        self._confirms: dict[int, Sequence[Named]] = {}
+        self._confirms: dict[int, Sequence[SlotRef]] = {}
         self.named = 0
         self.named_bytes = 0
         self._taken = 0
         self.ends: list[int] = []
-        self._delivered: list[Named] = []  # of the ends that wait
-        self._unproved: deque[tuple[int, list[Named]]] = deque()  # by the sequence of the frame that brought the ends
+        self._delivered: list[SlotRef] = []  # of the ends that wait
+        self._unproved: deque[tuple[int, list[SlotRef]]] = deque()  # by the sequence of the frame that brought the ends
         self.is_open = self.broken = False
         self.window = Window(0, 0)
         self.ring_id = bytes(frames.RING_ID_BYTES)
@@ -90,7 +89,7 @@ class ClientSession:
 
     def hello(self) -> Asked:
         """The first frame; its answer is for `on_welcome`."""
-        return self._ask(Frame(Kind.HELLO, word=self._reader, secret=self._handshake.nonce))
+        return self._ask(Frame(Kind.HELLO, word=self._reader, secret=self._nonce))
 
     def on_welcome(self, message: Message) -> Asked | None:
         """Judge the answer to HELLO.
@@ -103,14 +102,23 @@ class ClientSession:
             ProtocolError, BusyError: as the server says, or it is not ours.
         """
         header, body = self._body_of(1, message)
-        self.window, mac = self._handshake.welcome(header, body)
+        server_nonce, self.window = unpack_welcome(body)
         self.ring_id = header.ring_id
-        self.is_open = mac is None
-        return None if mac is None else self._ask(Frame(Kind.AUTH, secret=mac))
+        token = self._token
+        if token is None:
+            if header.token_required:
+                raise AuthenticationError("the server asks for a token; set ClientConfig(token=…) to its secret")
+            self.is_open = True
+            return None
+        if not header.token_required:
+            raise AuthenticationError("this client has a token but the server asks for none; set ServerConfig(token=…)")
+        self._proof = token_mac(token, "server", self._nonce, server_nonce)
+        return self._ask(Frame(Kind.AUTH, secret=token_mac(token, "client", self._nonce, server_nonce)))
 
     def on_authenticated(self, message: Message) -> None:
         """Judge the answer to AUTH. An AuthenticationError: the server does not know the token, or refuses ours."""
-        self._handshake.authenticated(self._body_of(2, message)[1])
+        if not hmac.compare_digest(self._body_of(2, message)[1], self._proof):
+            raise AuthenticationError("the server does not know the token; it may be an impostor")
         self.is_open = True
 
     # --- Payloads by name ---
@@ -132,8 +140,8 @@ class ClientSession:
         number, shared, nbytes = self._last, 0, 0
         if packed:
             shared = number = self._number()
-            awaited[shared & MAX_CHANNEL] = (shared, sequence)
-        words: list[int] = []
+            awaited[shared & MAX_CHANNEL] = sequence
+        names: list[tuple[int, int, int, int, int]] = []
         for attempt in attempts:
             number += 1
             channel = number & MAX_CHANNEL
@@ -145,12 +153,13 @@ class ClientSession:
             attempt.is_taken = False
             ref = attempt.ref
             nbytes += ref.nbytes
-            words += (ref.slot, 0, ref.generation, number, ref.nbytes)
+            names.append((ref.slot, 0, ref.generation, number, ref.nbytes))
         self._last = number
         self.named += len(attempts)
         self.named_bytes += nbytes
         ends = self.ends and self._pass_ends(sequence)
-        return encode_fetch(sequence, attempts[0].ref.ring_id, 1 if packed else 0, shared, words, ends)
+        frame = Frame(Kind.FETCH, sequence, attempts[0].ref.ring_id, int(packed), shared, names=names, ends=ends)
+        return encode_frame(frame)
 
     def fetch_one(self, attempt: Attempt) -> bytes:
         """`fetch` of one that never was under way, in fewer steps: a read of a few KiB takes no longer than they do."""
@@ -237,34 +246,33 @@ class ClientSession:
             self._delivered = []
         if len(ends) == 1:
             return pack_one_end(sequence, self.ring_id, 0, 1, ends[0], END_MARK ^ sequence)
-        return encode_fetch(sequence, self.ring_id, 0, 0, (), ends)
+        return encode_frame(Frame(Kind.FETCH, sequence, self.ring_id, ends=ends))
 
     # --- Payloads without names ---
 
     def take(self, max_payloads: int, max_bytes: int, *, newest: bool = False, wait_ms: int = 0) -> Asked:
-        """Ask for what is there; post `offer_receive_bytes(max_payloads)` for the answer, which is for `on_offer`."""
+        """Ask for what is there. See `on_offer`."""
         attempt = self._number(max_payloads)
-        words = Frame(Kind.TAKE, 0, self.ring_id, int(newest), attempt, max_bytes, max_payloads, wait_ms)
-        asked = self._ask(words)
+        frame = Frame(Kind.TAKE, 0, self.ring_id, int(newest), attempt, max_bytes, max_payloads, wait_ms)
+        asked = self._ask(frame, 8 + max_payloads * (frames.OFFERED_BYTES + frames.MAX_ENVELOPE_BYTES))
         for number in range(attempt + 1, attempt + 1 + max_payloads):
-            self._awaited[number & MAX_CHANNEL] = (number, self._sequence)
+            self._awaited[number & MAX_CHANNEL] = self._sequence
         self._last = attempt + max_payloads
         self._takes[attempt] = (max_payloads, max_bytes)
         return asked
 
     def on_offer(self, attempt: int, message: Message) -> Offer:
-        """What the server has picked; a receive is to be posted for each, for an attempt that it is given (`receive`).
+        """What the server has picked; `receive` it at once.
 
         Raises:
             BusyError, NotReadyError, …: as the server says. ProtocolError: an offer that was not asked for.
         """
         sequence, header, body = self._answer(attempt, message)
         max_payloads, max_bytes = self._takes.pop(attempt)
-        numbers = range(attempt + 1, attempt + 1 + max_payloads)
-        for number in numbers:
+        for number in range(attempt + 1, attempt + 1 + max_payloads):
             del self._awaited[number & MAX_CHANNEL]
         if header.status is Status.EMPTY:
-            return Offer([], codec.error_text(message, header))
+            return Offer(attempt, sequence, header.ring_id, 0, [], codec.error_text(message, header))
         if header.status is not Status.OK:
             raise codec.error_of(header, message)
         self.broken = True
@@ -276,30 +284,23 @@ class ClientSession:
         ):
             raise ProtocolError("an offer is more than was asked for", payloads=len(picked))
         self.broken = False
-        self._taken += len(picked)
-        payloads = []
-        for number, (slot, generation, nbytes, checksum, time_ns, envelope) in zip(numbers, picked, strict=False):
-            self._awaited[number & MAX_CHANNEL] = (number, sequence)
-            name = number, header.ring_id, slot, generation, nbytes, checksum
-            payloads.append(Offered(*name, header.fingerprint, time_ns, envelope))
-        return Offer(payloads, "")
+        return Offer(attempt, sequence, header.ring_id, header.fingerprint, picked)
 
-    def receive(self, offered: Offered, attempt: Attempt) -> None:
-        """This attempt, none under way, is for a payload that the server has picked."""
-        channel = offered.attempt & MAX_CHANNEL
-        asked = self._awaited[channel]
-        assert isinstance(asked, tuple)
-        attempt.number, attempt.sequence = asked
-        attempt.shared, attempt.is_taken = 0, True
-        self._awaited[channel] = attempt
+    def receive(self, offer: Offer, attempts: Sequence[Attempt]) -> None:
+        """These attempts, none under way, are for what the server has picked, in order; post a receive for each."""
+        for number, attempt in enumerate(attempts, offer.attempt + 1):
+            attempt.number, attempt.sequence = number, offer.sequence
+            attempt.shared, attempt.is_taken = 0, True
+            self._awaited[number & MAX_CHANNEL] = attempt
+        self._taken += len(attempts)
 
     # --- Everything else ---
 
-    def confirm(self, named: Sequence[Named]) -> Asked:
+    def confirm(self, refs: Sequence[SlotRef]) -> Asked:
         """Say again that payloads of one ring were delivered, or discard them unread; 1 to 64. See `confirmed`."""
-        names = tuple((name.slot, 0, name.generation, 0, 0) for name in named)
-        asked = self._ask(Frame(Kind.CONFIRM, ring_id=named[0].ring_id, names=names))
-        self._confirms[asked.attempt] = named
+        names = [(ref.slot, 0, ref.generation, 0, 0) for ref in refs]
+        asked = self._ask(Frame(Kind.CONFIRM, ring_id=refs[0].ring_id, names=names), frames.MAX_NAMES)
+        self._confirms[asked.attempt] = refs
         return asked
 
     def confirmed(self, attempt: int, message: Message) -> list[Status]:
@@ -312,35 +313,28 @@ class ClientSession:
         return [_CONFIRMED[code] for code in body]
 
     def describe(self, ring_id: bytes) -> Asked:
-        """Ask for a ring's schema; post DESCRIBE_RECEIVE_BYTES. See `described`."""
-        return self._ask(Frame(Kind.DESCRIBE, ring_id=ring_id))
-
-    def described(self, attempt: int, message: Message) -> bytes:
-        """The schema's msgpack. A StaleSlotError: the server stands before another ring."""
-        body = self._body_of(attempt, message)[1]
-        if len(body) > frames.MAX_SCHEMA_BYTES:
-            self.broken = True
-            raise ProtocolError(
-                "a schema is larger than the wire allows", nbytes=len(body), limit=frames.MAX_SCHEMA_BYTES
-            )
-        return body
+        """Ask for a ring's schema. See `answered`."""
+        return self._ask(Frame(Kind.DESCRIBE, ring_id=ring_id), frames.MAX_SCHEMA_BYTES)
 
     def bye(self) -> Asked:
-        """The last frame of a connection. See `farewell`."""
+        """The last frame of a connection. See `answered`."""
         return self._ask(Frame(Kind.BYE))
 
-    def farewell(self, attempt: int, message: Message) -> None:
-        """Judge the answer to BYE: the server has handled everything that this side sent."""
-        self._body_of(attempt, message)
+    def answered(self, attempt: int, message: Message) -> bytes:
+        """The schema's msgpack; or nothing, after BYE: the server has handled all that this side has sent.
+
+        A StaleSlotError: the server stands before another ring.
+        """
+        return self._body_of(attempt, message)[1]
 
     def close(self) -> None:
         """The connection is lost or closed: nothing in flight will be answered any more."""
         self._awaited.clear()
 
-    def owed(self) -> list[Named]:
+    def owed(self) -> list[SlotRef]:
         """Deliveries of which no answer has proved that the server knows, and what unanswered CONFIRMs name."""
-        owed = [named for _, several in self._unproved for named in several]
-        return owed + self._delivered + [named for several in self._confirms.values() for named in several]
+        owed = [ref for _, several in self._unproved for ref in several]
+        return owed + self._delivered + [ref for several in self._confirms.values() for ref in several]
 
     # --- Inside ---
 
@@ -356,13 +350,13 @@ class ClientSession:
         self._last = attempt
         return attempt
 
-    def _ask(self, frame: Frame) -> Asked:
-        """Any frame but a FETCH; its sequence, its ends and, where it has none, its attempt are filled in."""
+    def _ask(self, frame: Frame, nbytes: int = 0) -> Asked:
+        """Any frame but a FETCH, answered by so many bytes; sequence, ends and, if need be, attempt are filled in."""
         attempt = frame.attempt or self._number()
         self._sequence = sequence = self._sequence + 1
-        self._awaited[attempt & MAX_CHANNEL] = (attempt, sequence)
-        ends = tuple(self._pass_ends(sequence))
-        return Asked(codec.encode_frame(frame._replace(sequence=sequence, attempt=attempt, ends=ends)), attempt)
+        self._awaited[attempt & MAX_CHANNEL] = sequence
+        frame = frame._replace(sequence=sequence, attempt=attempt, ends=self._pass_ends(sequence))
+        return Asked(encode_frame(frame), attempt, frames.receive_bytes(nbytes))
 
     def _pass_ends(self, sequence: int) -> list[int]:
         """The ends that wait; they go with this frame."""
@@ -377,11 +371,11 @@ class ClientSession:
         self.broken = True
         header, body = codec.body_of(message)
         self.broken = False
-        asked = self._awaited.pop(attempt & MAX_CHANNEL)
-        assert isinstance(asked, tuple)
-        while self._unproved and self._unproved[0][0] <= asked[1]:
+        sequence = self._awaited.pop(attempt & MAX_CHANNEL)
+        assert isinstance(sequence, int)
+        while self._unproved and self._unproved[0][0] <= sequence:
             self._unproved.popleft()  # that frame and those before it have been handled
-        return asked[1], header, body
+        return sequence, header, body
 
     def _body_of(self, attempt: int, message: Message) -> tuple[ReplyHeader, bytes]:
         """The same where only OK will do."""

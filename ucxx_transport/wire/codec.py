@@ -10,22 +10,26 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, Protocol, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from ucxx_transport import errors
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.wire import frames
-from ucxx_transport.wire.frames import HEADER_BYTES, TRAILER_BYTES, VERSION, Frame, OfferedPayload, ReplyHeader, Status
+from ucxx_transport.wire.frames import HEADER_BYTES, TRAILER_BYTES, VERSION, Frame, Kind, ReplyHeader, Status
+
+if TYPE_CHECKING:
+    from ucxx_transport.schema import SlotRef
 
 Message = bytes | bytearray | memoryview
 Seal: TypeAlias = tuple[bytes, bytes, int, int]
 """Header and trailer of an answer, and from where to where the trailer lies."""
 
 _HEAD: Final = struct.Struct("<IHHQ16sHHIQQII32s")
+_HEADS: Final = tuple(struct.Struct(_HEAD.format + "IIQQQ" * count) for count in range(frames.MAX_NAMES + 1))
 _HEADER: Final = struct.Struct("<IHHQQQ16sIIQ")
 _TRAILER: Final = struct.Struct("<QQ")
 _NAME: Final = struct.Struct("<IIQQQ")
-_FETCHES: Final = tuple(struct.Struct("<IHHQ16sHHIQ48x" + "IIQQQ" * count) for count in range(frames.MAX_NAMES + 1))
 _ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(frames.MAX_ENDS + 1))  # and the end mark
 _OFFER: Final = struct.Struct("<II")
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
@@ -41,7 +45,7 @@ _ERRORS: Final[dict[Status, tuple[type[errors.TransportError], str]]] = {
 _STATUSES: Final = {int(status): status for status in Status}
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _OK: Final = Status.OK
-_HELLO, _, _FETCH, _TAKE, _CONFIRM, _, _BYE = map(int, frames.Kind)
+_FETCH, _TAKE = int(Kind.FETCH), int(Kind.TAKE)
 # The frames of a client that reads one by one, in one call each that is none in Python.
 pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, frames.REQUEST_MAGIC, VERSION, _FETCH)
 """A FETCH of one name: sequence, ring_id, 1, 0, slot, generation, attempt, nbytes, end mark."""
@@ -72,47 +76,82 @@ assert _OFFERED.size == frames.OFFERED_BYTES
 # --- Frames ----------------------------------------------------------------------------------------------------------
 
 
-def encode_fetch(  # noqa: PLR0917 - the words of the frame, in its order; a keyword costs on this path
-    sequence: int, ring_id: bytes, flags: int, attempt: int, words: Sequence[int], ends: Sequence[int]
-) -> bytes:
-    """A FETCH of any number of names and ends; `words` are the names, five words each."""
-    count = len(words) // 5
-    return _FETCHES[count].pack(
-        frames.REQUEST_MAGIC, VERSION, _FETCH, sequence, ring_id, count, len(ends), flags, attempt, *words
-    ) + _ENDS[len(ends)].pack(*ends, frames.END_MARK ^ sequence)
-
-
 def encode_frame(frame: Frame) -> bytes:
     """Any frame."""
     kind, sequence, ring_id, *words, names, ends = frame
-    head = _HEAD.pack(frames.REQUEST_MAGIC, VERSION, kind, sequence, ring_id, len(names), len(ends), *words)
+    head = (frames.REQUEST_MAGIC, VERSION, kind, sequence, ring_id, len(names), len(ends), *words)
     tail = _ENDS[len(ends)].pack(*ends, frames.END_MARK ^ sequence)
-    return head + b"".join(_NAME.pack(*name) for name in names) + tail
+    return _HEADS[len(names)].pack(*head, *chain.from_iterable(names)) + tail
 
 
 def decode_frame(buffer: Message) -> Frame:
     """The frame at the start of `buffer`, or a ProtocolError: one of its words is not as the table says."""
-    if len(buffer) < frames.FRAME_HEAD_BYTES + frames.END_BYTES:
+    if len(buffer) < frames.FRAME_HEAD_BYTES + 8:
         raise ProtocolError("a frame is shorter than its head", nbytes=len(buffer), expected=frames.FRAME_HEAD_BYTES)
     magic, version, kind, sequence, ring_id, named, ended, flags, attempt, word, count, wait_ms, secret = (
         _HEAD.unpack_from(buffer)
     )
-    if magic != frames.REQUEST_MAGIC or version != VERSION:
-        _refuse_stranger(magic, version)
+    if magic != frames.REQUEST_MAGIC:
+        raise ProtocolError("not a ucxx_transport frame", magic=f"{magic:#010x}")
+    if version != VERSION:
+        message = f"the client speaks protocol version {version}, this side {VERSION}; install one release on both"
+        raise ProtocolError(message, version=version)
     tail = frames.FRAME_HEAD_BYTES + named * frames.NAME_BYTES
-    if named > frames.MAX_NAMES or ended > frames.MAX_ENDS or len(buffer) < tail + (ended + 1) * frames.END_BYTES:
+    if named > frames.MAX_NAMES or ended > frames.MAX_ENDS or len(buffer) < tail + 8 * ended + 8:
         raise ProtocolError("a frame has more names or ends than it may", names=named, ends=ended)
     ends = _ENDS[ended].unpack_from(buffer, tail)
     if ends[-1] != frames.END_MARK ^ sequence:
         raise ProtocolError("a frame was cut short", kind=kind, sequence=sequence)
     names = tuple(_NAME.iter_unpack(memoryview(buffer)[frames.FRAME_HEAD_BYTES : tail]))
-    for _, zero, generation, number, nbytes in names:
+    for name in names:
+        _, zero, generation, number, nbytes = name
         if zero or generation == 0 or number > frames.MAX_ATTEMPT or nbytes > frames.MAX_BODY_BYTES:
-            _refuse_name(zero, generation, number, nbytes)
+            raise ProtocolError("a frame names what no payload is; send a reference that a ring made", name=name)
     frame = Frame(kind, sequence, ring_id, flags, attempt, word, count, wait_ms, secret, names, ends[:-1])
-    if kind != _FETCH or flags:
+    if kind != _FETCH or flags:  # else the words are blank
         _check_words(frame)
     return frame
+
+
+class _Ranges(NamedTuple):
+    """What the words of a kind may be."""
+
+    names: range = range(1)
+    flags: range = range(1)
+    word: range = range(1 << 64)
+    max_payloads: range = range(1 << 32)
+    wait_ms: range = range(1 << 32)
+
+
+_RANGES: Final[dict[int, _Ranges]] = dict.fromkeys(map(int, Kind), _Ranges()) | {
+    Kind.HELLO: _Ranges(word=range(1, frames.MAX_READER + 1)),
+    Kind.FETCH: _Ranges(names=range(2, frames.MAX_NAMES + 1), flags=range(2)),  # one whose answers share a message
+    Kind.TAKE: _Ranges(
+        flags=range(2),
+        word=range(frames.MAX_BODY_BYTES + 1),
+        max_payloads=range(1, frames.MAX_NAMES + 1),
+        wait_ms=range(frames.MAX_WAIT_MS + 1),
+    ),
+    Kind.CONFIRM: _Ranges(names=range(1, frames.MAX_NAMES + 1)),
+}
+
+
+def _check_words(frame: Frame) -> None:
+    """What is particular to a kind; a plain FETCH has nothing of it."""
+    kind, names, flags, attempt = frame.kind, frame.names, frame.flags, frame.attempt
+    ranges = _RANGES.get(kind)
+    if ranges is None:
+        raise ProtocolError("unknown kind of frame", kind=kind)
+    words = (len(names), flags, frame.word, frame.max_payloads, frame.wait_ms)
+    for word, value, allowed in zip(_Ranges._fields, words, ranges, strict=True):
+        if value not in allowed:
+            raise ProtocolError(f"{word} of a frame: {value} is not {allowed[0]} to {allowed[-1]}", kind=kind)
+    last = attempt + frame.max_payloads if kind == _TAKE else attempt
+    if not 0 < attempt <= last <= frames.MAX_ATTEMPT or attempt >> 16 != last >> 16 or not attempt & frames.MAX_CHANNEL:
+        raise ProtocolError("an attempt is out of range, or of no channel", attempt=attempt, last=last)
+    if kind == _FETCH and sum([frames.message_bytes(name[4]) for name in names]) > frames.PACK_BYTES:
+        limit = frames.PACK_BYTES
+        raise ProtocolError(f"answers of at most {limit} bytes together share a message", names=len(names))
 
 
 def answer_channel(buffer: Message) -> int:
@@ -126,59 +165,6 @@ def answer_channel(buffer: Message) -> int:
         is_named = named and len(buffer) >= frames.FRAME_HEAD_BYTES + frames.NAME_BYTES
         attempt = _NAME.unpack_from(buffer, frames.FRAME_HEAD_BYTES)[3] if is_named else 0
     return attempt & frames.MAX_CHANNEL or 1
-
-
-def _refuse_stranger(magic: int, version: int) -> None:
-    if magic != frames.REQUEST_MAGIC:
-        raise ProtocolError("not a ucxx_transport frame", magic=f"{magic:#010x}")
-    raise ProtocolError(
-        f"the client speaks protocol version {version}, this side {VERSION}; install one release on both",
-        version=version,
-    )
-
-
-def _refuse_name(zero: int, generation: int, attempt: int, nbytes: int) -> None:
-    if generation == 0:
-        raise ProtocolError("a frame names generation 0, which no payload has; send a reference that a ring made")
-    limit = frames.MAX_BODY_BYTES
-    if nbytes > limit:
-        raise ProtocolError("a frame names more bytes than a payload can have", nbytes=nbytes, limit=limit)
-    raise ProtocolError("a name's words are out of range", zero=zero, attempt=attempt)
-
-
-def _check_words(frame: Frame) -> None:  # noqa: C901 - one branch a rule of the table
-    """What is particular to a kind; a plain FETCH has nothing of it."""
-    kind, names, flags, attempt = frame.kind, frame.names, frame.flags, frame.attempt
-    if not _HELLO <= kind <= _BYE:
-        raise ProtocolError("unknown kind of frame", kind=kind)
-    if flags > (frames.FLAG_PACKED if kind == _FETCH else frames.FLAG_NEWEST if kind == _TAKE else 0):
-        raise ProtocolError("unknown flags in a frame", kind=kind, flags=flags)
-    if not 0 < attempt <= frames.MAX_ATTEMPT or not attempt & frames.MAX_CHANNEL:
-        raise ProtocolError("an attempt is out of range", attempt=attempt)
-    if kind == _HELLO and not 0 < frame.word <= frames.MAX_READER:
-        raise ProtocolError("a HELLO's reader is a random id from 1 to 2**63 - 1", reader=frame.word)
-    if kind == _FETCH:
-        if len(names) < 2 or sum([frames.message_bytes(name[4]) for name in names]) > frames.PACK_BYTES:
-            limit = frames.PACK_BYTES
-            raise ProtocolError(f"two answers or more of at most {limit} bytes share a message", names=len(names))
-    elif kind == _CONFIRM:
-        if not names:
-            raise ProtocolError("a CONFIRM names nothing")
-    elif names:
-        raise ProtocolError("a frame of this kind has no names", kind=kind, names=len(names))
-    elif kind == _TAKE:
-        _check_take(attempt, frame.word, frame.max_payloads, frame.wait_ms)
-
-
-def _check_take(attempt: int, word: int, count: int, wait_ms: int) -> None:
-    if not 0 < count <= frames.MAX_NAMES:
-        raise ProtocolError("a TAKE is for 1 to 64 payloads", count=count)
-    if word > frames.MAX_BODY_BYTES:
-        raise ProtocolError("a TAKE asks for more bytes than a ring can have", nbytes=word, limit=frames.MAX_BODY_BYTES)
-    if wait_ms > frames.MAX_WAIT_MS:
-        raise ProtocolError("a TAKE waits longer than it may", wait_ms=wait_ms, limit=frames.MAX_WAIT_MS)
-    if attempt + count > frames.MAX_ATTEMPT or (attempt & frames.MAX_CHANNEL) + count > frames.MAX_CHANNEL:
-        raise ProtocolError("the attempts of a TAKE leave their range", attempt=attempt, count=count)
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
@@ -219,10 +205,8 @@ def decode_header(buffer: Message) -> ReplyHeader:
     if magic != frames.REPLY_MAGIC:
         raise ProtocolError("not an answer of ucxx_transport", magic=f"{magic:#010x}")
     if version != VERSION:
-        raise ProtocolError(
-            f"the server speaks protocol version {version}, this side {VERSION}; install one release on both",
-            version=version,
-        )
+        message = f"the server speaks protocol version {version}, this side {VERSION}; install one release on both"
+        raise ProtocolError(message, version=version)
     status = _STATUSES.get(code)
     if status is None:
         raise ProtocolError("unknown status in an answer", status=code)
@@ -242,7 +226,7 @@ def error_text(buffer: Message, header: ReplyHeader) -> str:
 
 def check_trailer(buffer: Message, header: ReplyHeader) -> None:
     """Verify that the body arrived to its end; a ProtocolError where the message was shorter than its header says."""
-    end = HEADER_BYTES + frames.padded(header.nbytes)
+    end = frames.message_bytes(header.nbytes) - TRAILER_BYTES
     if len(buffer) < end + TRAILER_BYTES:
         raise ProtocolError("an answer claims more bytes than were posted for it", nbytes=header.nbytes)
     mark, nbytes = _TRAILER.unpack_from(buffer, end)
@@ -250,35 +234,18 @@ def check_trailer(buffer: Message, header: ReplyHeader) -> None:
         raise ProtocolError("an answer was cut short: its trailer is missing", nbytes=header.nbytes)
 
 
-class Named(Protocol):
-    """What names a payload and promises how it looks; a `SlotRef` does."""
-
-    @property
-    def ring_id(self) -> bytes: ...
-    @property
-    def slot(self) -> int: ...
-    @property
-    def generation(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def checksum(self) -> int | None: ...
-    @property
-    def fingerprint(self) -> int: ...
-
-
-def seal_of(named: Named) -> Seal:
+def seal_of(ref: SlotRef) -> Seal:
     """How the OK answer with this payload begins and ends; to be worked out while it is waited for.
 
     An answer that has both is one that `refusal_in` has nothing against, found by two comparisons.
     """
-    checksum, generation, nbytes = named.checksum, named.generation, named.nbytes
+    checksum, generation, nbytes = ref.checksum, ref.generation, ref.nbytes
     flags, end = 0 if checksum is None else frames.FLAG_CHECKSUM, HEADER_BYTES + ((nbytes + 7) & ~7)
-    header = pack_header(generation, nbytes, checksum or 0, named.ring_id, named.slot, flags, named.fingerprint)
+    header = pack_header(generation, nbytes, checksum or 0, ref.ring_id, ref.slot, flags, ref.fingerprint)
     return header, pack_trailer(frames.TRAILER_MAGIC ^ generation, nbytes), end, end + TRAILER_BYTES
 
 
-def refusal_in(named: Named, message: Message) -> errors.TransportError | None:
+def refusal_in(ref: SlotRef, message: Message) -> errors.TransportError | None:
     """Why `message` is not sealed as the payload it should bring.
 
     Returns:
@@ -291,18 +258,18 @@ def refusal_in(named: Named, message: Message) -> errors.TransportError | None:
     if header.status is not _OK:
         return error_of(header, message)
     check_trailer(message, header)
-    if (header.ring_id, header.slot, header.generation) != (named.ring_id, named.slot, named.generation):
+    if (header.ring_id, header.slot, header.generation) != (ref.ring_id, ref.slot, ref.generation):
         raise ProtocolError(
             "the server sent another payload than was asked for",
-            asked=f"{named.slot}/{named.generation}",
+            asked=f"{ref.slot}/{ref.generation}",
             got=f"{header.slot}/{header.generation}",
         )
-    if (header.nbytes, header.fingerprint) != (named.nbytes, named.fingerprint):
+    if (header.nbytes, header.fingerprint) != (ref.nbytes, ref.fingerprint):
         raise ProtocolError(
             "the payload is not what its reference promised",
-            promised_bytes=named.nbytes,
+            promised_bytes=ref.nbytes,
             nbytes=header.nbytes,
-            promised_fingerprint=named.fingerprint,
+            promised_fingerprint=ref.fingerprint,
             fingerprint=header.fingerprint,
         )
     return None
@@ -328,7 +295,7 @@ def error_of(header: ReplyHeader, message: Message) -> errors.TransportError:
 # --- Offers ----------------------------------------------------------------------------------------------------------
 
 
-def encode_offer(payloads: Sequence[OfferedPayload]) -> bytes:
+def encode_offer(payloads: Sequence[frames.OfferedPayload]) -> bytes:
     """The body of the answer to a TAKE."""
     rows, envelopes = [_OFFER.pack(len(payloads), 0)], []
     for slot, generation, nbytes, checksum, time_ns, envelope in payloads:
@@ -338,7 +305,7 @@ def encode_offer(payloads: Sequence[OfferedPayload]) -> bytes:
     return b"".join(rows + envelopes)
 
 
-def decode_offer(body: Message) -> list[OfferedPayload]:
+def decode_offer(body: Message) -> list[frames.OfferedPayload]:
     """What a server has picked; a ProtocolError where its lengths do not add up."""
     if len(body) < _OFFER.size:
         raise ProtocolError("an offer is shorter than its head", nbytes=len(body))
@@ -353,7 +320,7 @@ def decode_offer(body: Message) -> list[OfferedPayload]:
         if generation == 0 or nbytes > frames.MAX_BODY_BYTES or length > frames.MAX_ENVELOPE_BYTES or len(body) < end:
             raise ProtocolError("an offered payload is out of range", slot=slot, nbytes=nbytes, envelope=length)
         there = checksum if flags & frames.FLAG_CHECKSUM else None
-        payloads.append(OfferedPayload(slot, generation, nbytes, there, time_ns, bytes(body[start:end])))
+        payloads.append(frames.OfferedPayload(slot, generation, nbytes, there, time_ns, bytes(body[start:end])))
     if end != len(body):
         raise ProtocolError("an offer is longer than its envelopes", nbytes=len(body), expected=end)
     return payloads

@@ -63,6 +63,7 @@ included. An attempt that was answered OK is ended by the client; one that was r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -76,7 +77,6 @@ TRAILER_MAGIC = int.from_bytes(b"uxttrail", "little")
 FRAME_BYTES = 4096
 FRAME_HEAD_BYTES = 96
 NAME_BYTES = 32
-END_BYTES = 8
 HEADER_BYTES = 64
 TRAILER_BYTES = 16
 ERROR_TEXT_BYTES = 1024
@@ -152,8 +152,8 @@ class Frame(NamedTuple):
     max_payloads: int = 0
     wait_ms: int = 0
     secret: bytes = bytes(NONCE_BYTES)
-    names: tuple[tuple[int, int, int, int, int], ...] = ()
-    ends: tuple[int, ...] = ()
+    names: Sequence[tuple[int, int, int, int, int]] = ()
+    ends: Sequence[int] = ()
 
 
 class ReplyHeader(NamedTuple):
@@ -204,11 +204,6 @@ class OfferedPayload(NamedTuple):
     envelope: bytes
 
 
-def padded(nbytes: int) -> int:
-    """Length of a body with its zeros up to the next multiple of 8."""
-    return (nbytes + 7) & ~7
-
-
 def message_bytes(nbytes: int) -> int:
     """Length of an OK answer whose body has `nbytes` bytes."""
     return HEADER_BYTES + ((nbytes + 7) & ~7) + TRAILER_BYTES
@@ -216,9 +211,4 @@ def message_bytes(nbytes: int) -> int:
 
 def receive_bytes(nbytes: int) -> int:
     """What a client posts for an answer whose body has `nbytes` bytes: room for an error text too."""
-    return max(HEADER_BYTES + ((nbytes + 7) & ~7) + TRAILER_BYTES, SHORTEST_BYTES)
-
-
-def offer_receive_bytes(max_payloads: int) -> int:
-    """What a client posts for the answer to a TAKE."""
-    return receive_bytes(8 + max_payloads * (OFFERED_BYTES + MAX_ENVELOPE_BYTES))
+    return max(message_bytes(nbytes), SHORTEST_BYTES)

@@ -22,6 +22,7 @@ finalises its lease then, once. What has not left is bounded: who reads nothing 
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -32,7 +33,7 @@ from ucxx_transport.wire import codec, frames
 from ucxx_transport.wire.actions import Action, Attempt, Load, Reply, Serve, Settle, Take
 from ucxx_transport.wire.codec import FETCH_HEAD, GLANCE_BYTES, ONE_END, ONE_NAME, glance
 from ucxx_transport.wire.frames import END_MARK, MAX_ATTEMPT, MAX_CHANNEL, MAX_NAMES, Frame, Kind, Status, Window
-from ucxx_transport.wire.handshake import ServerHandshake
+from ucxx_transport.wire.handshake import pack_welcome, token_mac
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ServerConfig
@@ -90,7 +91,7 @@ class ServerSession:
         settings: time limits by phase, and the token.
         nonce: 32 fresh random bytes, the server's half of the token challenge.
         now: the shell's clock, seconds.
-        admitted: False for a connection above the cap: its first frame is answered BUSY.
+        is_admitted: False for a connection above the cap: its first frame is answered BUSY.
         window: what may be in flight.
 
     Attributes:
@@ -108,14 +109,14 @@ class ServerSession:
         *,
         nonce: bytes,
         now: float,
-        admitted: bool = True,
+        is_admitted: bool = True,
         window: Window = DEFAULT_WINDOW,
     ) -> None:
         self._source = source
         self._settings = settings
         self._window = window
-        self._handshake = ServerHandshake(nonce=nonce, token=settings.token_bytes)
-        self._admitted = admitted
+        self._nonces = b"", nonce  # the client's comes with its HELLO
+        self.is_admitted = is_admitted
         self._sequence = 0
         self._last = 0  # attempt
         self._since_s = now  # of the phase, or of the last frame
@@ -171,7 +172,7 @@ class ServerSession:
         return actions
 
     def _obey(self, frame: codec.Message, now: float, actions: list[Action]) -> None:
-        if not self._admitted:  # whatever it says
+        if not self.is_admitted:  # whatever it says
             raise BusyError("this port is at its limit of connections; try another port or later")
         decoded = codec.decode_frame(frame)
         self._sequence += 1
@@ -266,12 +267,6 @@ class ServerSession:
         del self.leaving[attempt.number]
         return True
 
-    def sent_shared(self, attempts: Sequence[Attempt], now: float) -> list[Attempt]:
-        """A shared message has left, with what was acquired for it; returns those to finalise now."""
-        self._unsent -= 1
-        self.moved_s = now
-        return [attempt for attempt in attempts if self.sent(attempt, now)]
-
     def refused(self, attempt: Attempt, status: Status, text: str) -> Reply:
         """The ring would not give this slot: the answer for the client; the attempt is over."""
         self._forget(attempt)
@@ -285,7 +280,7 @@ class ServerSession:
         return refusal.ljust(room, b"\0")
 
     def replied(self) -> None:
-        """A reply has left."""
+        """A reply has left, or a shared message: its attempts are `sent`."""
         self._unsent -= 1
 
     def take_room(self, take: Take) -> tuple[int, int]:
@@ -336,7 +331,7 @@ class ServerSession:
     # --- Handshake ---
 
     def _greet(self, frame: Frame, now: float) -> Reply:
-        kind, attempt = Kind(frame.kind), frame.attempt
+        kind, attempt, token = Kind(frame.kind), frame.attempt, self._settings.token_bytes
         if kind is Kind.HELLO and self.phase is not Phase.GREETING:
             raise ProtocolError(f"HELLO out of turn, while {self.phase.value}")
         if kind is not _DUE[self.phase]:
@@ -345,15 +340,15 @@ class ServerSession:
             raise ProtocolError("ends, or an old attempt, before the first payload")
         self._last = attempt
         if kind is Kind.HELLO:
-            self.reader = frame.word
-            body = self._handshake.welcome(frame.secret, self._window)
-            if self._handshake.token_required:
+            self.reader, self._nonces = frame.word, (frame.secret, self._nonces[1])
+            body = pack_welcome(self._nonces[1], self._window)
+            if token is not None:
                 self.phase = Phase.CHALLENGED  # the first-frame limit covers the whole handshake
                 return self._ok(attempt, body, token_required=True)
+        elif token is None or not hmac.compare_digest(frame.secret, token_mac(token, "client", *self._nonces)):
+            raise AuthenticationError("wrong token; give client and server the same one")
         else:
-            body = self._handshake.prove(frame.secret)
-            if not body:
-                raise AuthenticationError("wrong token; give client and server the same one")
+            body = token_mac(token, "server", *self._nonces)
         self.phase = _OPEN
         self._since_s = now
         return self._ok(attempt, body)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.payloads import ref_to
 from tests.support.rows import row
 from ucxx_transport.client.ports import (
     OWN_WINDOW_BYTES,
@@ -19,7 +20,6 @@ from ucxx_transport.client.ports import (
     next_request,
     shares,
 )
-from ucxx_transport.wire.actions import Offered
 from ucxx_transport.wire.frames import PACK_BYTES, Window
 
 HOST = "10.0.0.1"
@@ -181,7 +181,7 @@ class Queued:
 
     def __init__(self, nbytes: int, ring_id: bytes = b"R" * 16, *, job: object = True) -> None:
         self.job = job
-        self.ref = Offered(1, ring_id, 0, 1, nbytes, None, 0, 0, b"")
+        self.ref = ref_to(ring_id, 0, 1, nbytes)
 
 
 def asked_for(sizes: list[int], session: Windows, asked: int = 0, asked_bytes: int = 0) -> tuple[list[int], int]:

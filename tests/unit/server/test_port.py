@@ -11,7 +11,7 @@ from tests.support.rows import row
 from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.ring.owner import Owner
-from ucxx_transport.server.connection import MAX_LATE_FRAMES
+from ucxx_transport.server.connection import FRAMES_POSTED, MAX_FRAMES
 from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import FRAME_BYTES, HEADER_BYTES, Frame, Kind, Status, message_bytes
@@ -67,7 +67,7 @@ def test_a_port_gives_back_what_a_dead_reader_of_this_host_held_though_nobody_as
 def test_a_peer_that_goes_on_sending_after_its_last_answer_is_cut_off_at_once(rig: PortRig) -> None:
     """What is not taken in piles up in the link: a second of a flood is half a GiB."""
     patient, flooding = rig.peer(), rig.peer()
-    for peer, frames in ((patient, MAX_LATE_FRAMES), (flooding, MAX_LATE_FRAMES + 1)):
+    for peer, frames in ((patient, MAX_FRAMES - FRAMES_POSTED), (flooding, MAX_FRAMES + FRAMES_POSTED)):
         for _ in range(frames):
             peer.say(bytes(FRAME_BYTES))
     rig.settle()

@@ -17,9 +17,10 @@ from ucxx_transport.schema.envelope import unpack_envelope
 from ucxx_transport.server import RingSource
 from ucxx_transport.server.slots import MAX_SPARE
 from ucxx_transport.wire.codec import decode_offer
-from ucxx_transport.wire.frames import FLAG_NEWEST, Kind, Status, offer_receive_bytes
+from ucxx_transport.wire.frames import FLAG_NEWEST, MAX_NAMES, Kind, Status, receive_bytes
 
 MiB = 1 << 20
+ROOM_BYTES = receive_bytes(MAX_NAMES * 1100)
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def rig() -> Iterator[PortRig]:
 def begin_take(peer: RawPeer, count: int = 16, *, nbytes: int = MiB, wait_ms: int = 0, flags: int = 0) -> Answer:
     """Send a TAKE; room for its payloads is posted too."""
     peer.attempt += 1
-    answer = peer.expect(peer.attempt, offer_receive_bytes(count))
+    answer = peer.expect(peer.attempt, ROOM_BYTES)
     peer.say(
         peer.frame(
             Kind.TAKE,

@@ -51,11 +51,10 @@ CONFIRMED = a_few(st.tuples(U32, st.just(0), NOT_ZERO, st.just(0), st.just(0)), 
 ENDS = a_few(U64, MAX_ENDS)
 TAKE_ATTEMPTS = st.integers(0, 1 << 40).map(lambda attempt: attempt << 16 | 1)
 
-FETCHES = frames_of(Kind.FETCH, ring_id=RING_IDS, names=NAMES, ends=ENDS)
 FRAMES: st.SearchStrategy[Frame] = st.one_of(
     frames_of(Kind.HELLO, attempt=ATTEMPTS, word=st.integers(1, MAX_READER), secret=NONCES),
     frames_of(Kind.AUTH, attempt=ATTEMPTS, secret=st.binary(min_size=MAC_BYTES, max_size=MAC_BYTES)),
-    FETCHES,
+    frames_of(Kind.FETCH, ring_id=RING_IDS, names=NAMES, ends=ENDS),
     frames_of(Kind.FETCH, ring_id=RING_IDS, flags=st.just(FLAG_PACKED), attempt=ATTEMPTS, names=PACKED, ends=ENDS),
     frames_of(
         Kind.TAKE,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TypeVar
 
 from tests.support.numbered_session import Fetch, NumberedSession
+from tests.support.payloads import answer_with, ref_to
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Action, Asked, Attempt, Reply, Serve
-from ucxx_transport.wire.codec import Named, check_trailer, decode_header, encode_reply, error_text
+from ucxx_transport.wire.codec import check_trailer, decode_header, encode_reply, error_text
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     HEADER_BYTES,
@@ -34,32 +35,15 @@ A = TypeVar("A", bound=Action)
 
 def ref(slot: int = 2, *, generation: int = 6, nbytes: int = 128, ring_id: bytes = RING_ID) -> SlotRef:
     """The name of a payload."""
-    return SlotRef(
-        ring_id=ring_id,
-        ring_name="ring",
-        slot=slot,
-        generation=generation,
-        nbytes=nbytes,
-        host_id="host",
-        fingerprint=FINGERPRINT,
-    )
+    return ref_to(ring_id, slot, generation, nbytes, fingerprint=FINGERPRINT)
 
 
-def payload(named: Named, *, checksum: int | None = None) -> bytes:
-    """The answer that brings it, as it lies in its slot."""
-    header = ReplyHeader(
-        status=Status.OK,
-        nbytes=named.nbytes,
-        ring_id=named.ring_id,
-        slot=named.slot,
-        generation=named.generation,
-        checksum=checksum if checksum is not None else named.checksum,
-        fingerprint=named.fingerprint,
-    )
-    return encode_reply(header, bytes([named.slot & 0xFF]) * named.nbytes)
+def payload(named: SlotRef, **changes: object) -> bytes:
+    """The answer that brings it, but for the `changes` in its header."""
+    return answer_with(named, bytes([named.slot & 0xFF]) * named.nbytes, **changes)
 
 
-def offered(named: Named, envelope: bytes = b"") -> OfferedPayload:
+def offered(named: SlotRef, envelope: bytes = b"") -> OfferedPayload:
     """The same in an offer."""
     return OfferedPayload(named.slot, named.generation, named.nbytes, named.checksum, 1234, envelope)
 
@@ -70,7 +54,7 @@ class Pair:
     Args:
         token: the server's. client_token: the client's, the same if not given.
         window: that the server grants.
-        admitted: as in `ServerSession`.
+        is_admitted: as in `ServerSession`.
         schema: the ring's.
     """
 
@@ -80,7 +64,7 @@ class Pair:
         token: bytes | None = None,
         client_token: bytes | None = b"the same",
         window: Window = DEFAULT_WINDOW,
-        admitted: bool = True,
+        is_admitted: bool = True,
         schema: bytes = SCHEMA,
     ) -> None:
         self.now = 1000.0
@@ -90,7 +74,7 @@ class Pair:
             ServerConfig(token=token),
             nonce=SERVER_NONCE,
             now=self.now,
-            admitted=admitted,
+            is_admitted=is_admitted,
             window=window,
         )
         secret = token if client_token == b"the same" else client_token

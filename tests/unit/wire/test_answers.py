@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.payloads import ref_to
 from tests.support.rows import row
 from tests.unit.wire.frame_strategies import ERROR_HEADERS, HEADERS, OFFERED, OK_HEADERS
+from tests.unit.wire.session_rig import Pair
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.wire.actions import Offered
 from ucxx_transport.wire.codec import (
     check_trailer,
     clear_trailer,
@@ -35,8 +36,6 @@ from ucxx_transport.wire.frames import (
     ReplyHeader,
     Status,
     message_bytes,
-    offer_receive_bytes,
-    padded,
     receive_bytes,
 )
 
@@ -155,8 +154,8 @@ def test_a_sealed_message_is_whole_padded_and_leaves_the_body_alone(body: bytes,
     reply = decode_header(message)
     check_trailer(message, reply)
     assert message[HEADER_BYTES : HEADER_BYTES + len(body)] == body
-    assert not any(message[HEADER_BYTES + len(body) : HEADER_BYTES + padded(len(body))])
-    assert len(message) == HEADER_BYTES + padded(len(body)) + TRAILER_BYTES
+    assert not any(message[HEADER_BYTES + len(body) : -TRAILER_BYTES])
+    assert len(message) == message_bytes(len(body))
     assert encode_reply(reply, body) == message
 
 
@@ -166,7 +165,7 @@ def test_a_message_cut_anywhere_is_detected_in_a_cleared_buffer(body: bytes) -> 
     message = sealed(body)
     for length in range(HEADER_BYTES, len(message)):
         buffer = memoryview(bytearray(b"\xaa" * receive_bytes(len(body))))
-        clear_trailer(buffer, HEADER_BYTES + padded(len(body)))
+        clear_trailer(buffer, message_bytes(len(body)) - TRAILER_BYTES)
         buffer[:length] = message[:length]
         if buffer[: len(message)] == message:
             continue  # what was cut off is zeros, and zeros were put there
@@ -181,7 +180,7 @@ def test_without_clearing_a_short_message_would_pass_for_the_one_before_it() -> 
     buffer[: len(message)] = message  # the last reply in this pooled buffer
     buffer[:HEADER_BYTES] = message[:HEADER_BYTES]  # the next one brings its header and nothing else
     check_trailer(buffer, decode_header(buffer))  # undetectable: hence `clear_trailer` before every receive
-    clear_trailer(buffer, HEADER_BYTES + padded(len(body)))
+    clear_trailer(buffer, message_bytes(len(body)) - TRAILER_BYTES)
     with pytest.raises(ProtocolError, match="cut short"):
         check_trailer(buffer, decode_header(buffer))
 
@@ -228,7 +227,8 @@ def test_the_largest_offer_fits_what_is_posted_for_it() -> None:
     payload = OfferedPayload((1 << 32) - 1, 1, MAX_BODY_BYTES, 5, 7, b"e" * MAX_ENVELOPE_BYTES)
     for count in (1, 16, MAX_NAMES):
         body = encode_offer([payload] * count)
-        assert len(encode_reply(ReplyHeader(Status.OK), body)) <= offer_receive_bytes(count)
+        asked = Pair().open().client.take(count, MAX_BODY_BYTES)
+        assert len(encode_reply(ReplyHeader(Status.OK), body)) <= asked.receive_bytes
         assert decode_offer(body) == [payload] * count
 
 
@@ -262,7 +262,7 @@ def test_garbage_is_an_offer_or_a_protocol_error(garbage: bytes, count: int) -> 
 
 
 def is_sealed(message: bytearray | memoryview, promised: tuple[bytes, int, int, int, int | None, int]) -> bool:
-    header, trailer, end, whole = seal_of(Offered(1, *promised, 0, b""))
+    header, trailer, end, whole = seal_of(ref_to(*promised))
     return bytes(message[:HEADER_BYTES]) == header and bytes(message[end:whole]) == trailer
 
 

@@ -18,7 +18,8 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Asked, Offer, Take
+from ucxx_transport.wire.actions import Asked, Take
+from ucxx_transport.wire.client_side import Attempt
 from ucxx_transport.wire.codec import clear_trailer, decode_frame, encode_error, encode_offer, encode_reply
 from ucxx_transport.wire.frames import (
     ERROR_TEXT_BYTES,
@@ -186,33 +187,33 @@ def test_a_packed_fetch_has_one_channel_for_all_and_an_end_for_each() -> None:
 # --- TAKE ---
 
 
-def taken(pair: Pair, *payloads: OfferedPayload, max_payloads: int = 4, max_bytes: int = 1000) -> Offer:
+def taken(pair: Pair, *payloads: OfferedPayload, max_payloads: int = 4, max_bytes: int = 1000) -> list[Attempt]:
     asked = pair.client.take(max_payloads, max_bytes)
     take = pair.action(asked, Take)
     reply, attempts = pair.server.taken(take, payloads, pair.now)
     for attempt in attempts:
         pair.server.sent(attempt, pair.now)
-    return pair.client.on_offer(asked.attempt, reply.message)
+    return pair.client.receive_offer(asked.attempt, reply.message)
 
 
 def test_a_take_brings_envelopes_and_attempts_that_end_like_any_other() -> None:
     pair = Pair().open()
-    offer = taken(pair, offered(ref(0, nbytes=300), b"first"), offered(ref(5, nbytes=700), b""))
-    assert [(one.slot, one.generation, one.nbytes, one.envelope) for one in offer.payloads] == [
-        (0, 6, 300, b"first"),
-        (5, 6, 700, b""),
-    ]
-    assert [(one.ring_id, one.fingerprint, one.commit_time_ns) for one in offer.payloads] == [
-        (RING_ID, FINGERPRINT, 1234)
-    ] * 2
+    payloads = [offered(ref(0, nbytes=300), b"first"), offered(ref(5, nbytes=700), b"")]
+    asked = pair.client.take(4, 1000)
+    reply, attempts = pair.server.taken(pair.action(asked, Take), payloads, pair.now)
+    offer = pair.client.on_offer(asked.attempt, reply.message)
+    assert (offer.ring_id, offer.fingerprint, offer.payloads, offer.reason) == (RING_ID, FINGERPRINT, payloads, "")
+    taken = [Attempt(ref(0, nbytes=300)), Attempt(ref(5, nbytes=700))]
+    pair.client.receive(offer, taken)
+    assert [one.number for one in taken] == [one.number for one in attempts]
     assert pair.client.in_flight == 2
-    for one in offer.payloads:
-        pair.client.judge(one.attempt, payload(ref(one.slot, nbytes=one.nbytes)))
-        pair.client.finish(one.attempt, delivered=True)
+    for one in taken:
+        pair.client.verify(one, payload(one.ref))
+        pair.client.end(one, delivered=True)
     assert slots(pair) == [0, 5]
     assert pair.client.in_flight == 0
     frame = decode_frame(pair.client.ends_frame())
-    assert frame.ends == tuple(one.attempt << 1 | 1 for one in offer.payloads)
+    assert frame.ends == tuple(one.number << 1 | 1 for one in taken)
 
 
 def test_what_is_taken_leaves_the_window_of_names_alone() -> None:
@@ -227,14 +228,15 @@ def test_an_empty_offer_may_say_why() -> None:
         asked = pair.client.take(4, 1000, wait_ms=5)
         take = pair.action(asked, Take)
         with row(text=text):
-            assert pair.client.on_offer(asked.attempt, pair.server.nothing(take, text).message) == Offer([], text)
+            offer = pair.client.on_offer(asked.attempt, pair.server.nothing(take, text).message)
+            assert (offer.payloads, offer.reason) == ([], text)
             assert pair.client._awaited == {}  # noqa: SLF001 - every channel is free again
 
 
 def test_the_channels_that_an_offer_does_not_use_are_free_again() -> None:
     pair = Pair().open()
-    offer = taken(pair, offered(ref(0)))
-    assert list(pair.client._awaited) == [offer.payloads[0].attempt]  # noqa: SLF001
+    [attempt] = taken(pair, offered(ref(0)))
+    assert list(pair.client._awaited) == [attempt.number]  # noqa: SLF001
 
 
 def test_an_offer_that_was_not_asked_for_breaks_the_session() -> None:
@@ -285,11 +287,12 @@ def test_a_schema_comes_whole_and_within_its_limit() -> None:
     pair = Pair().open()
     asked = pair.client.describe(RING_ID)
     assert frame_of(asked).ring_id == RING_ID
-    assert pair.client.described(asked.attempt, ok(b"s" * MAX_SCHEMA_BYTES)) == b"s" * MAX_SCHEMA_BYTES
-    with pytest.raises(ProtocolError, match="larger than the wire allows"):
-        pair.client.described(pair.client.describe(RING_ID).attempt, ok(b"s" * (MAX_SCHEMA_BYTES + 1)))
+    assert pair.client.answered(asked.attempt, ok(b"s" * MAX_SCHEMA_BYTES)) == b"s" * MAX_SCHEMA_BYTES
+    asked = pair.client.describe(RING_ID)
+    with pytest.raises(ProtocolError, match="more bytes than were posted for it"):
+        pair.client.answered(asked.attempt, ok(b"s" * (MAX_SCHEMA_BYTES + 1))[: asked.receive_bytes])
     assert pair.client.broken
     pair = Pair().open()
     with pytest.raises(StaleSlotError, match="another ring"):
-        pair.client.described(pair.client.describe(RING_ID).attempt, encode_error(Status.STALE, "another ring"))
+        pair.client.answered(pair.client.describe(RING_ID).attempt, encode_error(Status.STALE, "another ring"))
     assert not pair.client.broken

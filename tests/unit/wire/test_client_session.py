@@ -204,9 +204,9 @@ def test_an_answer_to_an_earlier_frame_proves_nothing_of_a_later_one() -> None:
 def test_any_kind_of_answer_proves_what_came_with_its_frame() -> None:
     answers: list[tuple[str, Callable[[Pair], object]]] = [
         ("refused", lambda pair: refuse(pair, *pair.fetch(ref(1)))),
-        ("described", lambda pair: answered(pair.client.described, pair.client.describe(RING_ID), ok(b"schema"))),
+        ("described", lambda pair: answered(pair.client.answered, pair.client.describe(RING_ID), ok(b"schema"))),
         ("confirmed", lambda pair: answered(pair.client.confirmed, pair.client.confirm([ref(1)]), ok(b"\0"))),
-        ("farewell", lambda pair: answered(pair.client.farewell, pair.client.bye(), ok(b""))),
+        ("farewell", lambda pair: answered(pair.client.answered, pair.client.bye(), ok(b""))),
         ("empty", lambda pair: answered(pair.client.on_offer, pair.client.take(1, 9), encode_error(Status.EMPTY, ""))),
         ("busy", lambda pair: answered(pair.client.on_offer, pair.client.take(1, 9), encode_error(Status.BUSY, ""))),
     ]

@@ -41,7 +41,7 @@ def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_five_at_t
 
     fetched: list[Asked] = []
     client += calls_of(lambda: fetched.append(pair.client.ask_one(named)))
-    frame, number = fetched[0]
+    frame, number, _ = fetched[0]
     server += calls_of(lambda: pair.server.receive(frame, 1.0))
     attempt = pair.server.in_flight[number]
     server += calls_of(lambda: pair.server.sent(attempt, 1.0))

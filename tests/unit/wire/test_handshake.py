@@ -23,22 +23,22 @@ from tests.unit.wire.session_rig import (
 from ucxx_transport.errors import AuthenticationError, BusyError, ProtocolError, TransportError
 from ucxx_transport.wire import server_side
 from ucxx_transport.wire.actions import Reply
-from ucxx_transport.wire.client_side import HANDSHAKE_RECEIVE_BYTES
 from ucxx_transport.wire.codec import encode_error, encode_frame
-from ucxx_transport.wire.frames import MAC_BYTES, MAX_NAMES, Frame, Kind, Status, Window
-from ucxx_transport.wire.handshake import token_mac
+from ucxx_transport.wire.frames import MAC_BYTES, MAX_NAMES, Frame, Kind, Status, Window, receive_bytes
+from ucxx_transport.wire.handshake import WELCOME_BYTES, token_mac
 
 
 def test_without_a_token_on_either_side_hello_is_all() -> None:
     pair = Pair(window=Window(7, 1000))
-    message = pair.reply(pair.client.hello())
+    asked = pair.client.hello()
+    message = pair.reply(asked)
     assert pair.client.on_welcome(message) is None
     assert pair.client.is_open
     assert pair.server.phase is server_side.Phase.OPEN
     assert pair.server.reader == READER
     assert pair.client.window == (7, 1000)
     assert pair.client.ring_id == RING_ID
-    assert len(message) <= HANDSHAKE_RECEIVE_BYTES
+    assert len(message) <= asked.receive_bytes
 
 
 def test_with_a_token_each_side_proves_it_to_the_other() -> None:
@@ -130,7 +130,7 @@ def test_the_mac_is_bound_to_token_role_and_both_nonces() -> None:
 
 def test_a_full_port_answers_busy_whatever_is_said() -> None:
     for frame in (encode_frame(Frame(Kind.HELLO, 1, attempt=1, word=1)), b"\xde\xad" * 64, bytes(128), b"UXTQ"):
-        pair = Pair(admitted=False)
+        pair = Pair(is_admitted=False)
         with row(frame=frame):
             message = pair.reply(frame)
             assert header_of(message).status is Status.BUSY
@@ -170,7 +170,7 @@ def test_a_foreign_or_broken_welcome_is_a_protocol_error() -> None:
     rows: list[bytes] = [
         b"",
         b"SSH-2.0-OpenSSH_9.6\r\n".ljust(200, b"\0"),
-        bytes(HANDSHAKE_RECEIVE_BYTES),
+        bytes(receive_bytes(WELCOME_BYTES)),
         welcome()[:-1],
         welcome()[:-16] + bytes(16),
         welcome(nonce=SERVER_NONCE[:-1]),
