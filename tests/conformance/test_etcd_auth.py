@@ -22,11 +22,12 @@ from tests.support.exhaustive import exhaustive
 from tests.support.fake_source import FakeSource
 from tests.support.programs import program
 from tests.support.sidecars import sidecars_of
+from tests.support.store_in_front import StoreInFront
 from tests.support.waiting import wait_until
 from ucxx_transport import HeartbeatPublisher, PublisherConfig, RankGroup, SourceWatcher
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StorePermissionError, TransportError
-from ucxx_transport.membership import open_store
+from ucxx_transport.membership import Lease, open_store
 from ucxx_transport.membership.keys import source_key
 from ucxx_transport.membership.store import Store
 
@@ -63,6 +64,17 @@ def as_root(server: EtcdServer, path: str, body: dict[str, str]) -> None:
     server.ask(path, body, token=server.log_in("root", PASSWORD))
 
 
+class LongLeases(StoreInFront):
+    """Grants a lease a minute, however often it is renewed: no busy machine is late by that."""
+
+    def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
+        return super().grant(max(ttl_s, MINUTE), timeout_s=timeout_s)
+
+
+def opened(url: str, config: StoreConfig | None = CONFIG) -> Store:
+    return LongLeases(open_store(url, config))
+
+
 def has_given(server: EtcdServer, tokens: int) -> bool:
     return server.logins >= tokens
 
@@ -89,8 +101,8 @@ def calls_of(store: Store) -> list[Callable[[], object]]:
 def one_job(url: str, config: StoreConfig | None = CONFIG) -> Iterator[tuple[HeartbeatPublisher, SourceWatcher, Store]]:
     """A worker with its sidecar, a watcher and a rank of a group; the store is the watcher's and the rank's."""
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(url, config))
-        publisher = stack.enter_context(HeartbeatPublisher(url, "w", FakeSource(), OFTEN, store_config=config))
+        store, publishers = (stack.enter_context(opened(url, config)) for _ in range(2))
+        publisher = stack.enter_context(HeartbeatPublisher(publishers, "w", FakeSource(), OFTEN, store_config=config))
         publisher.wait_published(MINUTE)
         watcher = stack.enter_context(SourceWatcher(store))
         watcher.wait_for(1, MINUTE)
@@ -109,6 +121,7 @@ def test_tokens_that_end_again_and_again_are_renewed_in_silence(
         publisher, watcher, _ = stack.enter_context(one_job(server.url))
         calls = [calls_of(stack.enter_context(open_store(server.url, CONFIG)))[number] for number in range(5)]
         log_events.clear()
+        capfd.readouterr()
         for _ in range(3):
             seen = server.logins  # each store has a token, which ends while the others are waited for
             for call in calls:
@@ -162,7 +175,10 @@ def test_authentication_turned_on_and_off_is_nothing_to_those_who_have_a_user(
                 as_root(server, path, {})
             for call in calls_of(store):
                 call()
-            with HeartbeatPublisher(server.url, "late", FakeSource(), OFTEN, store_config=CONFIG) as late:
+            with (
+                opened(server.url) as its_own,
+                HeartbeatPublisher(its_own, "late", FakeSource(), OFTEN, store_config=CONFIG) as late,
+            ):
                 late.wait_published(MINUTE)
                 watcher.wait_for(2, MINUTE)
             wait_until(lambda: len(watcher.sources()) == 1, MINUTE, what="it is seen to go")

@@ -21,7 +21,7 @@ from ucxx_transport.membership.store import Store
 
 MINUTE = 60
 CONFIG = StoreConfig(timeout_s=20)
-OFTEN = PublisherConfig(interval_s=0.7, backoff_s=0.05, max_backoff_s=0.2, keeper="thread", stop_timeout_s=20.0)
+OFTEN = PublisherConfig(interval_s=1.5, backoff_s=0.05, max_backoff_s=0.2, keeper="thread", stop_timeout_s=20.0)
 NO_SPACE = r"no space left.*alarm disarm"
 
 pytestmark = pytest.mark.usefixtures("etcd_binary")
@@ -76,7 +76,7 @@ def test_without_space_leases_live_reads_work_and_what_is_new_waits(tmp_path: Pa
                 wait_until(lambda: late.statistics().attempts > 2, MINUTE, what="it tries to be published")
                 assert late.state is PublisherState.PUBLISHING
                 assert "no space left" in str(late.error)
-                end_s = time.monotonic() + 2 * OFTEN.ttl_s  # etcd counts in real time
+                end_s = time.monotonic() + 1.5 * OFTEN.ttl_s  # etcd counts in real time
                 wait_until(lambda: time.monotonic() > end_s, MINUTE, what="a lease that is not renewed has run out")
                 assert [source.worker_id for source in watcher.sources()] == ["early"]
                 empty(server)

@@ -21,7 +21,7 @@ from ucxx_transport.errors import StoreUnavailableError
 from ucxx_transport.membership import SourceRecord, open_store
 
 MINUTE = 60
-OFTEN = PublisherConfig(interval_s=1.0, backoff_s=0.05, max_backoff_s=0.5, keeper="thread")
+OFTEN = PublisherConfig(interval_s=1.5, backoff_s=0.05, max_backoff_s=0.5, keeper="thread")
 SETTINGS = StoreConfig(timeout_s=2.0)
 
 pytestmark = pytest.mark.usefixtures("etcd_binary")
@@ -71,7 +71,7 @@ def worker(cluster: EtcdCluster, worker_id: str) -> Iterator[HeartbeatPublisher]
 
 def outlive_the_lease() -> None:
     """Wait until a lease that is not renewed has run out: etcd counts in real time."""
-    until_s = time.monotonic() + 2 * OFTEN.ttl_s
+    until_s = time.monotonic() + 1.5 * OFTEN.ttl_s
     wait_until(lambda: time.monotonic() > until_s, MINUTE, what="the lease would have run out")
 
 

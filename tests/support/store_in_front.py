@@ -22,11 +22,13 @@ class Call:
         name: of the method; "next" of a watch.
         key: that it names, or its prefix; "" without one.
         value: that is put.
+        timeout_s: that it was given; None: the store's own.
     """
 
     name: str
     key: str = ""
     value: bytes = b""
+    timeout_s: float | None = None
 
 
 def _nothing(_: Call) -> None:
@@ -74,16 +76,24 @@ class StoreInFront(Store):
         return self.behind.url
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
-        return self.passed_on(Call(name="grant"), lambda: self.behind.grant(ttl_s, timeout_s=timeout_s))
+        return self.passed_on(
+            Call(name="grant", timeout_s=timeout_s), lambda: self.behind.grant(ttl_s, timeout_s=timeout_s)
+        )
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
-        return self.passed_on(Call(name="keep_alive"), lambda: self.behind.keep_alive(lease_id, timeout_s=timeout_s))
+        return self.passed_on(
+            Call(name="keep_alive", timeout_s=timeout_s), lambda: self.behind.keep_alive(lease_id, timeout_s=timeout_s)
+        )
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
-        self.passed_on(Call(name="revoke"), lambda: self.behind.revoke(lease_id, timeout_s=timeout_s))
+        self.passed_on(
+            Call(name="revoke", timeout_s=timeout_s), lambda: self.behind.revoke(lease_id, timeout_s=timeout_s)
+        )
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
-        return self.passed_on(Call(name="get", key=key), lambda: self.behind.get(key, timeout_s=timeout_s))
+        return self.passed_on(
+            Call(name="get", key=key, timeout_s=timeout_s), lambda: self.behind.get(key, timeout_s=timeout_s)
+        )
 
     def put(
         self,
@@ -95,7 +105,7 @@ class StoreInFront(Store):
         timeout_s: float | None = None,
     ) -> int:
         return self.passed_on(
-            Call(name="put", key=key, value=value),
+            Call(name="put", key=key, value=value, timeout_s=timeout_s),
             lambda: self.behind.put(key, value, lease_id=lease_id, expected=expected, timeout_s=timeout_s),
         )
 

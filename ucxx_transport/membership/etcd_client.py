@@ -39,7 +39,7 @@ class Connection:
         self._http = HTTPConnection(endpoint) if tls is None else HTTPSConnection(endpoint, context=tls)
         self._socket: socket.socket | None = None
         self._response: HTTPResponse | None = None
-        self._sent = self._aborted = self._has_come = False
+        self._sent = self._aborted = False
         self._raw = self._text = b""
 
     def ask(
@@ -47,14 +47,16 @@ class Connection:
     ) -> Json:
         """The answer, by a time on the monotonic clock; errors of `messages`, and what keeps it from being given.
 
-        One that `streams` messages is {}: `is_readable` and `read` bring them.
+        One that `streams` messages is {}, once the first has come: `is_readable` and `read` bring them.
         """
 
         def answer() -> Json:
             response = self._post(path, body, token, until, connect_s)
             if not streams or response.status != 200:
                 return self._answer(response, until)
-            self._has_come = self._came_with_headers(response)
+            while b"\n" not in self._text:  # which leaves nothing in the library's buffer, where no poll sees it
+                self._text += self._piece()
+                self._bound(until)
             return {}
 
         return self._tried(answer)
@@ -62,7 +64,7 @@ class Connection:
     def is_readable(self, until: float) -> bool:
         """Wait for more of a stream, or for its end."""
         assert self._socket is not None
-        if self._has_come or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+        if b"\n" in self._text or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
             return True
         ready = select.poll()
         ready.register(self._socket, select.POLLIN)
@@ -70,7 +72,9 @@ class Connection:
 
     def read(self) -> list[Json]:
         """What has come of a stream: its whole messages; a StoreUnavailableError at its end."""
-        *lines, self._text = (self._text + self._tried(self._piece)).split(b"\n")
+        if b"\n" not in self._text:
+            self._text += self._tried(self._piece)
+        *lines, self._text = self._text.split(b"\n")
         return [answer_of(200, line, self.endpoint) for line in lines if line]
 
     def abort(self) -> None:
@@ -106,18 +110,6 @@ class Connection:
         self._response = self._http.getresponse()
         return self._response
 
-    def _came_with_headers(self, response: HTTPResponse) -> bool:
-        """Whether the beginning of the body came with the headers: then the socket need not be readable any more."""
-        assert self._socket is not None
-        bound = self._socket.gettimeout()
-        self._socket.settimeout(0.0)
-        try:
-            return bool(response.fp.peek())
-        except ssl.SSLWantReadError:
-            return False
-        finally:
-            self._socket.settimeout(bound)
-
     def _answer(self, response: HTTPResponse, until: float) -> Json:
         """The answer in the body, which must be whole by then: the socket bounds each of its pieces alone."""
         pieces: list[bytes] = []
@@ -137,7 +129,6 @@ class Connection:
         response = self._response
         assert response is not None
         piece = response.fp.read1(_PIECE_BYTES)
-        self._has_come = False
         if not piece:
             raise ConnectionResetError("the stream has ended")
         if not response.chunked:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
@@ -271,89 +271,50 @@ class ReplicaFeed(Protocol):
 
 
 class ReplicaMonitor:
-    """Calls back when a replica is gone, and when all are. Thread-safe.
+    """Calls back when a replica is gone, and when all are.
 
     A replica that was never there is never gone: before the first has registered nothing fires. One that registers
     again is alive again, and its next death is another one.
 
-    The callbacks run one at a time, in order, under no lock. With a `feed` they run in a thread of their own, and a
-    slow one delays no other. Fed by hand they run in the thread that brings the news, or in that of another which is
-    just calling back; a name that dies again before its death was reported is reported once. An exception is logged and
-    goes no further.
+    The callbacks run one at a time, in order, under no lock, in a thread of their own: a slow one delays no other
+    listener. An exception is logged and goes no further.
 
     Args:
+        feed: a `SourceWatcher`, whose replicas are worker ids, or a `RankGroup`, whose are ranks: followed from now on
+            until `close`.
         on_dead: called with the name of each replica that is gone.
         on_all_gone: called, after that, when none is left.
-        feed: a `SourceWatcher`, whose replicas are worker ids, or a `RankGroup`, whose are ranks: followed from now on
-            until `close`. None: `added` and `removed` are called by hand.
     """
 
     def __init__(
         self,
         *,
+        feed: ReplicaFeed,
         on_dead: Callable[[Hashable], object] = lambda _: None,
         on_all_gone: Callable[[], object] = lambda: None,
-        feed: ReplicaFeed | None = None,
     ) -> None:
         self._on_dead, self._on_all_gone = on_dead, on_all_gone
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        self._alive: set[Hashable] = set()
-        self._due: OrderedDict[tuple[Hashable, ...], None] = OrderedDict()  # deaths as (name,), "all are gone" as ()
-        self._is_calling = False
-        self._unsubscribe: Callable[[], None] = lambda: None
-        if feed is not None:
-            self._unsubscribe = feed.subscribe(
-                on_add=lambda replica: self.added(_name_of(replica)),
-                on_remove=lambda replica: self.removed(_name_of(replica)),
-            )
+        self._pid = os.getpid()
+        self._alive: frozenset[Hashable] = frozenset()
+        self._unsubscribe = feed.subscribe(on_add=self._added, on_remove=self._removed)
 
     @property
     def alive(self) -> frozenset[Hashable]:
         """The names of those that are there."""
         refuse_forked(self._pid, "ReplicaMonitor")
-        with self._lock:
-            return frozenset(self._alive)
+        return self._alive
 
-    def added(self, name: Hashable) -> None:
-        """A replica has registered, or again."""
-        refuse_forked(self._pid, "ReplicaMonitor")
-        with self._lock:
-            self._alive.add(name)
+    def _added(self, replica: Any) -> None:
+        self._alive |= {_name_of(replica)}
 
-    def removed(self, name: Hashable) -> None:
-        """A replica is gone; one that is not there is none."""
-        refuse_forked(self._pid, "ReplicaMonitor")
-        with self._lock:
-            if name not in self._alive:
-                return
-            self._alive.remove(name)
-            self._due[name,] = None
-            if not self._alive:
-                self._due[()] = None
-                self._due.move_to_end(())  # after the deaths
-            if self._is_calling:
-                return  # the thread that is calling back sees to these too
-            self._is_calling = True
-        self._call_back()
-
-    def _call_back(self) -> None:
+    def _removed(self, replica: Any) -> None:
+        name = _name_of(replica)
+        self._alive -= {name}
         try:
-            while True:
-                with self._lock:
-                    if not self._due:
-                        self._is_calling = False
-                        return
-                    due, _ = self._due.popitem(last=False)
-                try:
-                    if due:
-                        self._on_dead(due[0])
-                    elif not self.alive:  # else one has come back before this could be reported
-                        self._on_all_gone()
-                except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
-                    _log.exception("replica_callback_failed")
-        except BaseException:  # `sys.exit` in a callback, or an interrupt: the rest that is due is reported first
-            self._call_back()
-            raise
+            _call(self._on_dead, name)
+        finally:  # also when it exits the thread
+            if not self._alive:
+                _call(self._on_all_gone)
 
     def close(self) -> None:
         """Follow the feed no longer. Idempotent."""
@@ -364,6 +325,13 @@ class ReplicaMonitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _call(callback: Callable[..., object], *names: Hashable) -> None:
+    try:
+        callback(*names)
+    except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
+        _log.exception("replica_callback_failed")
 
 
 def _name_of(replica: Any) -> Hashable:

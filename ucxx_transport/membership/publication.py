@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ucxx_transport.errors import ConflictError, LeaseLostError, TransportError
 from ucxx_transport.membership.keys import epoch_key, source_key
+from ucxx_transport.membership.renewal import renew
 from ucxx_transport.membership.sources import Offer, SourceRecord, SourceStatus
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Publication:
         self._store = store
         self._key = source_key(record.worker_id)
         self._revision = revision
+        self._call_s = lease.ttl_s / 3  # a call that takes longer would keep the next renewal waiting too long
         self.record = record
         self.lease = lease
 
@@ -116,6 +118,10 @@ class Publication:
             raise
         return cls(store, first, lease, revision)
 
+    def renew(self) -> None:
+        """Renew the lease; a LeaseLostError: it has ended."""
+        renew(self._store, self.lease.lease_id, timeout_s=self._call_s)
+
     def update(self, status: SourceStatus, offer: Offer | None = None) -> bool:
         """Write the record again where it has changed; returns whether it had. Without an `offer`, that is as before.
 
@@ -126,12 +132,12 @@ class Publication:
             record = replace(record, host=offer.host, ports=offer.ports)
         if record == self.record:
             return False
-        self._put(record, None)
+        self._put(record, self._call_s)
         return True
 
     def require_there(self) -> None:
         """Raise a LeaseLostError unless the store still has the record as it was written last."""
-        entry = self._store.get(self._key)
+        entry = self._store.get(self._key, timeout_s=self._call_s)
         if entry is None or entry.value != self.record.to_bytes():
             raise LeaseLostError("the record is not in the store any more", key=self._key)
 
@@ -146,7 +152,7 @@ class Publication:
         finally:
             self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
 
-    def _put(self, record: SourceRecord, timeout_s: float | None) -> None:
+    def _put(self, record: SourceRecord, timeout_s: float) -> None:
         raw, lease_id, expected = record.to_bytes(), self.lease.lease_id, self._revision
         try:
             revision = self._store.put(self._key, raw, lease_id=lease_id, expected=expected, timeout_s=timeout_s)

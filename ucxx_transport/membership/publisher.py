@@ -26,7 +26,7 @@ from ucxx_transport.membership.publication import (
     PublisherStatistics,
     next_epoch,
 )
-from ucxx_transport.membership.renewal import Keeper, renew
+from ucxx_transport.membership.renewal import RETRIES_AN_INTERVAL, Keeper
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
@@ -37,7 +37,6 @@ _log = get_logger(__name__)
 
 LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
-_SERVING: Final = (PublisherState.LIVE, PublisherState.UNWELL)
 _LOSSES: Final = (errors.LeaseLostError, errors.ConflictError, errors.StoreResetError)
 _HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, errors.ConfigError, errors.ProtocolError)
 
@@ -98,7 +97,6 @@ class HeartbeatPublisher:
         self._rival: tuple[int | None, float] | None = None
         self._publication: Publication | None = None
         self._keeper = Keeper(self._store, self._store_config, self._config)
-        self._failures, self._began_s, self._looks = 0, 0.0, count(1)
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()
@@ -224,18 +222,22 @@ class HeartbeatPublisher:
     # the thread: publish the record, renew its lease, publish again if the lease is lost
 
     def _run(self) -> None:
-        pause_s, self._began_s = 0.0, self._clock()
+        pause_s, config = 0.0, self._config
         try:
-            while not self._stops_within(pause_s) and self.state is not PublisherState.FAILED:
-                pause_s = self._turn()
+            while not self._stops_within(pause_s):
+                try:
+                    self._publish()
+                    self._attend()
+                except _LOSSES as error:
+                    if self._publication is None:
+                        raise
+                    self._lose(str(error))
+                    pause_s = random_pause_s(1, first_s=config.backoff_s, longest_s=config.max_backoff_s)
+        except errors.TransportError as error:
+            self._fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
             _log.exception("publisher_died", worker=self.worker_id)
-            known = (
-                error
-                if isinstance(error, errors.TransportError)
-                else errors.TransportError(f"{type(error).__name__}: {error}")
-            )
-            self._fail(known)
+            self._fail(errors.TransportError(f"{type(error).__name__}: {error}"))
         if (publication := self._publication) is not None:
             try:
                 publication.withdraw(self._config.stop_timeout_s)
@@ -250,60 +252,48 @@ class HeartbeatPublisher:
         if self._owns_store:
             self._store.close()
 
-    def _turn(self) -> float:
-        """Try to publish, or look after what is published; returns the seconds until the next turn."""
-        was_live = self.state in _SERVING
-        if not was_live:
+    def _publish(self) -> None:
+        """Try until the record is visible and the source serves, or a stop; raises what no further try can heal."""
+        until_s, pause_s = self._clock() + self._config.publish_timeout_s, 0.0
+        for attempt in count(1):
+            if self._stops_within(pause_s):
+                return
             self._change(attempts=self._now.attempts + 1)
-        try:
-            publication = self._visible()
-            if self._stopping:
-                return 0.0
-            if was_live:
-                self._look_after(publication)
-            else:
+            try:
+                publication = self._visible()
+                if self._stopping:
+                    return
                 self._source.bind()
                 publication.update(SourceStatus.READY, self._source.offer())
+            except errors.TransportError as error:
+                left_s = until_s - self._clock()
+                is_lost = self._publication is not None and isinstance(error, _LOSSES)
+                if is_lost or isinstance(error, _HOPELESS) or (left_s <= 0 and self._config.on_timeout == "stop"):
+                    raise
+                pause_s = self._pause_s(error, attempt, left_s)
+            else:
                 self._change(PublisherState.LIVE, publications=self._now.publications + 1)
-        except errors.TransportError as error:
-            if self._publication is not None and isinstance(error, _LOSSES):
-                self._lose(str(error))
-                if was_live:
-                    return 0.0
-            if not was_live:
-                return self._after_failure(error)
-            if self._failures == 0:
-                self._change(outages=self._now.outages + 1)
-                _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
-            self._failures += 1
-        else:
-            self._failures = 0
-        return self._config.interval_s
+                return
 
-    def _after_failure(self, error: errors.TransportError) -> float:
-        """What follows from a try to publish that has failed; returns the seconds until the next."""
-        config = self._config
-        left_s = self._began_s + config.publish_timeout_s - self._clock()
-        if isinstance(error, _HOPELESS) or (left_s <= 0 and config.on_timeout == "stop"):
-            self._fail(error)
-            return 0.0
+    def _pause_s(self, error: errors.TransportError, attempt: int, left_s: float) -> float:
+        """The pause after a try to publish that has failed, `left_s` before it counts as late."""
         if isinstance(error, errors.StoreUnavailableError):
             self._rival = None  # its lease may have been given more time
-        self._failures += 1
         self._change(error=error)
         if left_s <= 0:
-            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._failures)
-        elif self._failures == 1:
-            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._failures)
+            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
+        elif attempt == 1:
+            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
+        config = self._config
         # a rival's record ends any moment
         longest_s = config.max_backoff_s if self._rival is None else min(config.max_backoff_s, config.interval_s / 4)
-        pause_s = random_pause_s(self._failures, first_s=config.backoff_s, longest_s=longest_s)
+        pause_s = random_pause_s(attempt, first_s=config.backoff_s, longest_s=longest_s)
         return min(pause_s, left_s) if left_s > 0 else pause_s
 
     def _visible(self) -> Publication:
         """The record under its lease, which is renewed, or granted where there is none."""
         if (publication := self._publication) is not None:
-            renew(self._store, publication.lease.lease_id)
+            publication.renew()
             return publication
         self._yield_to_rival()
         epoch = next_epoch(self._store, self.worker_id, known=self.epoch)
@@ -339,8 +329,29 @@ class HeartbeatPublisher:
             raise errors.DuplicateSourceError(text, worker_id=self.worker_id)
         raise errors.ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
 
-    def _look_after(self, publication: Publication) -> None:
-        """See that the record is there and says what is so."""
+    def _attend(self) -> None:
+        """Renew the lease and see that the record says what is so, until a stop; raises the loss of either."""
+        pause_s, is_away = self._config.interval_s, False
+        for turn in count(1):
+            if self._stops_within(pause_s):
+                return
+            try:
+                publication = self._visible()
+                self._report_health(publication)
+                self._source.discard_old()
+                if turn % LOOK_EVERY == 0:
+                    publication.require_there()
+            except _LOSSES:
+                raise
+            except errors.TransportError as error:
+                if not is_away:
+                    self._change(outages=self._now.outages + 1)
+                    _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
+                pause_s, is_away = self._config.interval_s / RETRIES_AN_INTERVAL, True
+            else:
+                pause_s, is_away = self._config.interval_s, False
+
+    def _report_health(self, publication: Publication) -> None:
         is_healthy = self._source.is_healthy(2 * self._config.interval_s)
         if is_healthy:
             state, is_new = PublisherState.LIVE, publication.update(SourceStatus.READY, self._source.offer())
@@ -349,14 +360,10 @@ class HeartbeatPublisher:
         if is_new and state is not self.state:
             _log.warning("source_health_changed", worker=self.worker_id, is_healthy=is_healthy)
             self._change(state)
-        self._source.discard_old()
-        if next(self._looks) % LOOK_EVERY == 0:
-            publication.require_there()
 
     def _lose(self, reason: str) -> None:
         self._source.hold()
         self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
-        self._failures, self._began_s = 0, self._clock()
         _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=reason)
         self._revoke()
 

@@ -22,22 +22,26 @@ _log = get_logger(__name__)
 CLOSE_S: Final = 0.5
 """A sidecar that only renews is killed after that: it may be in a call of a store that does not answer."""
 
-_RETRIES_AN_INTERVAL: Final = 4
+RETRIES_AN_INTERVAL: Final = 4
 """After a renewal that failed the next comes this much sooner: a lease of three intervals is then tried eight times."""
 
 
-def renew(store: Store, lease_id: int, *, timeout_s: float | None = None) -> None:
-    """Renew a lease. A LeaseLostError: the store answered twice that there is none; once is evidence, no verdict."""
+def renew(store: Store, lease_id: int, *, timeout_s: float) -> float:
+    """Renew a lease; returns the seconds that it now has.
+
+    A LeaseLostError: the store answered twice that there is none; once is evidence, no verdict.
+    """
     try:
-        store.keep_alive(lease_id, timeout_s=timeout_s)
+        return store.keep_alive(lease_id, timeout_s=timeout_s)
     except LeaseLostError:
-        store.keep_alive(lease_id, timeout_s=timeout_s)
+        return store.keep_alive(lease_id, timeout_s=timeout_s)
 
 
 class LeaseRenewer:
     """Renews one lease in a daemon thread, until it is stopped, or the store says that the lease has ended.
 
-    A store that does not answer says nothing: it is asked again, for as long as it takes.
+    A store that does not answer says nothing: it is asked again, for as long as it takes. A call has a third of the
+    lease's time.
 
     Args:
         store: gives the store, in that thread. What it raises is no answer.
@@ -75,13 +79,13 @@ class LeaseRenewer:
             self._thread.join(wait_s)
 
     def _run(self) -> None:
-        pause_s, failures = 0.0, 0
+        pause_s, failures, timeout_s = 0.0, 0, self._interval_s
         while not self._stopping.wait(pause_s):
-            pause_s = self._interval_s / _RETRIES_AN_INTERVAL
+            pause_s = self._interval_s / RETRIES_AN_INTERVAL
             if self._is_held():
                 continue
             try:
-                renew(self.store(), self._lease_id, timeout_s=self._interval_s)
+                timeout_s = renew(self.store(), self._lease_id, timeout_s=timeout_s) / 3
             except LeaseLostError as error:
                 if not self._stopping.is_set():
                     _log.warning("lease_lost", lease=self._lease_id, reason=str(error))

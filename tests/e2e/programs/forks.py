@@ -139,8 +139,6 @@ def main(url: str) -> None:
         "writer.write": lambda: writer.write(episode),
         "writer.statistics": writer.statistics,
         "monitor.alive": lambda: monitor.alive,
-        "monitor.added": lambda: monitor.added("w2"),
-        "monitor.removed": lambda: monitor.removed("w0"),
         "publisher.statistics": publisher.statistics,
         "watcher.report_to": lambda: watcher.report_to(print),
         "publisher.wait_published": lambda: publisher.wait_published(60),

@@ -25,6 +25,7 @@ from tests.support.waiting import wait_until
 from ucxx_transport.config import PublisherConfig, StoreConfig
 from ucxx_transport.errors import (
     ConfigError,
+    ConflictError,
     DeadlineExceededError,
     DuplicateSourceError,
     LeaseLostError,
@@ -453,6 +454,29 @@ def test_an_outage_is_counted_once_and_costs_nothing(front: StoreInFront, source
         counts = publisher.statistics()
         assert (counts.state, counts.outages, counts.losses, counts.epoch) == (PublisherState.LIVE, 1, 0, 1)
         assert source.calls == ["held", "bound"]
+
+
+def test_no_call_keeps_a_renewal_waiting_for_longer_than_a_third_of_the_lease(
+    front: StoreInFront, source: FakeSource
+) -> None:
+    with HeartbeatPublisher(front, "w", source, FAST) as publisher:
+        publisher.wait_published(MINUTE)
+        front.calls.clear()
+        source.move(6001, 6002)
+        wait_until(lambda: front.count("get") and front.count("put"), MINUTE, what="it looks, and writes")
+        calls = [call for call in front.calls if call.name in ("keep_alive", "get", "put")]
+        assert {call.timeout_s for call in calls} == {FAST.ttl_s / 3}
+
+
+def test_a_worker_that_is_not_to_retry_fails_while_another_has_its_name(store: Store, source: FakeSource) -> None:
+    store.put(KEY, record("w", 7, session="f" * 32, ttl_s=2 * MINUTE).to_bytes())
+    clock = Clock()
+    with HeartbeatPublisher(store, "w", source, replace(FAST, on_timeout="stop"), clock=clock) as publisher:
+        wait_until(lambda: publisher.error, MINUTE, what="the other one is seen")
+        clock.now_s += FAST.publish_timeout_s
+        with pytest.raises(ConflictError, match="still in the store"):
+            publisher.wait_published(MINUTE)
+        assert publisher.state is PublisherState.FAILED
 
 
 def test_a_bug_of_the_source_is_raised_where_it_is_waited_for(store: Store, source: FakeSource) -> None:

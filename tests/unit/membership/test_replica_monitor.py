@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from tests.support.group_ranks import Ranks
 
 
-class Calls:
-    """What a monitor has called back with, in order; "all" for all gone."""
-
-    def __init__(self) -> None:
-        self.words: list[Hashable] = []
-
-    def monitor(self, **settings: Any) -> ReplicaMonitor:
-        return ReplicaMonitor(on_dead=self.words.append, on_all_gone=lambda: self.words.append("all"), **settings)
-
-
 @dataclass(frozen=True)
 class Source:
     worker_id: str
@@ -50,110 +40,96 @@ class Feed:
 
         return end
 
+    def add(self, *names: str) -> None:
+        for name in names:
+            self.on_add(Source(name))
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            self.on_remove(Source(name))
+
+
+class Calls:
+    """What a monitor has called back with, in order; "all" for all gone."""
+
+    def __init__(self) -> None:
+        self.words: list[Hashable] = []
+
+    def monitor(self, feed: Any) -> ReplicaMonitor:
+        return ReplicaMonitor(feed=feed, on_dead=self.words.append, on_all_gone=lambda: self.words.append("all"))
+
 
 def test_nothing_fires_before_anybody_has_registered() -> None:
     calls = Calls()
-    monitor = calls.monitor()
-    monitor.removed("a")
-    assert calls.words == []
-    assert monitor.alive == frozenset()
+    with MemoryStore() as store, SourceWatcher(store) as watcher, calls.monitor(watcher) as monitor:
+        wait_until(lambda: watcher.statistics().synced, what="it knows that there is none")
+        store.put(source_key("w0"), record("w0").to_bytes())
+        wait_until(lambda: monitor.alive == {"w0"})
+        assert calls.words == []
 
 
-def test_each_death_is_calls_once_and_then_that_all_are_gone() -> None:
-    calls = Calls()
-    monitor = calls.monitor()
-    for name in ("a", "b"):
-        monitor.added(name)
-    monitor.removed("b")
-    monitor.removed("b")
+def test_each_death_is_reported_once_and_then_that_all_are_gone() -> None:
+    feed, calls = Feed(), Calls()
+    calls.monitor(feed)
+    feed.add("a", "b")
+    feed.remove("b")
     assert calls.words == ["b"]
-    monitor.removed("a")
-    assert calls.words == ["b", "a", "all"]
-    monitor.removed("a")
+    feed.remove("a")
     assert calls.words == ["b", "a", "all"]
 
 
 def test_who_registers_again_can_die_again() -> None:
-    calls = Calls()
-    monitor = calls.monitor()
+    feed, calls = Feed(), Calls()
+    calls.monitor(feed)
     for _ in range(2):
-        monitor.added("a")
-        monitor.added("a")
-        monitor.removed("a")
+        feed.add("a")
+        feed.remove("a")
     assert calls.words == ["a", "all"] * 2
 
 
-def test_a_callback_that_fails_stops_nothing(log_events: list[MutableMapping[str, Any]]) -> None:
-    gone: list[str] = []
+def test_callbacks_that_fail_stop_nothing(log_events: list[MutableMapping[str, Any]]) -> None:
+    feed, called = Feed(), list[Hashable]()
 
-    def fails(name: Hashable) -> None:
-        raise ValueError(name)
+    def fails(*names: Hashable) -> None:
+        called.append(names)
+        raise ValueError(names)
 
-    monitor = ReplicaMonitor(on_dead=fails, on_all_gone=lambda: gone.append("all"))
-    monitor.added("a")
-    monitor.removed("a")
-    assert gone == ["all"]
-    assert [event["event"] for event in log_events] == ["replica_callback_failed"]
-
-
-def test_callbacks_come_one_at_a_time_in_order_whatever_they_call() -> None:
-    calls: list[Hashable] = []
-    monitor = ReplicaMonitor(on_all_gone=lambda: calls.append("all"))
-
-    def dead(name: Hashable) -> None:
-        calls.append(("begins", name))
-        if name == "a":
-            monitor.removed("b")
-        calls.append(("ends", name))
-
-    monitor = ReplicaMonitor(on_dead=dead, on_all_gone=lambda: calls.append("all"))
-    monitor.added("a")
-    monitor.added("b")
-    monitor.removed("a")
-    assert calls == [("begins", "a"), ("ends", "a"), ("begins", "b"), ("ends", "b"), "all"]
+    ReplicaMonitor(feed=feed, on_dead=fails, on_all_gone=fails)
+    feed.add("a", "b")
+    feed.remove("a", "b")
+    assert called == [("a",), ("b",), ()]
+    assert [event["event"] for event in log_events] == ["replica_callback_failed"] * 3
 
 
-def test_all_are_not_gone_when_one_has_come_back_before_it_could_be_calls() -> None:
-    calls = Calls()
-
-    def comes_back(name: Hashable) -> None:
-        calls.words.append(name)
-        monitor.added("b")
-
-    monitor = ReplicaMonitor(on_dead=comes_back, on_all_gone=lambda: calls.words.append("all"))
-    monitor.added("a")
-    monitor.removed("a")
-    assert calls.words == ["a"]
-    assert monitor.alive == {"b"}
-
-
-def test_a_callback_that_takes_its_time_does_not_hold_up_who_brings_further_news() -> None:
+def test_a_callback_that_takes_its_time_is_called_one_at_a_time_and_delays_no_watcher() -> None:
     is_in, go_on = threading.Event(), threading.Event()
-    calls: list[Hashable] = []
+    calls: list[tuple[str, Hashable]] = []
 
     def slow(name: Hashable) -> None:
-        calls.append(name)
+        calls.append(("begins", name))
         is_in.set()
         go_on.wait(30)
+        calls.append(("ends", name))
 
-    monitor = ReplicaMonitor(on_dead=slow)
-    for name in ("a", "b"):
-        monitor.added(name)
-    thread = threading.Thread(target=monitor.removed, args=("a",))
-    thread.start()
-    assert is_in.wait(10)
-    monitor.removed("b")
-    assert calls == ["a"]
-    go_on.set()
-    thread.join(10)
-    assert calls == ["a", "b"]
+    with MemoryStore() as store, SourceWatcher(store) as watcher, ReplicaMonitor(feed=watcher, on_dead=slow):
+        for worker in ("w0", "w1"):
+            store.put(source_key(worker), record(worker).to_bytes())
+        watcher.wait_for(2, 10)
+        store.delete(source_key("w0"))
+        assert is_in.wait(10)
+        store.delete(source_key("w1"))
+        wait_until(lambda: not watcher.sources(), what="the watcher goes on")
+        assert calls == [("begins", "w0")]
+        go_on.set()
+        wait_until(lambda: len(calls) == 4)
+        assert calls == [("begins", "w0"), ("ends", "w0"), ("begins", "w1"), ("ends", "w1")]
 
 
 def test_a_feed_is_followed_until_the_monitor_is_closed() -> None:
     feed, calls = Feed(), Calls()
-    with calls.monitor(feed=feed) as monitor:
-        feed.on_add(Source("w0"))
-        feed.on_remove(Source("w0"))
+    with calls.monitor(feed) as monitor:
+        feed.add("w0")
+        feed.remove("w0")
         assert calls.words == ["w0", "all"]
         assert feed.subscribers == 1
     assert feed.subscribers == 0
@@ -163,7 +139,7 @@ def test_a_feed_is_followed_until_the_monitor_is_closed() -> None:
 def test_a_group_s_members_are_replicas(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     calls = Calls()
-    with calls.monitor(feed=first) as monitor:
+    with calls.monitor(first) as monitor:
         wait_until(lambda: monitor.alive == {0, 1})
         ranks.data.kill(ranks.lease_of(second))
         wait_until(lambda: calls.words == [1])
@@ -181,7 +157,7 @@ def test_the_sources_of_a_watcher_are_replicas() -> None:
         for worker, lease_id in (("w0", first), ("w1", store.grant(60).lease_id)):
             store.put(source_key(worker), record(worker).to_bytes(), lease_id=lease_id)
         watcher.wait_for(2, 10)
-        with calls.monitor(feed=watcher) as monitor:
+        with calls.monitor(watcher) as monitor:
             assert monitor.alive == {"w0", "w1"}, "those that were there before"
             store.revoke(first)
             wait_until(lambda: calls.words == ["w0"])
@@ -192,16 +168,15 @@ def test_the_sources_of_a_watcher_are_replicas() -> None:
 
 
 def test_a_callback_that_exits_its_thread_keeps_no_other_death_from_being_reported() -> None:
-    calls = Calls()
+    feed, calls = Feed(), Calls()
 
     def die(name: Hashable) -> None:
         calls.words.append(name)
         raise SystemExit
 
-    monitor = ReplicaMonitor(on_dead=die, on_all_gone=lambda: calls.words.append("all"))
-    for name in "ab":
-        monitor.added(name)
+    ReplicaMonitor(feed=feed, on_dead=die, on_all_gone=lambda: calls.words.append("all"))
+    feed.add("a", "b")
     for name in "ab":
         with pytest.raises(SystemExit):
-            monitor.removed(name)
+            feed.remove(name)
     assert calls.words == ["a", "b", "all"]
