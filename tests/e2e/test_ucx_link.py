@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import itertools
 import os
 import random
 import resource
@@ -17,6 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -28,11 +31,13 @@ from tests.support.programs import Program, program
 from tests.support.rows import row
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
+from ucxx_transport import link
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.address import list_interfaces
 from ucxx_transport.link.base import Endpoint, Operation
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
+from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -196,7 +201,6 @@ def test_kill_of_an_idle_peer_ends_a_pending_receive(lanes: str) -> None:
         here.until(lambda: owner.error)
         assert not endpoint.alive
         assert here.close(endpoint)
-        assert here.link.counters.peers_lost == 1
 
 
 @BOTH_LANES
@@ -422,6 +426,66 @@ def test_peer_closing_is_seen_at_once(lanes: str) -> None:
         assert here.outcome(receive) in GONE
         here.until(lambda: owner.error)
         assert here.close(endpoint)
+
+
+def steps_of_the_owner_s_call() -> set[int]:
+    """The bytecodes of `lose` between what the endpoint notes of its owner's call and the call: as if in it."""
+    steps = list(dis.get_instructions(UCXXEndpoint.lose))
+    noted = next(i for i, step in enumerate(steps) if (step.opname, step.argval) == ("STORE_ATTR", "alive"))
+    return {step.offset for step in steps[noted + 1 :]}
+
+
+def interrupted(run: Callable[[], object], at: int) -> bool:
+    """Run it with an interrupt before the link's bytecode of this number; whether there are so many."""
+    folder, lose, call = str(Path(link.__file__).parent), UCXXEndpoint.lose.__code__, steps_of_the_owner_s_call()
+    left = at
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and not (frame.f_code is lose and frame.f_lasti in call):
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return left < 0
+
+
+@pytest.mark.parametrize("every", [13, exhaustive(1)])
+def test_an_interrupt_at_any_bytecode_of_the_link_keeps_no_loss_from_its_owner(every: int) -> None:
+    with opened() as server, opened() as client:
+        port = server.listen()
+        for at in itertools.count(0, every):
+            endpoint, owner = client.start(port)
+            while not (owner.is_connected and server.accepted):
+                server.reactor.poll()
+                client.reactor.poll()
+            receive = endpoint.post_receive(bytearray(8), ignore)
+            server.accepted.pop()[0].close()
+            while endpoints_open(server.link):
+                server.reactor.poll()
+            assert select.select([client.reactor.fileno()], [], [], DEADLINE_S)[0], "the kernel has said so"
+
+            def hear_of_it() -> None:
+                while owner.error is None:  # noqa: B023
+                    client.reactor.poll()
+
+            was_interrupted = interrupted(hear_of_it, at)
+            client.until(lambda: owner.error and receive.completed, f"the loss, interrupted at {at}")  # noqa: B023
+            assert client.close(endpoint)
+            if not was_interrupted:
+                break
+        assert at > 300
 
 
 @pytest.mark.parametrize("variant", link_exit.VARIANTS)

@@ -29,6 +29,8 @@ Rules that every link keeps, and that the conformance suite checks:
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
@@ -80,13 +82,11 @@ class LinkCounters:
 
     Attributes:
         accepts_failed: connections that failed while its listeners took them.
-        peers_lost: endpoints whose peer went away before this side closed them.
         leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
         unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
     """
 
     accepts_failed: int = 0
-    peers_lost: int = 0
     leaked_buffers: int = 0
     unexpected_messages: int = 0
 
@@ -239,9 +239,6 @@ class Link(Protocol):
     def close(self) -> None:
         """End endpoints, listeners and operations, and give back the resources. Idempotent, bounded (3 s)."""
 
-    def forget(self) -> None:
-        """In a forked child: every later use is an error, and nothing of the parent's is touched or freed."""
-
 
 def byte_view(buffer: object, *, writable: bool) -> memoryview:
     """A view of the buffer that pins it until released: a bytearray cannot be resized, an mmap not closed.
@@ -274,20 +271,39 @@ def checked_port(port: int, *, lowest: int) -> int:
 FORKED: Final = "UCX does not survive a fork; start the process by spawn, or fork before the first link"
 
 
+_usables: weakref.WeakSet[Usable] = weakref.WeakSet()
+
+
 class Usable:
-    """Whether a link may be used.
+    """Whether a link, or its reactor, may be used.
 
     Attributes:
-        closing: it is being closed, which the owners of its endpoints hear by their operations' ends alone.
+        closing: a link that is being closed, which the owners of its endpoints hear by their operations' ends alone.
         closed: it has been.
         forked: it is of the process that this one is a fork of.
     """
 
     closing = closed = forked = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        _usables.add(self)
+
     def check_usable(self) -> None:
-        """Refuse a closed link, and one of a parent process, with a ConfigError."""
+        """Refuse what is closed, and what is a parent process's, with a ConfigError."""
         if self.forked:
             raise ConfigError(FORKED)
         if self.closed:
             raise ConfigError("this link is closed; open another")
+
+    def forget(self) -> None:
+        """This process is a fork: every later use is an error, and nothing of the parent's is touched or freed."""
+        self.forked = True
+
+
+def _in_forked_child() -> None:
+    for usable in list(_usables):
+        usable.forget()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

@@ -2,9 +2,9 @@
 
 - A link that is never closed stays until the interpreter ends, and is closed then: an operation in flight whose buffer
   the interpreter frees first would be a crash. One whose last thread still runs then (a daemon's) is left as it is.
-- UCX does not survive a fork. In the child, what the parent had is never freed, so that nothing closes the parent's
-  connections, and every use is an error that says so.
-- The buffer of an operation that never ends is kept for good: UCX may still write to it.
+- UCX does not survive a fork. In the child, a link of the parent is kept for good, so that nothing closes the parent's
+  connections.
+- The buffer of an operation that never ends is kept for good, too: UCX may still write to it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ def shortage(begun: int) -> BusyError | None:
 
 
 _links: set[Any] = set()  # of UCXXLink, which imports this module
-_leaked: list[object] = []
 _pids_that_used_ucx: set[int] = set()
 
 
@@ -81,7 +80,7 @@ def check_not_forked() -> None:
 
 
 def link_opened(link: Any) -> None:
-    """Keep the link until `link_closed`. In a forked child it is the reactor that forgets it."""
+    """Keep the link until `link_closed`."""
     _pids_that_used_ucx.add(os.getpid())
     _links.add(link)
 
@@ -92,29 +91,16 @@ def link_closed(link: Any) -> None:
 
 
 def keep_for_good(*things: object) -> None:
-    """Never free these: UCX may still use them."""
-    _leaked.extend(things)
+    """Never free these, not even at the interpreter's end: UCX may still use them."""
+    for thing in things:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 @atexit.register
 def _close_all() -> None:
     running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     for link in list(_links):
-        if _pids_that_used_ucx - {os.getpid()} or link.thread in running:
-            _never_free(link)
+        if link.forked or link.thread in running:
+            keep_for_good(link)
         else:
             link.close()
-    for thing in _leaked:
-        _never_free(thing)
-
-
-def _in_forked_child() -> None:
-    for thing in (*_links, *_leaked):
-        _never_free(thing)
-
-
-def _never_free(thing: object) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

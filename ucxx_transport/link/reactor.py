@@ -25,17 +25,15 @@ from __future__ import annotations
 import heapq
 import ipaddress
 import math
-import os
 import select
 import socket
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import FORKED, lost
+from ucxx_transport.link.base import FORKED, Usable, lost
 from ucxx_transport.machine import Wakeup, start_thread
 
 if TYPE_CHECKING:
@@ -45,29 +43,23 @@ LONGEST_SLEEP_S: Final = 1.0
 """A sleep ends after this at the latest: a signal may come between Python's look for it and the sleep."""
 
 STALE_TIMERS: Final = 64
-"""Cancelled timers that may lie in the heap, at least, before it is rebuilt without them."""
-
-_reactors: weakref.WeakSet[Reactor] = weakref.WeakSet()
+"""The heap of timers is first looked through for cancelled ones when there are so many."""
 
 
 class Timer:
     """One action to come."""
 
-    __slots__ = ("_reactor", "action", "when_s")
+    __slots__ = ("action",)
 
-    def __init__(self, reactor: Reactor, when_s: float, action: Callable[[], None]) -> None:
-        self._reactor = reactor
-        self.when_s = when_s
+    def __init__(self, action: Callable[[], None]) -> None:
         self.action: Callable[[], None] | None = action
 
     def cancel(self) -> None:
         """The action is not called. Idempotent, and harmless afterwards."""
-        if self.action is not None:
-            self.action = None
-            self._reactor.note_cancelled()
+        self.action = None
 
 
-class Reactor:
+class Reactor(Usable):
     """See the module. It works without a link until one is needed, so that timers and submissions alone import no UCX.
 
     Args:
@@ -78,28 +70,27 @@ class Reactor:
     Attributes:
         now: the clock.
         turns: of `run_once` and `poll`, so far.
+        asleep: it sleeps, or is about to: an interrupt has then cut no step in two.
     """
 
     def __init__(
         self, link_factory: LinkFactory, *, spin_s: float = 200e-6, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        super().__init__()
         self.now = clock
         self.turns = 0
+        self.asleep = False
         self._link_factory = link_factory
         self._spin_s = spin_s
         self._link: Link | None = None
         self._submitted: deque[Callable[[], None]] = deque()
         self._heap: list[tuple[float, int, Timer]] = []
         self._made = 0
-        self._cancelled = 0
-        self._asleep = False
+        self._prune_at = STALE_TIMERS
         self._rests = False  # timers alone have run: no reason to poll for what comes next
-        self._closed = False
-        self._forked = False
         self._wakeup: Wakeup | None = Wakeup()
         self._epoll = select.epoll()
         self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
-        _reactors.add(self)
 
     @property
     def link(self) -> Link:
@@ -120,49 +111,32 @@ class Reactor:
         return self._link is not None
 
     @property
-    def asleep(self) -> bool:
-        """Whether it sleeps, or is about to: an interrupt has then cut no step in two."""
-        return self._asleep
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close()` has been called."""
-        return self._closed
-
-    @property
     def next_timer_s(self) -> float:
         """When the next timer is due; inf when there is none."""
         heap = self._heap
         while heap and heap[0][2].action is None:
             heapq.heappop(heap)
-            self._cancelled -= 1
         return heap[0][0] if heap else math.inf
-
-    def check_usable(self) -> None:
-        """Refuse a closed reactor, and one of the process that this one was forked from.
-
-        Raises:
-            ConfigError: it is one of these.
-        """
-        if self._forked:
-            raise ConfigError(FORKED)
-        if self._closed:
-            raise ConfigError("this reactor is closed; make another")
 
     def call_at(self, when_s: float, action: Callable[[], None]) -> Timer:
         """Call this in a turn, not before `when_s`. By the thread that runs the reactor."""
-        timer = Timer(self, when_s, action)
+        if len(self._heap) >= self._prune_at:
+            left = [entry for entry in self._heap if entry[2].action is not None]
+            heapq.heapify(left)
+            self._heap[:] = left
+            self._prune_at = max(STALE_TIMERS, 2 * len(left))
+        timer = Timer(action)
         self._made += 1
         heapq.heappush(self._heap, (when_s, self._made, timer))
         return timer
 
     def submit(self, action: Callable[[], None]) -> None:
         """Call this in the next turn. From any thread and any signal handler; after `close()` it is dropped."""
-        if self._forked:
+        if self.forked:
             raise ConfigError(FORKED)
         self._submitted.append(action)
         wakeup = self._wakeup
-        if self._asleep and wakeup is not None:
+        if self.asleep and wakeup is not None:
             wakeup.notify()
 
     def resolve(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
@@ -204,11 +178,11 @@ class Reactor:
         Returns:
             Whether anything was done.
         """
-        if self._asleep:  # an event loop, or an interrupt, has ended the last sleep
-            self._asleep = False
+        if self.asleep:  # an event loop, or an interrupt, has ended the last sleep
+            self.asleep = False
             if self._wakeup is not None:
                 self._wakeup.drain()
-        if self._closed or self._forked:
+        if self.closed or self.forked:
             self.check_usable()
         self.turns += 1
         heap, now = self._heap, self.now()
@@ -241,15 +215,14 @@ class Reactor:
             awake = self._epoll.poll(min(limit_s, LONGEST_SLEEP_S), 2)
             if self._wakeup is not None and (self._wakeup.fileno(), select.EPOLLIN) in awake:
                 self._wakeup.drain()
-        self._asleep = False
+        self.asleep = False
 
     def arm(self) -> bool:
         """Before a sleep on `fileno()`, which is then readable when there is work. False: there is; poll first."""
-        self._asleep = True
+        self.asleep = True
         if self._submitted or (self._link is not None and not self._link.arm()):
-            self._asleep = False
-            return False
-        return True
+            self.asleep = False
+        return self.asleep
 
     def fileno(self) -> int:
         """One descriptor for all that wakes the reactor, but for its timers: see `next_timer_s`."""
@@ -258,29 +231,15 @@ class Reactor:
 
     def close(self) -> None:
         """Close the link; nothing is run any more. Idempotent, bounded. Not while another thread runs the reactor."""
-        if self._closed or self._forked:
+        if self.closed or self.forked:
             return
-        self._closed = True
+        self.closed = True
         if self._link is not None:
             self._link.close()
         self._submitted.clear()
         self._heap.clear()
         self._epoll.close()
         self._wakeup = None
-
-    def forget(self) -> None:
-        """This process is a fork of the one whose reactor it is."""
-        self._forked = True
-        if self._link is not None:
-            self._link.forget()
-
-    def note_cancelled(self) -> None:
-        """A timer has been cancelled: it stays in the heap until it is due, unless too many do."""
-        self._cancelled += 1
-        if self._cancelled > STALE_TIMERS and self._cancelled * 2 > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2].action is not None]
-            heapq.heapify(self._heap)
-            self._cancelled = 0
 
     def _run_submitted(self) -> bool:
         submitted = self._submitted
@@ -294,20 +253,10 @@ class Reactor:
         while self._heap and self._heap[0][0] <= now and self._heap[0][1] <= newest:
             timer = heapq.heappop(self._heap)[2]
             action, timer.action = timer.action, None
-            if action is None:
-                self._cancelled -= 1
-            else:
+            if action is not None:
                 ran = True
                 action()
         return ran
 
 
 LinkFactory: TypeAlias = Callable[[Reactor], "Link"]
-
-
-def _in_forked_child() -> None:
-    for reactor in list(_reactors):
-        reactor.forget()
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

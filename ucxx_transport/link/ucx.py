@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import get_ident
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import list_interfaces, other_family
 from ucxx_transport.link.base import EndpointEvents, OnEndpoint, checked_port
-from ucxx_transport.link.libraries import quiet_ucxx_log, ucp_functions
-from ucxx_transport.link.process import check_not_forked, link_closed, link_opened, shortage
+from ucxx_transport.link.libraries import IPv6Listener, quiet_ucxx_log, request_peer, ucp_functions
+from ucxx_transport.link.process import check_not_forked, keep_for_good, link_closed, link_opened, shortage
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
-from ucxx_transport.link.ucx_api import UcxEndpoint, load_binding
+from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, load_binding
 from ucxx_transport.link.ucx_endpoint import CLOSE_TIMEOUT_S, UCXXEndpoint
 from ucxx_transport.link.ucx_flight import FUNCTIONS, STRAYS_EVERY, Flight, LinkState
-from ucxx_transport.link.ucx_listener import UCXXListener
+from ucxx_transport.logs import get_logger
+
+_log = get_logger(__name__)
 
 BUSY: Final = 32
 """So many progress calls in a row that moved something put off the end of a broken connection's operations."""
@@ -31,6 +36,9 @@ SPIN_NS: Final = 5_000_000
 
 PAUSE_S: Final = 1e-3
 """Pause between two turns of a close, so as not to burn a core."""
+
+QUIET_S: Final = 60.0
+"""After one event about connections that fail while they are accepted, further ones are only counted for so long."""
 
 
 class UCXXLink(LinkState):
@@ -115,7 +123,7 @@ class UCXXLink(LinkState):
 
     def progress(self, spin_s: float = 0.0) -> bool:
         self.thread = get_ident()
-        left_ns = 0 if self.ready or self.broken or self.lost else int(spin_s * 1e9)
+        left_ns = 0 if self.ready or self.broken else int(spin_s * 1e9)
         moved = self._turn(min(left_ns, SPIN_NS))
         while not moved and left_ns > SPIN_NS and not self.ready:
             left_ns -= SPIN_NS
@@ -127,14 +135,14 @@ class UCXXLink(LinkState):
                 self.discard_unexpected()
         else:
             self._busy = 0
-        if self.ready or self.ending or self.broken or self.lost:
+        if self.ready or self.ending or self.broken:
             return self._call_back() or moved
         return moved
 
     def arm(self) -> bool:
         if self.forked or self.closed:
             self.check_usable()
-        waits = self.ready or self.broken or self.lost or self.flight.has_ends()
+        waits = self.ready or self.broken or self.flight.has_ends()
         return not waits and bool(self.worker.arm())
 
     def fileno(self) -> int:
@@ -169,8 +177,9 @@ class UCXXLink(LinkState):
             raise failure
 
     def forget(self) -> None:
-        self.forked = True
+        super().forget()
         self._turn = self._refused
+        keep_for_good(self)
         for endpoint in self.endpoints:
             endpoint.disown()
 
@@ -179,26 +188,27 @@ class UCXXLink(LinkState):
         raise AssertionError
 
     def _call_back(self) -> bool:
-        """Call what is ready, who is lost and who is closed; whether anything was called."""
+        """Call what is ready, those who have lost their peer, and who is closed; whether anything was called."""
         called = bool(self.ready)
         for _ in range(len(self.ready)):
             action, argument = self.ready.popleft()
             action(argument)
-        if self.broken and self._busy % BUSY == 0:
+        cut_off = [endpoint for endpoint, handled in self.broken.items() if handled is None]
+        if cut_off and self._busy % BUSY == 0:
             # What had arrived has been taken in; the rest of a broken connection's operations will never come.
-            handled = self.flight.cancel(self.broken)
-            self.lost.update((endpoint, handled) for endpoint in self.broken if endpoint in self.lost)
-            self.broken.clear()
+            self.broken.update(dict.fromkeys(cut_off, self.flight.cancel(cut_off)))
             called = self.flight.turn(0) or called
         for endpoint in tuple(self.ending):
             if endpoint.ended():
                 called = True
                 endpoint.end_close()
-        for endpoint, handled_then in tuple(self.lost.items()):
-            if handled_then is not None and self.flight.handled >= handled_then:
+        for endpoint, handled in tuple(self.broken.items()):
+            if handled is not None and self.flight.handled >= handled:
                 called = True
-                del self.lost[endpoint]
-                endpoint.lose()
+                if endpoint.alive:
+                    endpoint.lose()
+                else:
+                    del self.broken[endpoint]
         return called
 
     def _is_open(self) -> bool:
@@ -212,3 +222,76 @@ class UCXXLink(LinkState):
             endpoint.close()
             if late:
                 endpoint.end_close()
+
+
+class UCXXListener:
+    """See `base.Listener`. `on_endpoint` gets each connection in a turn of the link, outside of UCX's callbacks.
+
+    UCX binds the wildcard address (0.0.0.0) and ucxx's API takes no other: narrow it outside, by a firewall or a
+    network namespace. An IPv6 address besides is bound through UCX's own `ucp_listener_create`. UCX keeps the port
+    bound until the last endpoint accepted on it is closed.
+    """
+
+    def __init__(self, link: UCXXLink, port: int, on_endpoint: OnEndpoint) -> None:
+        self._link = link
+        self._on_endpoint = on_endpoint
+        here = weakref.WeakMethod(self._note_request)  # UCX keeps its listener, which keeps what it calls
+
+        def note(request: int) -> None:
+            call = here()
+            if call is not None:
+                call(request)
+
+        ucx: UcxListener = link.binding.lib.UCXListener.create(link.worker, port, note)
+        self.port: int = ucx.port
+        self._ucx = deque([ucx])  # shared with the endpoints, which keep it when this one does no more
+        self._bound = weakref.ref(self._ucx)
+        if link.ipv6 is not None:
+            self._ucx.append(IPv6Listener(link.worker.handle, link.ipv6, self.port, note))
+        self._closed = False
+        self._quiet_until_s = 0.0
+
+    def close(self) -> None:
+        if not self._closed:
+            self._link.check_usable()
+            self._closed = True
+            self._ucx = deque()
+            self._link.listeners.discard(self)
+
+    def _note_request(self, request: int) -> None:
+        """A client connects, by a `ucp_conn_request_h`. Called inside UCX's progress: takes note, no more."""
+        bound = self._bound()
+        assert bound is not None  # else UCX does not listen any more
+        peer = request_peer(request) or f"a client of port {self.port}"
+        try:
+            ucx = bound[0].create_endpoint_from_conn_request(request, True)  # noqa: FBT003
+        except self._link.binding.root as exc:  # it has gone already, or its address cannot be reached
+            self._link.ready.append((self._note_failed, (peer, f"{type(exc).__name__}: {exc}")))
+        else:
+            self._link.ready.append((self._hand_over, (ucx, peer, bound)))
+
+    def _hand_over(self, accepted: tuple[UcxEndpoint, str, deque[UcxListener]]) -> None:
+        """Give a connection that came to its owner."""
+        ucx, peer, bound = accepted
+        if self._closed:
+            with suppress(self._link.binding.root):
+                ucx.close_blocking()
+        elif ucx.alive:
+            endpoint = UCXXEndpoint(self._link, ucx, peer, accepted_by=bound)
+            self._link.adopt(endpoint)
+            try:
+                endpoint.events = self._on_endpoint(endpoint)
+            finally:
+                if endpoint.events is None:
+                    endpoint.close()
+        else:
+            self._note_failed((peer, "it was gone before it was handed over"))
+
+    def _note_failed(self, failed: tuple[str, str]) -> None:
+        self._link.counters.accepts_failed += 1
+        now = self._link.timers.now()
+        if now >= self._quiet_until_s:
+            self._quiet_until_s = now + QUIET_S
+            peer, reason = failed
+            count = self._link.counters.accepts_failed
+            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=count)

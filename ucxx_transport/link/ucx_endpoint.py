@@ -1,26 +1,48 @@
-"""UCXXEndpoint: one UCX connection, from the hello through tagged messages to loss or close. See `ucx_hello`."""
+"""A UCX connection, from its hello through tagged messages to loss or close.
+
+The hello is the first 16 bytes that each end sends, on the connection's own stream, to name the tags it receives by:
+
+| offset | bytes | field                                                            |
+|--------|-------|------------------------------------------------------------------|
+| 0      | 4     | magic `b"UXTL"`                                                  |
+| 4      | 2     | version, little-endian, 2                                        |
+| 6      | 2     | zero                                                             |
+| 8      | 8     | tag base, little-endian, below 2^48, that the sender receives by |
+
+Channel `n` of an end is the tag `base << 16 | n`. UCX matches tagged messages in the whole worker, not per connection,
+so each end draws a random base per connection: no connection can take, or forge, another one's message without guessing
+48 bits.
+"""
 
 from __future__ import annotations
 
 import secrets
-import weakref
+import struct
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, cast
 
-from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, Operation, byte_view, lost
 from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered
 from ucxx_transport.link.ucx_api import TRUNCATED, UcxEndpoint, raisable, status_error
-from ucxx_transport.link.ucx_flight import LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
-from ucxx_transport.link.ucx_hello import BASE_BITS, CHANNEL_BITS, HELLO_BYTES, decode_hello, encode_hello
+from ucxx_transport.link.ucx_flight import CHANNEL_BITS, LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
+
+MAGIC: Final = b"UXTL"
+VERSION: Final = 2
+_HELLO: Final = struct.Struct("<4sHHQ")
+HELLO_BYTES: Final = _HELLO.size
+BASE_BITS: Final = 48
 
 CLOSE_TIMEOUT_S: Final = 2.0
 """How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
 
 LARGE_BYTES: Final = 16 * 1024
 """From here on a send releases the interpreter's lock (GIL): taking it again may cost its thread 5 ms."""
+
+LOST: Final = -1
+"""The status with which an endpoint's loss ends: none of UCX's that matters."""
 
 GRACE_S: Final = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
@@ -68,11 +90,14 @@ class UCXXEndpoint(Posted):
         self._closed = False
         self._clean: bool | None = None
         self._on_closed: list[Callable[[bool], None]] = []
+        self._loss = loss = operation_of(self, b"", 0)
+        loss.status = LOST
         if ucx is None:
-            link.note_lost(self)
+            link.broken[self] = None
             return
-        here = weakref.ref(self)
-        ucx.set_close_callback(lambda: _note_loss(here))
+        # It ends as an operation does, without Python code inside UCX's callback: an interrupt in such would be lost,
+        # and the loss with it.
+        ucx.set_close_callback(link.flight.ended.append, (loss,))
         hello, into, handle = encode_hello(self.base), bytearray(HELLO_BYTES), ucx.handle
         place = link.message(into)
 
@@ -148,22 +173,15 @@ class UCXXEndpoint(Posted):
             return ()
         return endpoint_lanes(self._ucx.handle)
 
-    def note_loss(self) -> None:
-        """UCX found the peer gone. Called inside its progress: takes note, no more."""
-        if self._usable:
-            self._usable = False
-            self._link.note_lost(self)
-
     def lose(self) -> None:
-        """Say to the owner that the peer is lost. What had arrived has been called back."""
-        if self._closed:
-            return
-        self.alive = False
-        if self._send_base >= 0:
-            self._link.counters.peers_lost += 1
+        """Say to the owner that the peer is lost. What had arrived has been called back.
+
+        An interrupt may come between any two steps: until the owner is called all of it is done again.
+        """
         error = self._error = self._why_lost()
         self._break()
         self._link.in_turn_after(GRACE_S, UCXXEndpoint.give_up, self)
+        self.alive = False
         if self.events is not None:
             self.events.lost(error)
 
@@ -218,7 +236,12 @@ class UCXXEndpoint(Posted):
                 return
         if self._error is None:
             self._error = error
-        self.note_loss()
+        self._note_loss()
+
+    def _note_loss(self) -> None:
+        if self._usable:
+            self._link.broken[self] = None
+            self._usable = False
 
     def _defer(self, operation: UCXXOperation) -> None:
         """A send waits for the hello; what is posted before the owner can know of a loss, or of a close, for its end.
@@ -234,7 +257,9 @@ class UCXXEndpoint(Posted):
 
     def note_failure(self, operation: UCXXOperation) -> None:
         status = operation.status
-        if status == TRUNCATED or self._usable:
+        if operation is self._loss:
+            self._note_loss()
+        elif status == TRUNCATED or self._usable:
             operation.error = status_error(status, peer=self.peer, connected=self._send_base >= 0)
         else:
             operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
@@ -295,7 +320,21 @@ class UCXXEndpoint(Posted):
             flight.post(operation, flight.send_large, self._handle, address, tag)
 
 
-def _note_loss(endpoint: weakref.ref[UCXXEndpoint]) -> None:
-    alive = endpoint()
-    if alive is not None:
-        alive.note_loss()
+def encode_hello(base: int) -> bytes:
+    """The hello of an end that receives by tags of this base (48 bits)."""
+    return _HELLO.pack(MAGIC, VERSION, 0, base)
+
+
+def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
+    """The peer's tag base.
+
+    Raises:
+        ProtocolError: not a hello of this version.
+    """
+    magic, version, zero, base = _HELLO.unpack(hello)
+    if magic != MAGIC or zero != 0 or base >> BASE_BITS:
+        raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())
+    if version != VERSION:
+        words = "the peer speaks another version of the link; upgrade both sides"
+        raise ProtocolError(words, peer=peer, version=version, expected=VERSION)
+    return int(base)

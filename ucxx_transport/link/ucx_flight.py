@@ -11,7 +11,7 @@ import ctypes
 import ipaddress
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
@@ -20,8 +20,10 @@ from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.reactor import Reactor, Timer
 from ucxx_transport.link.settings import limits_in_words, loopback_only
 from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxEndpoint, UcxWorker
-from ucxx_transport.link.ucx_hello import CHANNEL_BITS
 from ucxx_transport.native import load
+
+CHANNEL_BITS: Final = 16
+"""Channel `n` of an endpoint is the tag `base << 16 | n`."""
 
 ENDS_AT_ONCE: Final = 64
 """Ends that are taken in one turn, so that callbacks which post what ends at once cannot hold the thread."""
@@ -112,7 +114,8 @@ class Flight:
     Attributes:
         operations: by index.
         free: indices.
-        ended: taken, and not called back yet.
+        ended: taken, and not called back yet. An operation may be in it twice, and is called back once. What else ends
+            in a callback of UCX, inside its progress, is appended to it.
         handled: how many ends have been taken, ever.
         send, send_large, receive, receive_large, stream_send, stream_receive: to `post` by. The large ones release the
             interpreter's lock (GIL): UCX copies as much as the socket takes, or registers memory with a device.
@@ -199,8 +202,7 @@ class Flight:
                 if not operation.completed:
                     status = end & 0xFF
                     operation.status = status - 256 if status > 127 else status
-                if not ended or ended[-1] is not operation:
-                    ended.append(operation)
+                ended.append(operation)
                 operations.pop(index)
             self.handled += 1
             self._taken.append(index)
@@ -219,7 +221,7 @@ class Flight:
             ended.popleft()
         return moved
 
-    def cancel(self, owners: Mapping[Any, Any]) -> int:
+    def cancel(self, owners: Iterable[Posted]) -> int:
         """End what is in flight for these, as far as UCX ends it; how many ends are `handled` when that is seen."""
         for owner in owners:
             for operation in owner.posted:
@@ -246,8 +248,8 @@ class LinkState(Usable, Posted):
         ipv6: an address that listeners listen on, too.
         make_array: UCX's.
         ready: what is to be called in the next turn, with its argument.
-        broken: endpoints whose operations are to be ended when what had arrived has been called back.
-        lost: endpoints whose owners are to hear so, when how many ends are handled; None: not known yet.
+        broken: endpoints whose connection is. Their operations are cancelled (None: not yet), and when so many ends are
+            handled as there are then, what had arrived has been called back: those that live yet have lost their peer.
         ending: those that are being closed, and when they end anyway.
         endpoints: that are open. listeners: likewise.
         rdma: this host has a device for it.
@@ -268,8 +270,7 @@ class LinkState(Usable, Posted):
         self.counters = LinkCounters()
         self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
         self.endpoints: dict[Any, None] = {}
-        self.broken: dict[Any, None] = {}
-        self.lost: dict[Any, int | None] = {}
+        self.broken: dict[Any, int | None] = {}
         self.ending: dict[Any, Timer] = {}
         self.listeners: set[Any] = set()
         self._by_base: dict[int, Any] = {}
@@ -283,10 +284,6 @@ class LinkState(Usable, Posted):
         """Count an endpoint among the open ones."""
         self.endpoints[endpoint] = None
         self._by_base[endpoint.base] = endpoint
-
-    def note_lost(self, endpoint: Any) -> None:
-        """An endpoint's peer is gone: the next turn says so to its owner, when what had arrived is called back."""
-        self.lost[endpoint] = self.broken[endpoint] = None
 
     def in_turn_after(self, delay_s: float, action: Callable[[Any], object], argument: object) -> Timer:
         """Call this in a turn, after a while."""

@@ -162,8 +162,6 @@ class MemoryEndpoint:
         """The other end is gone, or was never there."""
         if not self.alive:
             return
-        if self.other is not None:
-            self.link.counters.peers_lost += 1
         self._stop()
         if self.events is not None:
             self.events.lost(base.lost(reason, peer=self.peer))
@@ -273,6 +271,7 @@ class MemoryLink(base.Usable):
     """A `base.Link` whose peers are the links of the same network, itself among them."""
 
     def __init__(self, network: MemoryNetwork) -> None:
+        super().__init__()
         self.network = network
         self.faults = network.faults
         self.counters = base.LinkCounters()
@@ -350,9 +349,6 @@ class MemoryLink(base.Usable):
         self.closing, self.closed = False, True
         while self._take():  # who has connected meanwhile is refused
             pass
-
-    def forget(self) -> None:
-        self.forked = True
 
     def _take(self) -> bool:
         """Do what lies in the inbox now; whether there was anything."""

@@ -151,9 +151,6 @@ class OneListener:
     def close(self) -> None:
         self.on_endpoint = None
 
-    def forget(self) -> None:
-        self.on_endpoint = None
-
 
 class LockedRing:
     """A ring whose lock is held for as long as the test wants."""
