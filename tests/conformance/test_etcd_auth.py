@@ -28,7 +28,7 @@ from ucxx_transport import HeartbeatPublisher, PublisherConfig, RankGroup, Sourc
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StorePermissionError, TransportError
 from ucxx_transport.membership import Lease, open_store
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.store import Store
 
 MINUTE = 60

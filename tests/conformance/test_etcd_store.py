@@ -34,8 +34,9 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import HeartbeatPublisher, open_store
+from ucxx_transport.membership.entries import Batch
 from ucxx_transport.membership.etcd_store import EtcdStore
-from ucxx_transport.membership.store import Batch, Store, Watch
+from ucxx_transport.membership.store import Store, Watch
 
 DEADLINE_S = 20.0
 PASSWORD = "correct horse"

@@ -26,8 +26,8 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.membership.keys import MAX_KEY_BYTES, MAX_VALUE_BYTES
-from ucxx_transport.membership.store import Batch, Entry, Event, Store, Watch
+from ucxx_transport.membership.entries import MAX_KEY_BYTES, MAX_VALUE_BYTES, Batch, Entry, Event
+from ucxx_transport.membership.store import Store, Watch
 
 DEADLINE_S = 20.0
 

@@ -37,7 +37,7 @@ from ucxx_transport.groups.participant import MembershipEndedError, Participant
 from ucxx_transport.groups.state import SharedState
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view
-from ucxx_transport.membership.store import Lease
+from ucxx_transport.membership.entries import Lease
 
 RULES_AN_EXAMPLE = 25
 STEPS_AN_EXAMPLE = 150

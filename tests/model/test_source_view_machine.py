@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.support.exhaustive import exhaustive
 from tests.support.source_records import delete_event, entry_of, put_event, record
 from ucxx_transport.membership import Batch, Event, Snapshot, SourceRecord
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.sources import SourceChange, SourceView
 
 STEPS_AN_EXAMPLE = 40

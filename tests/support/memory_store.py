@@ -14,17 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ucxx_transport.errors import CompactedError, ConfigError, StoreResetError, StoreUnavailableError
-from ucxx_transport.membership.keys import Namespace
-from ucxx_transport.membership.store import (
-    Batch,
-    Entry,
-    Event,
-    Lease,
-    Snapshot,
-    Store,
-    Watch,
-)
-from ucxx_transport.membership.store_base import check_write, checked_ttl_s, lease_lost, revision_conflict
+from ucxx_transport.membership.entries import Batch, Entry, Event, Lease, Namespace, Snapshot
+from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
 
 __all__ = ["FakeClock", "MemoryData", "MemoryStore", "MemoryWatch"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ucxx_transport.membership import SourceRecord, Store
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 
 __all__ = ["History"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ucxx_transport.membership import Entry, Event, SourceRecord, SourceStatus
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 
 __all__ = ["delete_event", "entry_of", "put_event", "record"]
 

@@ -16,7 +16,7 @@ from tests.support.memory_store import MemoryData, MemoryStore
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import StoreUnavailableError
 from ucxx_transport.membership import open_store
-from ucxx_transport.membership.keys import MAX_VALUE_BYTES
+from ucxx_transport.membership.entries import MAX_VALUE_BYTES
 from ucxx_transport.membership.store import Store, Watch
 
 __all__ = ["EtcdRig", "LocalRig", "MemoryRig", "StoreRig", "error_of"]

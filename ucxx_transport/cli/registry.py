@@ -13,7 +13,7 @@ from ucxx_transport.cli.output import AsJson, console, print_json
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.membership import SourceRecord, SourceWatcher, Store, open_store
-from ucxx_transport.membership.keys import SOURCES, source_key
+from ucxx_transport.membership.entries import SOURCES, source_key
 
 
 def registry(

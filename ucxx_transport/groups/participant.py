@@ -29,7 +29,7 @@ from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, RankEv
 from ucxx_transport.groups.writes import CALL_S, RankContext
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
+from ucxx_transport.membership.entries import group_prefix, member_key, policy_key, view_key
 from ucxx_transport.membership.renewal import Keeper, LeaseRenewer
 from ucxx_transport.membership.store import Watch
 from ucxx_transport.teardown import Teardown

@@ -37,8 +37,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
-from ucxx_transport.membership.keys import MAX_VALUE_BYTES, policy_key, rank_of, view_key
-from ucxx_transport.membership.store import Batch, Snapshot
+from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Snapshot, policy_key, rank_of, view_key
 from ucxx_transport.schema.envelope import NO_META, checked_meta
 from ucxx_transport.schema.wire_form import (
     WIRE_VERSION,

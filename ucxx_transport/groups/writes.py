@@ -18,8 +18,8 @@ from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.groups.decisions import is_alive, view_after
 from ucxx_transport.groups.view import GroupSnapshot, MemberRecord, RankEvent, parse_policy_version
-from ucxx_transport.membership.keys import group_prefix, member_key, policy_key, view_key
-from ucxx_transport.membership.store import Lease, Store
+from ucxx_transport.membership.entries import Lease, group_prefix, member_key, policy_key, view_key
+from ucxx_transport.membership.store import Store
 
 T = TypeVar("T")
 

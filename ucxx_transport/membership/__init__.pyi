@@ -1,3 +1,8 @@
+from ucxx_transport.membership.entries import Batch as Batch
+from ucxx_transport.membership.entries import Entry as Entry
+from ucxx_transport.membership.entries import Event as Event
+from ucxx_transport.membership.entries import Lease as Lease
+from ucxx_transport.membership.entries import Snapshot as Snapshot
 from ucxx_transport.membership.listeners import ReplicaMonitor as ReplicaMonitor
 from ucxx_transport.membership.publication import Publishable as Publishable
 from ucxx_transport.membership.publication import PublisherState as PublisherState
@@ -6,11 +11,6 @@ from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatP
 from ucxx_transport.membership.sources import Offer as Offer
 from ucxx_transport.membership.sources import SourceRecord as SourceRecord
 from ucxx_transport.membership.sources import SourceStatus as SourceStatus
-from ucxx_transport.membership.store import Batch as Batch
-from ucxx_transport.membership.store import Entry as Entry
-from ucxx_transport.membership.store import Event as Event
-from ucxx_transport.membership.store import Lease as Lease
-from ucxx_transport.membership.store import Snapshot as Snapshot
 from ucxx_transport.membership.store import Store as Store
 from ucxx_transport.membership.store import Watch as Watch
 from ucxx_transport.membership.store_url import open_store as open_store

@@ -31,8 +31,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.membership.keys import Namespace
-from ucxx_transport.membership.store import Batch, Entry, Event
+from ucxx_transport.membership.entries import Batch, Entry, Event, Namespace
 
 Json = Mapping[str, Any]
 """A JSON object; `Any` because its shape is etcd's, and is read field by field here alone."""

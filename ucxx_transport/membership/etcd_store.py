@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Final
 
-from ucxx_transport.backoff import pause_s
 from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import (
     CompactedError,
@@ -30,31 +29,23 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import etcd_messages as messages
+from ucxx_transport.membership.entries import Entry, Lease, Namespace, Snapshot
 from ucxx_transport.membership.etcd_client import Connection, EtcdClient
 from ucxx_transport.membership.etcd_messages import Json
-from ucxx_transport.membership.keys import Namespace
-from ucxx_transport.membership.store import Entry, Lease, Snapshot, Store
-from ucxx_transport.membership.store_base import QueuedWatch, check_write, checked_ttl_s, lease_lost, revision_conflict
+from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.units import Secret
 
 PROBE_S: Final = 2.0
-_FIRST_PAUSE_S: Final = 0.05
-_LONGEST_PAUSE_S: Final = 1.0
+_PAUSE_S: Final = 0.2
+"""Between two tries to take a stream up."""
 
 
 class EtcdStore(Store):
-    """A store in etcd: many machines.
+    """A store in etcd: many machines, at one or several `host:port`. The first call connects.
 
-    Its keys lie below `/ucxx_transport/<namespace>/`. Calls go to the endpoint that answered last, and to the others
-    when it fails, within the same deadline; a `put` or `delete` that may have been carried out is not sent again.
-
-    Args:
-        endpoints: `host:port` of at least one, in the order in which they are tried. The first call connects.
-        config: namespace, time limit, user and files of TLS.
-        tls: whether it is spoken without a `ca_file` too.
-
-    Raises:
-        ConfigError: a file of TLS cannot be used, or TLS is half turned on.
+    Calls go to the endpoint that answered last, and to the others when it fails, within the same deadline; a `put` or
+    `delete` that may have been carried out is not sent again. A ConfigError: TLS is half turned on, or a file of it
+    cannot be used.
     """
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
@@ -164,7 +155,7 @@ class EtcdStore(Store):
         return time.monotonic() + (self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s"))
 
 
-class EtcdWatch(QueuedWatch):
+class EtcdWatch(Watch):
     """Changes below a prefix, as etcd streams them. The first `next` asks for them.
 
     Taking the stream up, and a probe, may each take the store's `timeout_s`: so much longer may `next` take.
@@ -180,7 +171,7 @@ class EtcdWatch(QueuedWatch):
         self._in_use = threading.Lock()
         self._stream: Connection | None = None
         self._held = ExitStack()  # the stream
-        self._failures, self._began_s, self._pause_until_s, self._probe_s = 0, 0.0, 0.0, 0.0
+        self._pause_until_s = self._probe_s = 0.0
 
     def close(self) -> None:
         if self._pid != os.getpid():
@@ -212,7 +203,6 @@ class EtcdWatch(QueuedWatch):
             elif now < self._pause_until_s:
                 self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
             else:
-                self._began_s = now
                 self._client.first(self._begin_at, now + self._store.timeout_s)
         except TransportError as error:
             self._drop()
@@ -221,12 +211,10 @@ class EtcdWatch(QueuedWatch):
             self._client.failed(stream.endpoint)  # the stream was cut, or its endpoint is silent
 
     def _drop(self) -> None:
-        """End the stream; another is asked for after a pause, which grows while none lasts."""
+        """End the stream; another is asked for after a pause."""
         self._stream = None
         self._held.close()
-        now = time.monotonic()
-        self._failures = 1 if now - self._began_s > _LONGEST_PAUSE_S else self._failures + 1
-        self._pause_until_s = now + pause_s(self._failures, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+        self._pause_until_s = time.monotonic() + _PAUSE_S
 
     def _begin_at(self, endpoint: str, share: float) -> None:
         until = time.monotonic() + share

@@ -81,7 +81,7 @@ class Listeners(Generic[T]):
         self._lock = threading.Condition()
         self._known: dict[Hashable, T] = {}
         self._subscriptions: tuple[_Subscription[T], ...] = ()
-        self._callers: dict[int, int] = {}  # threads inside a callback, and how deep
+        self._callers: set[int] = set()  # threads inside a callback
 
     def subscribe(self, callbacks: Callbacks) -> Callable[[], None]:
         """Call these from now on, by kind of news; "add" for what is known already, before this returns.
@@ -102,14 +102,13 @@ class Listeners(Generic[T]):
                 self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
                 self._lock.notify_all()
 
-        is_called = False
         try:
             for _ in known:
                 self._step(subscription)
-            is_called = True
+        except BaseException:  # an interrupt: who does not get its subscription must not be called
+            end()
+            raise
         finally:
-            if not is_called:  # an interrupt: who does not get its subscription must not be called
-                end()
             self._hand_over(subscription)
         return end
 
@@ -139,21 +138,20 @@ class Listeners(Generic[T]):
 
     def retry(self) -> bool:
         """Call back where no thread could be started before; to be called regularly. Whether a listener still waits."""
-        for one in (waiting := [one for one in self._subscriptions if one.is_waiting]):
-            self._start(one)
-        return any(one.is_waiting for one in waiting)
+        self.put(())
+        return any(one.is_waiting for one in self._subscriptions)
 
     @contextmanager
     def calling_back(self) -> Iterator[None]:
         """This thread is inside a callback."""
         own = threading.get_ident()
-        self._callers[own] = self._callers.get(own, 0) + 1
+        is_outermost = own not in self._callers
+        self._callers.add(own)
         try:
             yield
         finally:
-            self._callers[own] -= 1
-            if not self._callers[own]:
-                del self._callers[own]
+            if is_outermost:
+                self._callers.discard(own)
 
     def is_calling_back(self) -> bool:
         """Whether the caller is inside a callback: it must not wait there for what others are to bring."""

@@ -24,10 +24,9 @@ from typing import Any, Final, TypeVar
 
 from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import CompactedError, StoreResetError
-from ucxx_transport.membership.keys import Namespace
+from ucxx_transport.membership.entries import Batch, Entry, Event, Lease, Namespace, Snapshot
 from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
-from ucxx_transport.membership.store import Batch, Entry, Event, Lease, Snapshot, Store
-from ucxx_transport.membership.store_base import QueuedWatch, check_write, checked_ttl_s, lease_lost, revision_conflict
+from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.ring import owner
 
 ResultT = TypeVar("ResultT")
@@ -60,16 +59,13 @@ class LocalStore(Store):
     """A store for the processes of one machine, embedded: no server, no port.
 
     The first call of any process makes it. A lease that has run out is ended by the next call or watch of any process.
+    A ConfigError or StorePermissionError: the path can hold no store, or this user may not use it.
 
     Args:
-        path: of the file, which the first call opens or makes; None: this user's own on this machine (`local_file`).
+        path: of the file; None: this user's own on this machine (`local_file`).
         config: namespace and time limit.
         clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
         boot_id: changes when that clock begins again: the leases of another one are over.
-
-    Raises:
-        ConfigError: the path can hold no store.
-        StorePermissionError: this user may not use it, or another user's folder is where the default lies.
     """
 
     def __init__(
@@ -210,7 +206,7 @@ class LocalStore(Store):
         return Entry(key=self.namespace.key(key), value=value or b"", revision=revision, lease_id=lease_id)
 
 
-class LocalWatch(QueuedWatch):
+class LocalWatch(Watch):
     """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over.
 
     Where a lease is to be ended, a locked file is waited for like by any call.

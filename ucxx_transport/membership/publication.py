@@ -20,12 +20,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from ucxx_transport.errors import ConflictError, LeaseLostError, TransportError
-from ucxx_transport.membership.keys import epoch_key, source_key
+from ucxx_transport.membership.entries import Lease, epoch_key, source_key
 from ucxx_transport.membership.renewal import renew
 from ucxx_transport.membership.sources import Offer, SourceRecord, SourceStatus
+from ucxx_transport.membership.store import Store
 
 if TYPE_CHECKING:
-    from ucxx_transport.membership.store import Lease, Store
     from ucxx_transport.sidecar.launch import Sidecar
 
 

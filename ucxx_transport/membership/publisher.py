@@ -18,7 +18,7 @@ from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.publication import (
     Publication,
     Publishable,

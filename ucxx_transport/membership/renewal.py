@@ -41,15 +41,8 @@ class LeaseRenewer:
     """Renews one lease in a daemon thread, until it is stopped, or the store says that the lease has ended.
 
     A store that does not answer says nothing: it is asked again, for as long as it takes. A call has a third of the
-    lease's time.
-
-    Args:
-        store: gives the store, in that thread. What it raises is no answer.
-        lease_id: the lease.
-        interval_s: how often it is renewed.
-        on_renewed: called there after each renewal.
-        on_lost: called there once, when the store has answered twice that the lease has ended.
-        is_held: asked there each time; True: nothing is renewed now.
+    lease's time. All callables are called in that thread: `store` opens it, `is_held` is asked each time whether to
+    leave the renewal out.
     """
 
     def __init__(

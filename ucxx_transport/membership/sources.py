@@ -24,8 +24,7 @@ from math import isfinite
 from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.membership.keys import source_key
-from ucxx_transport.membership.store import Batch, Snapshot
+from ucxx_transport.membership.entries import Batch, Snapshot, source_key
 from ucxx_transport.schema.envelope import NO_META, checked_meta
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS, are_ports

@@ -15,66 +15,67 @@ a key's own revision is that of its last change. Keys are text below the store's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+import os
+import threading
+import time
+from collections import deque
+from typing import Final, Protocol, Self
+
+from ucxx_transport.config import checked_seconds
+from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StoreUnavailableError, TransportError
+from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Entry, Lease, Snapshot
+
+MAX_TTL_S: Final = 1e9
+"""Thirty years; etcd refuses more than 9e9 s."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """What keeps keys alive as long as it is renewed every `ttl_s` seconds: not less than asked for, maybe more."""
-
-    lease_id: int
-    ttl_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One key, with the revision of its last change, and the lease it dies with; None: it stays."""
-
-    key: str
-    value: bytes
-    revision: int
-    lease_id: int | None = None
+def check_write(*, value: object = b"", lease_id: object = None, expected: object = None) -> None:
+    """Raise a ConfigError for a value, a lease or an expected revision (0: of no key) that no store takes."""
+    if not isinstance(value, bytes):
+        raise ConfigError(f"value must be bytes, not {type(value).__name__}", field="value")
+    if len(value) > MAX_VALUE_BYTES:
+        raise ConfigError(
+            f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}", field="value", nbytes=len(value)
+        )
+    for field, found, least in (("lease_id", lease_id, 1), ("expected", expected, 0)):
+        if found is not None and not (type(found) is int and least <= found < 1 << 63):
+            raise ConfigError(f"{field} = {found!r}: a number from {least} on is wanted", field=field)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """All keys below a prefix, in order, at one moment.
+def checked_ttl_s(ttl_s: object) -> float:
+    """A time to live that a store can grant; a ConfigError unless it is a number above 0 and up to `MAX_TTL_S`."""
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
+        raise ConfigError(
+            f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
+        )
+    return float(ttl_s)
 
-    Attributes:
-        revision: the store's, then: a watch after it misses nothing and repeats nothing.
-        entries: the keys.
-        identity: a random word that the store's data keep: another one later means that the data were wiped. "" in a
-            store that has none yet, and to which this user may give none.
+
+def lease_lost(lease_id: int) -> LeaseLostError:
+    """The error for a lease that is not there."""
+    return LeaseLostError("the lease has ended: take another one and put its keys again", lease_id=lease_id)
+
+
+def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictError:
+    """The error for a key, as stored, with another revision than expected; 0: it does not exist."""
+    return ConflictError(
+        "the key has another revision than expected; nothing was changed",
+        key=stored.decode(errors="replace"),
+        expected=expected,
+        revision=revision,
+    )
+
+
+class Watch:
+    """Changes below a prefix, in order, none left out. Used by one thread; close it, or use `with`.
+
+    A kind of store takes them by `_fetch`, in the thread of `next`: several at once, which are given one by one.
     """
 
-    revision: int
-    entries: tuple[Entry, ...]
-    identity: str
-
-    def __iter__(self) -> Iterator[Entry]:
-        """The entries."""
-        return iter(self.entries)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event(Entry):
-    """One change of one key; deleted, by hand or with its lease, it has no value and no lease from then on."""
-
-    kind: Literal["put", "delete"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """All changes of one revision below a watch's prefix: a watch after it goes on where this one was cut off."""
-
-    revision: int
-    events: tuple[Event, ...]
-
-
-class Watch(Protocol):
-    """Changes below a prefix, in order, none left out. Used by one thread; close it, or use `with`."""
+    def __init__(self, url: str) -> None:
+        self._url, self._pid = url, os.getpid()
+        self._batches: deque[Batch] = deque()
+        self._closing = threading.Event()
 
     def next(self, timeout_s: float) -> Batch | None:
         """The next batch.
@@ -88,15 +89,38 @@ class Watch(Protocol):
             CompactedError, StoreResetError, StorePermissionError: see the module's table; for good. A wiped store is
                 noticed within about two seconds while `next` is being called, even when nothing changes in it.
         """
+        until = time.monotonic() + checked_seconds(timeout_s, "timeout_s")
+        if self._pid != os.getpid():
+            raise StoreUnavailableError("the watch is another process's: watch again after a fork", pid=self._pid)
+        self._check_open()
+        while not self._batches:
+            try:
+                self._fetch(until)
+            except TransportError:
+                self._check_open()  # closed in the meantime: that is what its user should know
+                raise
+            self._check_open()
+            if not self._batches and time.monotonic() >= until:
+                return None
+        return self._batches.popleft()
 
     def close(self) -> None:
         """End the watch. Idempotent; callable from another thread, whose `next` then raises `StoreUnavailableError`."""
+        self._closing.set()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise StoreUnavailableError("the watch is closed", url=self._url)
+
+    def _fetch(self, until: float) -> None:
+        """Wait for changes until then at the most, and take what has come."""
+        raise NotImplementedError
 
 
 class Store(Protocol):

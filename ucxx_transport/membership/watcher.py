@@ -33,7 +33,7 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import in_thread, start_thread
-from ucxx_transport.membership.keys import SOURCES
+from ucxx_transport.membership.entries import SOURCES
 from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
 from ucxx_transport.membership.store import Store, Watch

@@ -16,7 +16,7 @@ from tests.support.source_records import record
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.membership import SourceStatus, Store, open_store
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 
 Capture = pytest.CaptureFixture[str]
 

@@ -17,7 +17,7 @@ from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import ClientConfig, RingConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.membership import SourceRecord, SourceWatcher
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.local_store import LocalStore
 from ucxx_transport.membership.sources import SourceChange
 from ucxx_transport.ring import SlotState

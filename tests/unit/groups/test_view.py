@@ -18,7 +18,7 @@ from ucxx_transport.groups.view import (
     Seat,
     parse_policy_version,
 )
-from ucxx_transport.membership.keys import member_key, policy_key, rank_of, view_key
+from ucxx_transport.membership.entries import member_key, policy_key, rank_of, view_key
 
 VIEW = GroupView(
     epoch=7,

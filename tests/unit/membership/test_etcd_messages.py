@@ -21,9 +21,8 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import etcd_messages as messages
+from ucxx_transport.membership.entries import Entry, Event, Namespace
 from ucxx_transport.membership.etcd_client import EtcdClient
-from ucxx_transport.membership.keys import Namespace
-from ucxx_transport.membership.store import Entry, Event
 
 JOB = Namespace("job")
 ONE, TWO, THREE = ("a:1", "b:1", "c:1")

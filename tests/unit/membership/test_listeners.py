@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 from ucxx_transport.client.membership import Membership
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceWatcher
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.listeners import ADD, REMOVE, UPDATE, Listeners
 
 MINUTE = 60.0

@@ -12,7 +12,7 @@ from tests.support.source_records import record
 from tests.support.waiting import wait_until
 from ucxx_transport.groups import RankState
 from ucxx_transport.membership import ReplicaMonitor, SourceWatcher
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 
 if TYPE_CHECKING:
     from tests.support.group_ranks import Ranks

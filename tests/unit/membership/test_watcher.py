@@ -23,7 +23,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
 )
 from ucxx_transport.membership import SourceRecord, SourceStatus, SourceWatcher, Store
-from ucxx_transport.membership.keys import source_key
+from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.local_store import LocalStore
 
 MINUTE = 60.0

@@ -1,4 +1,4 @@
-"""Which keys there are, what each may be, and the bytes that a store knows it by, below a namespace.
+"""Entries: which keys there are, what each may hold, the bytes that a store knows it by, and how a store shows both.
 
 | key                             | value                                              | lease         |
 |---------------------------------|----------------------------------------------------|---------------|
@@ -14,8 +14,9 @@ store at `/ucxx_transport/job/<key>`, in UTF-8.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import quote
 
 from ucxx_transport.errors import ConfigError
@@ -113,3 +114,56 @@ def _encoded(text: object, what: str) -> bytes:
 def _successor(prefix: bytes) -> bytes:
     """The first bytes after all that begin with `prefix`, which ends with a byte of UTF-8 and so below 0xFF."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What keeps keys alive as long as it is renewed every `ttl_s` seconds: not less than asked for, maybe more."""
+
+    lease_id: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One key, with the revision of its last change, and the lease it dies with; None: it stays."""
+
+    key: str
+    value: bytes
+    revision: int
+    lease_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All keys below a prefix, in order, at one moment.
+
+    Attributes:
+        revision: the store's, then: a watch after it misses nothing and repeats nothing.
+        entries: the keys.
+        identity: a random word that the store's data keep: another one later means that the data were wiped. "" in a
+            store that has none yet, and to which this user may give none.
+    """
+
+    revision: int
+    entries: tuple[Entry, ...]
+    identity: str
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The entries."""
+        return iter(self.entries)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event(Entry):
+    """One change of one key; deleted, by hand or with its lease, it has no value and no lease from then on."""
+
+    kind: Literal["put", "delete"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """All changes of one revision below a watch's prefix: a watch after it goes on where this one was cut off."""
+
+    revision: int
+    events: tuple[Event, ...]

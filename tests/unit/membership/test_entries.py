@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership.keys import MAX_KEY_BYTES, Namespace
-from ucxx_transport.membership.store_base import MAX_TTL_S, checked_ttl_s
+from ucxx_transport.membership.entries import MAX_KEY_BYTES, Namespace
+from ucxx_transport.membership.store import MAX_TTL_S, checked_ttl_s
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda key: not key.startswith("/")
