@@ -43,7 +43,7 @@ class StoreRig(ABC):
     Attributes:
         kind: of the store.
         url: opens it.
-        ttl_s: a short lease, for tests in which one must run out.
+        ttl_s: a short lease, for tests in which one must run out, though not while a busy machine uses it.
         settings: what `StoreConfig` needs to reach it; a namespace of the test's own among them.
     """
 
@@ -86,7 +86,7 @@ class MemoryRig(StoreRig):
 
     kind = "memory"
     url = "memory://"
-    ttl_s = 0.3
+    ttl_s = 1.5
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class LocalRig(StoreRig):
     """A file."""
 
     kind = "local"
-    ttl_s = 0.3
+    ttl_s = 1.5
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class EtcdRig(StoreRig):
     """A server, which the next test may use too: it has a namespace of its own."""
 
     kind = "etcd"
-    ttl_s = 1.0
+    ttl_s = 2.0
 
     def __init__(self, server: EtcdServer) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
@@ -37,6 +38,7 @@ def renew(store: Store, lease_id: int, *, timeout_s: float) -> float:
         return store.keep_alive(lease_id, timeout_s=timeout_s)
 
 
+@dataclass(eq=False)
 class LeaseRenewer:
     """Renews one lease in a daemon thread, until it is stopped, or the store says that the lease has ended.
 
@@ -45,21 +47,14 @@ class LeaseRenewer:
     leave the renewal out.
     """
 
-    def __init__(
-        self,
-        store: Callable[[], Store],
-        lease_id: int,
-        interval_s: float,
-        *,
-        on_renewed: Callable[[], object] = lambda: None,
-        on_lost: Callable[[], object] = lambda: None,
-        is_held: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.store = store
-        self._lease_id, self._interval_s = lease_id, interval_s
-        self._on_renewed, self._on_lost, self._is_held = on_renewed, on_lost, is_held
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+    store: Callable[[], Store]
+    lease_id: int
+    interval_s: float
+    on_renewed: Callable[[], object] = lambda: None
+    on_lost: Callable[[], object] = lambda: None
+    is_held: Callable[[], bool] = lambda: False
+    _stopping: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
 
     def start(self) -> None:
         """Begin, with a renewal; returns at once."""
@@ -72,27 +67,27 @@ class LeaseRenewer:
             self._thread.join(wait_s)
 
     def _run(self) -> None:
-        pause_s, failures, timeout_s = 0.0, 0, self._interval_s
+        pause_s, failures, timeout_s = 0.0, 0, self.interval_s
         while not self._stopping.wait(pause_s):
-            pause_s = self._interval_s / RETRIES_AN_INTERVAL
-            if self._is_held():
+            pause_s = self.interval_s / RETRIES_AN_INTERVAL
+            if self.is_held():
                 continue
             try:
-                timeout_s = renew(self.store(), self._lease_id, timeout_s=timeout_s) / 3
+                timeout_s = renew(self.store(), self.lease_id, timeout_s=timeout_s) / 3
             except LeaseLostError as error:
                 if not self._stopping.is_set():
-                    _log.warning("lease_lost", lease=self._lease_id, reason=str(error))
-                    self._on_lost()
+                    _log.warning("lease_lost", lease=self.lease_id, reason=str(error))
+                    self.on_lost()
                 return
             except Exception as error:  # noqa: BLE001 - the edge of a thread: whatever it was, the lease is to live
                 failures += 1
                 if failures == 1:
-                    _log.warning("lease_not_renewed", lease=self._lease_id, reason=f"{type(error).__name__}: {error}")
+                    _log.warning("lease_not_renewed", lease=self.lease_id, reason=f"{type(error).__name__}: {error}")
             else:
                 if failures:
-                    _log.info("lease_renewed_again", lease=self._lease_id, attempts=failures)
-                pause_s, failures = self._interval_s, 0
-                self._on_renewed()
+                    _log.info("lease_renewed_again", lease=self.lease_id, attempts=failures)
+                pause_s, failures = self.interval_s, 0
+                self.on_renewed()
 
 
 class Keeper:

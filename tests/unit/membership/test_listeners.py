@@ -240,6 +240,49 @@ def test_a_listener_whose_queue_overflows_gets_the_difference_and_that_is_counte
     listeners.close()
 
 
+def test_news_that_are_no_state_outlast_a_full_queue() -> None:
+    listeners: Listeners[SourceRecord] = Listeners(
+        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}, limit=2
+    )
+    is_in, go_on = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def hear(kind: str) -> Callable[[SourceRecord], None]:
+        def call(_: SourceRecord) -> None:
+            calls.append(kind)
+            is_in.set()
+            go_on.wait(MINUTE)
+
+        return call
+
+    listeners.subscribe({kind: hear(kind) for kind in (ADD, REMOVE, "gone")})
+    listeners.put([(ADD, record("a"))])
+    assert is_in.wait(MINUTE)
+    b = record("b")
+    listeners.put([("gone", b), (ADD, b), (REMOVE, b), (REMOVE, record("a")), (ADD, record("c"))])
+    go_on.set()
+    wait_until(lambda: calls == [ADD, "gone", REMOVE, ADD], MINUTE, what="b, which came and went, is left out")
+    listeners.close()
+
+
+def test_an_interrupt_in_a_first_callback_ends_the_subscription_that_was_not_returned() -> None:
+    field = Field()
+    calls: list[str] = []
+
+    def interrupt(source: SourceRecord) -> None:
+        calls.append(source.worker_id)
+        raise KeyboardInterrupt
+
+    with field.watcher:
+        field.publish("a")
+        field.known("a")
+        with pytest.raises(KeyboardInterrupt):
+            field.watcher.subscribe(on_add=interrupt)
+        field.publish("b")
+        field.known("a", "b")
+    assert calls == ["a"]
+
+
 def test_who_waits_for_listeners_is_bounded_and_says_so(log_events: list[MutableMapping[str, Any]]) -> None:
     listeners: Listeners[SourceRecord] = Listeners(
         lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}
