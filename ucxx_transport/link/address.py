@@ -55,21 +55,19 @@ class Interface:
 
 
 def choose_address(host: str | None = None) -> str:
-    """The address to publish, by the rules above, where `host` is what was configured.
-
-    Raises:
-        ConfigError: the host is a wildcard, empty or unknown, or this machine has no address to publish.
-    """
+    """The address to publish, by the rules above, where `host` is what was configured; a ConfigError where none is."""
+    interfaces = list_interfaces()
     address = decide_address(
         host,
-        interfaces=list_interfaces(),
+        interfaces=interfaces,
         route_source=default_route_source(),
         net_devices=os.environ.get("UCX_NET_DEVICES"),
         ipv6=ipv6_addresses(),
     )
     numeric = _resolve(address)
     is_loopback = ipaddress.ip_address(numeric).is_loopback
-    if not is_loopback and numeric not in _own_addresses():
+    own = {*(str(one) for _, one in _ipv6()), *(one.address for one in interfaces)}
+    if not is_loopback and numeric not in own:
         leads = "" if numeric == address else f" leads to {numeric}, which"
         raise ConfigError(
             f"host = {address!r}{leads} is not an address of this machine; leave it out, or give what trainers connect "
@@ -118,15 +116,7 @@ def decide_address(
     net_devices: str | None = None,
     ipv6: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The decision alone; see `choose_address`.
-
-    Args:
-        host: what was configured, or None.
-        interfaces: to choose from.
-        route_source: source address of the default route.
-        net_devices: value of `UCX_NET_DEVICES`.
-        ipv6: by interface, an address that other hosts may reach.
-    """
+    """The decision alone; see `choose_address`. `ipv6` has an address that other hosts may reach, by interface."""
     if host is not None:
         return _asked_for(host, interfaces, ipv6)
     # UCX names a device `mlx5_0:1` (device and port) or by the interface's own name.
@@ -171,10 +161,6 @@ def default_route_source() -> str | None:
         except OSError:
             return None
         return str(probe.getsockname()[0])
-
-
-def _own_addresses() -> set[str]:
-    return {*(str(address) for _, address in _ipv6()), *(one.address for one in list_interfaces())}
 
 
 def _ipv6() -> list[tuple[str, ipaddress.IPv6Address]]:

@@ -125,12 +125,9 @@ class EndpointEvents(Protocol):
         """The peer is gone, or was never reached. Called once, and not after `close()`.
 
         What arrived before has been called back by then. What is in flight ends by itself, before or after. The
-        endpoint still has to be closed.
-
-        Args:
-            error: PeerLostError with `facts["reason"]`; ProtocolError where what answers is not of this package or of
-                another version; ConfigError where this side's settings leave no way there; BusyError where the process
-                has no file descriptors for it.
+        endpoint still has to be closed. A PeerLostError with `facts["reason"]`, a ProtocolError where what answers is
+        not of this package or of another version, a ConfigError where this side's settings leave no way there, a
+        BusyError where the process has no file descriptors for it.
         """
 
 
@@ -151,31 +148,23 @@ class Endpoint(Protocol):
         """Neither lost nor closed; may still be connecting."""
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
-        """Receive the next message of a channel that no earlier receive has taken.
+        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken.
 
-        Args:
-            buffer: writable, contiguous, of the buffer protocol; all of it is offered. Or a `Message` made of such.
-            on_done: called when it is over.
-            channel: 0 to 65535.
+        All of the buffer is offered, which is writable, contiguous, of the buffer protocol; or a `Message` of such.
         """
 
     def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> Operation:
         """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
 
-        Args:
-            buffer: contiguous, of the buffer protocol, may be read-only; or a `Message` of this link. It must not
-                change before completion.
-            on_done: called when it is over. Small sends often are `completed` already when this returns.
-            channel: 0 to 65535.
+        It is contiguous, of the buffer protocol, or a `Message` of this link, and must not change before completion.
+        Small sends often are `completed` already when this returns.
         """
 
     def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
         """Close the connection and end what is in flight on it. Idempotent; each caller's `on_closed` is called.
 
-        Args:
-            on_closed: called when no operation of this endpoint will touch any buffer again (True), each of them having
-                had its `on_done`; or, within a bound, when one has never ended (False): its buffer stays with the link
-                for good.
+        That is when no operation of this endpoint will touch any buffer again (True), each of them having had its
+        `on_done`; or, within a bound, when one has never ended (False): its buffer stays with the link for good.
         """
 
     def listener_has_answered(self) -> bool:
@@ -204,18 +193,12 @@ class Link(Protocol):
         """Open a connection to a numeric address; see `Reactor.resolve` for names.
 
         Returns at once; the outcome is `events.connected` or `events.lost`. With UCX, nothing listening may also be
-        neither of them: the caller bounds it in time, and closes the endpoint.
-
-        Raises:
-            ConfigError: the port is none, or the link is closed or of another process.
+        neither of them: the caller bounds it in time, and closes the endpoint. A ConfigError: the port is none, or the
+        link is closed or of another process.
         """
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
-        """Take connections on a port, 0 for any free one.
-
-        Raises:
-            ConfigError: the port is in use or forbidden; `facts["port"]`.
-        """
+        """Take connections on a port, 0 for any free one; a ConfigError where it is in use or forbidden."""
 
     def message(self, buffer: object) -> Message:
         """The buffer, prepared for sends. It must live, and stay where it is, as long as the message does."""
@@ -223,8 +206,7 @@ class Link(Protocol):
     def progress(self, spin_s: float = 0.0) -> bool:
         """Take in what has arrived, and call back; bounded, some milliseconds at most. Whether anything moved.
 
-        Args:
-            spin_s: how long to poll while nothing moves.
+        It polls for `spin_s` while nothing moves.
         """
 
     def arm(self) -> bool:

@@ -41,9 +41,7 @@ _FILE: Final = re.compile(r"libuc[mpst]\.so(\.\d+)*")
 def check_loaded() -> None:
     """Refuse two UCX in one process, and one that is too old. Call it before ucxx is imported, and again after that.
 
-    Raises:
-        ConfigError: names both files, or the file and its version.
-        OSError: there is none that can be loaded.
+    The ConfigError names both files, or the file and its version. An OSError: there is none that can be loaded.
     """
     own = _wheel_folder()
     if own is not None and os.environ.get(PREFER_SYSTEM, "false").lower() != "false":
@@ -58,12 +56,11 @@ def check_loaded() -> None:
     other = next((file for file in loaded if file not in expected), None)
     oldest = _words(OLDEST)
     if other is not None:
-        words = (
+        remedy = f"; or let ucxx use that one, if it is {oldest} or later, by {PREFER_SYSTEM}=true" if own else ""
+        raise ConfigError(
             f"two UCX libraries in one process: {other} is loaded, and ucxx uses {own or expected[0].parent}. Remove "
+            f"one of them (an import, LD_PRELOAD, LD_LIBRARY_PATH), or move it to another process{remedy}"
         )
-        words += "one of them (an import, LD_PRELOAD, LD_LIBRARY_PATH), or move it to another process"
-        remedy = f"; or let ucxx use that one, if it is {oldest} or later, by {PREFER_SYSTEM}=true"
-        raise ConfigError(words + remedy if own is not None else words)
     try:
         ask = loaded_library("libucp.so").ucp_get_version
     except (OSError, AttributeError):
@@ -237,11 +234,7 @@ def quiet_ucxx_log() -> None:
 class IPv6Listener:
     """UCX's listener on one IPv6 address of this host, which ucxx cannot make; it ends with its last reference.
 
-    Args:
-        worker: the `ucp_worker_h`.
-        address: numeric; an OSError where UCX cannot listen there.
-        port: to listen on.
-        on_request: gets each `ucp_conn_request_h`, inside progress.
+    `on_request` gets each `ucp_conn_request_h`, inside progress. An OSError: UCX cannot listen there.
     """
 
     def __init__(self, worker: int, address: str, port: int, on_request: Callable[[int], None]) -> None:

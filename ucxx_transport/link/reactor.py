@@ -94,11 +94,7 @@ class Reactor(Usable):
 
     @property
     def link(self) -> Link:
-        """The link, opened at first use.
-
-        Raises:
-            ConfigError: the reactor is closed or of the parent process, or the link cannot be opened.
-        """
+        """The link, opened at first use; a ConfigError where it cannot be, or the reactor cannot be used."""
         if self._link is None:
             self.check_usable()
             self._link = self._link_factory(self)
@@ -140,12 +136,10 @@ class Reactor(Usable):
             wakeup.notify()
 
     def resolve(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
-        """Find the numeric address of a host. By the thread that runs the reactor, which never waits for it.
+        """Find the numeric address of a host, which may be one. By the thread that runs the reactor, without a wait.
 
-        Args:
-            host: a numeric address, or a name.
-            on_resolved: called with the address, at once where it is numeric, else in a later turn; or with the
-                error, reason `unreachable`, at once where no thread can be started.
+        It calls back with the address, at once where it is numeric, else in a later turn; or with the error, reason
+        `unreachable`, at once where no thread can be started.
         """
         try:
             address = str(ipaddress.ip_address(host))
@@ -242,9 +236,8 @@ class Reactor(Usable):
         self._wakeup = None
 
     def _run_submitted(self) -> bool:
-        submitted = self._submitted
-        for _ in range(len(submitted)):  # what these submit in their turn has the next one
-            submitted.popleft()()
+        for _ in range(len(self._submitted)):  # what these submit in their turn has the next one
+            self._submitted.popleft()()
         return True
 
     def _run_due(self, now: float) -> bool:

@@ -49,7 +49,6 @@ WITHOUT_RDMA: Mapping[str, str] = MappingProxyType({"RNDV_THRESH": "512K"})
 
 SHM_LANES: Mapping[str, str] = MappingProxyType({"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"})
 
-
 _INHERITED_FROM = {
     "POSIX_ERROR_HANDLING": "MM_ERROR_HANDLING",
     "SYSV_ERROR_HANDLING": "MM_ERROR_HANDLING",
@@ -66,13 +65,9 @@ def rdma_devices(sysfs: Path = RDMA_FOLDER) -> list[str]:
 def context_settings(
     *, shm_lanes: bool, rdma: bool, ucx: Mapping[str, str], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """What to give to the context; names are without the `UCX_` prefix.
+    """What to give to the context; names are without the `UCX_` prefix. `ucx` are the configuration's own.
 
-    Args:
-        shm_lanes: let same-host connections use shared memory instead of TCP; needed on both sides.
-        rdma: whether this host has a device for it.
-        ucx: the configuration's own settings.
-        environment: the process's; what it sets is left out of the result, for UCX reads it there by itself.
+    What the environment sets is left out, for UCX reads it there by itself.
     """
     merged = {**TUNED, **({} if rdma else WITHOUT_RDMA), **(SHM_LANES if shm_lanes else {}), **ucx}
     users_rx = "UCX_TCP_RX_SEG_SIZE" in environment or merged["TCP_RX_SEG_SIZE"] != TUNED["TCP_RX_SEG_SIZE"]
@@ -100,22 +95,16 @@ def networks_of(resources: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def limits_in_words(given: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """What limits the transports, such as `UCX_TLS=self,sm (environment)`; "" when nothing does.
-
-    Args:
-        given: the context's settings, without prefix.
-        environment: the process's.
-    """
+    """What limits the transports, such as `UCX_TLS=self,sm (environment)`; "" when nothing does."""
     names = ("TLS", "NET_DEVICES")
     found = [f"UCX_{name}={environment[f'UCX_{name}']} (environment)" for name in names if f"UCX_{name}" in environment]
     return ", ".join(found + [f"{name}={given[name]} (ucx=)" for name in names if name in given])
 
 
 def require_network(context_info: str, given: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    """Refuse a context without a network transport: over it every read would fail as if the peer were away.
+    """Refuse a context without a network transport, over which every read would fail as if the peer were away.
 
-    Raises:
-        ConfigError: names what limits the transports.
+    The ConfigError names what limits the transports.
     """
     resources = resources_of(context_info)
     if not resources or networks_of(resources):  # without resources UCX's words have changed, and prove nothing
@@ -133,11 +122,7 @@ def loopback_only(context_info: str) -> bool:
 
 
 def require_free_port(port_range: str, addresses: Iterable[str]) -> None:
-    """Refuse a TCP_PORT_RANGE of which every port is in use at an address: UCX would look for a free one for ever.
-
-    Raises:
-        BusyError: names the range and the address.
-    """
+    """A BusyError where every port of a TCP_PORT_RANGE is in use at an address: UCX would look for one for ever."""
     found = re.fullmatch(r"(\d+)-(\d+)", port_range)
     if found is None:
         return

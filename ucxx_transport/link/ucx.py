@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from threading import get_ident
 from typing import Final
 
@@ -96,17 +97,15 @@ class UCXXLink(LinkState):
         self.check_usable()
         peer = f"{host}:{checked_port(port, lowest=1)}"
         ucx: UcxEndpoint | None = None
-        error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.endpoints))
+        error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.endpoints.values()))
         if error is None and not self.rdma:
             error = other_family(host, self.settings, os.environ)
         try:
             if error is None:
                 ucx = self.binding.lib.UCXEndpoint.create(self.worker, host, port, endpoint_error_handling=True)
         except self.binding.root as exc:
-            error = self.explain_unreachable(self.binding.error(exc, peer=peer, connected=False), (host, port))
-        endpoint = UCXXEndpoint(self, ucx, peer, events=events, address=(host, port), error=error)
-        self.adopt(endpoint)
-        return endpoint
+            error = self.why_failed(exc, peer, (host, port), connected=False)
+        return UCXXEndpoint(self, ucx, peer, events=events, address=(host, port), error=error)
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
         """See `base.Link.listen`. Binds 0.0.0.0, as ucxx's API takes no address, and `ipv6`."""
@@ -149,7 +148,7 @@ class UCXXLink(LinkState):
         return self._descriptor
 
     def transports(self) -> tuple[str, ...]:
-        lanes = [lane for endpoint in self.endpoints for lane in endpoint.lanes()]
+        lanes = [lane for endpoint in self.endpoints.values() for lane in endpoint.lanes()]
         names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
         return tuple(names) or ("unknown",)
 
@@ -180,7 +179,7 @@ class UCXXLink(LinkState):
         super().forget()
         self._turn = self._refused
         keep_for_good(self)
-        for endpoint in self.endpoints:
+        for endpoint in self.endpoints.values():
             endpoint.disown()
 
     def _refused(self, _: int) -> bool:
@@ -191,8 +190,7 @@ class UCXXLink(LinkState):
         """Call what is ready, those who have lost their peer, and who is closed; whether anything was called."""
         called = bool(self.ready)
         for _ in range(len(self.ready)):
-            action, argument = self.ready.popleft()
-            action(argument)
+            self.ready.popleft()()
         cut_off = [endpoint for endpoint, handled in self.broken.items() if handled is None]
         if cut_off and self._busy % BUSY == 0:
             # What had arrived has been taken in; the rest of a broken connection's operations will never come.
@@ -218,7 +216,7 @@ class UCXXLink(LinkState):
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self.listeners):
             listener.close()
-        for endpoint in list(self.endpoints):
+        for endpoint in list(self.endpoints.values()):
             endpoint.close()
             if late:
                 endpoint.end_close()
@@ -266,32 +264,29 @@ class UCXXListener:
         try:
             ucx = bound[0].create_endpoint_from_conn_request(request, True)  # noqa: FBT003
         except self._link.binding.root as exc:  # it has gone already, or its address cannot be reached
-            self._link.ready.append((self._note_failed, (peer, f"{type(exc).__name__}: {exc}")))
+            self._link.ready.append(partial(self._note_failed, peer, f"{type(exc).__name__}: {exc}"))
         else:
-            self._link.ready.append((self._hand_over, (ucx, peer, bound)))
+            self._link.ready.append(partial(self._hand_over, ucx, peer, bound))
 
-    def _hand_over(self, accepted: tuple[UcxEndpoint, str, deque[UcxListener]]) -> None:
+    def _hand_over(self, ucx: UcxEndpoint, peer: str, bound: deque[UcxListener]) -> None:
         """Give a connection that came to its owner."""
-        ucx, peer, bound = accepted
         if self._closed:
             with suppress(self._link.binding.root):
                 ucx.close_blocking()
         elif ucx.alive:
             endpoint = UCXXEndpoint(self._link, ucx, peer, accepted_by=bound)
-            self._link.adopt(endpoint)
             try:
                 endpoint.events = self._on_endpoint(endpoint)
             finally:
                 if endpoint.events is None:
                     endpoint.close()
         else:
-            self._note_failed((peer, "it was gone before it was handed over"))
+            self._note_failed(peer, "it was gone before it was handed over")
 
-    def _note_failed(self, failed: tuple[str, str]) -> None:
+    def _note_failed(self, peer: str, reason: str) -> None:
         self._link.counters.accepts_failed += 1
         now = self._link.timers.now()
         if now >= self._quiet_until_s:
             self._quiet_until_s = now + QUIET_S
-            peer, reason = failed
             count = self._link.counters.accepts_failed
             _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=count)

@@ -108,11 +108,7 @@ NOT_INSTALLED: Final = (
 
 
 def load_binding() -> Binding:
-    """Import ucxx once, leaving `os.environ` as it was.
-
-    Raises:
-        ConfigError: ucxx is not installed, or is of a version that lacks what is used; says what to install.
-    """
+    """Import ucxx once, leaving `os.environ` as it was; a ConfigError that says what to install where it is none."""
     with _lock:  # a race would take ucxx's own writes for the user's settings
         return _import_binding()
 

@@ -26,6 +26,7 @@ from typing import Final, cast
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
 from ucxx_transport.link.base import EndpointEvents, OnDone, Operation, byte_view, lost
 from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered
+from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.ucx_api import TRUNCATED, UcxEndpoint, raisable, status_error
 from ucxx_transport.link.ucx_flight import CHANNEL_BITS, LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
 
@@ -78,6 +79,7 @@ class UCXXEndpoint(Posted):
         self.channels = 1 << CHANNEL_BITS
         self._usable = ucx is not None
         self.base = secrets.randbits(BASE_BITS)
+        link.endpoints[self.base] = self
         self._link = link
         self._ucx = ucx
         self._address = address
@@ -98,15 +100,11 @@ class UCXXEndpoint(Posted):
         # It ends as an operation does, without Python code inside UCX's callback: an interrupt in such would be lost,
         # and the loss with it.
         ucx.set_close_callback(link.flight.ended.append, (loss,))
-        hello, into, handle = encode_hello(self.base), bytearray(HELLO_BYTES), ucx.handle
-        place = link.message(into)
-
-        def greeted(done: Operation) -> None:
-            self._greeted(done.error, into)
-
-        flight = link.flight
+        flight, handle, hello = link.flight, ucx.handle, encode_hello(self.base)
         flight.post(operation_of(self, hello, HELLO_BYTES), flight.stream_send, handle, hello, 0)
-        greeting = operation_of(self, place, HELLO_BYTES, greeted)
+        self._hello = bytearray(HELLO_BYTES)
+        place = link.message(self._hello)
+        greeting = operation_of(self, place, HELLO_BYTES, self._greeted)
         flight.post(greeting, flight.stream_receive, handle, place.address, 0)
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
@@ -152,12 +150,12 @@ class UCXXEndpoint(Posted):
         if on_closed is not None:
             self._on_closed.append(on_closed)
         if self._clean is not None:
-            self._link.ready.append((UCXXEndpoint.call_closed, self))
+            self._link.ready.append(self.call_closed)
         elif not self._closed:
             self._closed = True
             self.alive = self._usable = False
             self._break()
-            self._link.ending[self] = self._link.in_turn_after(CLOSE_TIMEOUT_S, UCXXEndpoint.end_close, self)
+            self._link.ending[self] = self._link.in_turn_after(CLOSE_TIMEOUT_S, self.end_close)
 
     @property
     def greeted(self) -> bool:
@@ -180,7 +178,7 @@ class UCXXEndpoint(Posted):
         """
         error = self._error = self._why_lost()
         self._break()
-        self._link.in_turn_after(GRACE_S, UCXXEndpoint.give_up, self)
+        self._link.in_turn_after(GRACE_S, self.give_up)
         self.alive = False
         if self.events is not None:
             self.events.lost(error)
@@ -195,47 +193,44 @@ class UCXXEndpoint(Posted):
 
     def end_close(self) -> None:
         """Release UCX's endpoint; buffers of what has not ended are leaked."""
-        if self not in self._link.ending:
+        link = self._link
+        if self not in link.ending:
             return
-        try:
-            self.give_up()
-        except BaseException:  # of a callback, which has been called
-            self._link.ready.append((UCXXEndpoint.end_close, self))
-            raise
-        self._link.ending.pop(self).cancel()
-        left = list(self.posted)
-        self._clean = not left
-        for operation in left:
-            self._link.leak(operation, self._ucx)
-        self._ucx = None
-        self._link.forget_endpoint(self)
-        self._accepted_by = None
+        link.ready.append(self.end_close)  # should a callback raise
+        self.give_up()
+        link.ending.pop(self).cancel()
+        self._clean = not self.posted
+        link.counters.leaked_buffers += len(self.posted)
+        if self.posted:
+            keep_for_good(self._ucx, *self.posted)
+        self._ucx = self._accepted_by = None
+        del link.endpoints[self.base]
+        link.discard_unexpected()
         self.call_closed()
 
     def call_closed(self) -> None:
         """Say to those who closed it that it is over."""
         if self._on_closed:
-            self._link.ready.append((UCXXEndpoint.call_closed, self))  # for the next one, and if this one raises
+            self._link.ready.append(self.call_closed)  # for the next one, and if this one raises
             self._on_closed.pop(0)(self._clean is True)
 
-    def _greeted(self, error: TransportError | None, hello: bytearray) -> None:
+    def _greeted(self, greeting: Operation) -> None:
         """The peer's hello has come, or never will."""
         if self._closed:
             return
+        error = greeting.error
         if error is None and self._ucx is not None:
             try:
-                base = decode_hello(hello, peer=self.peer)
-            except TransportError as exc:
+                self._send_base = decode_hello(self._hello, peer=self.peer) << CHANNEL_BITS
+            except ProtocolError as exc:
                 error = exc.with_traceback(None)
             else:
-                self._send_base = base << CHANNEL_BITS
                 self._handle = self._ucx.handle
                 self._send_deferred()
                 if self.events is not None:
                     self.events.connected()
                 return
-        if self._error is None:
-            self._error = error
+        self._error = self._error or error
         self._note_loss()
 
     def _note_loss(self) -> None:
@@ -246,13 +241,12 @@ class UCXXEndpoint(Posted):
     def _defer(self, operation: UCXXOperation) -> None:
         """A send waits for the hello; what is posted before the owner can know of a loss, or of a close, for its end.
 
-        Raises:
-            TransportError: the owner knows of it.
+        Once the owner knows, it is raised.
         """
         if not self._usable:
             if not (self.alive or self._link.closing):
                 raise self._why_lost()
-            self._link.ready.append((UCXXEndpoint.fail_deferred, self))
+            self._link.ready.append(self.fail_deferred)
         self._deferred.append(operation)
 
     def note_failure(self, operation: UCXXOperation) -> None:
@@ -274,13 +268,13 @@ class UCXXEndpoint(Posted):
                 ucx.close_blocking()
         self._link.broken[self] = None
         if self._deferred:
-            self._link.ready.append((UCXXEndpoint.fail_deferred, self))
+            self._link.ready.append(self.fail_deferred)
 
     def fail_deferred(self) -> None:
         """End what waits for a hello that never comes."""
         if not self._deferred:
             return
-        self._link.ready.append((UCXXEndpoint.fail_deferred, self))  # for the next one, and if a callback raises
+        self._link.ready.append(self.fail_deferred)  # for the next one, and if a callback raises
         operation = self._deferred.popleft()
         operation.completed, operation.buffer, operation.error = True, None, self._why_lost()
         if operation.on_done is not None:
@@ -303,12 +297,10 @@ class UCXXEndpoint(Posted):
         if self._closed:
             return lost("closed", peer=self.peer)
         if self._ucx is not None:
-            binding = self._link.binding
             try:
                 self._ucx.raise_on_error()
-            except binding.root as exc:
-                error = binding.error(exc, peer=self.peer, connected=self._send_base >= 0)
-                return self._link.explain_unreachable(error, self._address)
+            except self._link.binding.root as exc:
+                return self._link.why_failed(exc, self.peer, self._address, connected=self._send_base >= 0)
         return lost("reset", peer=self.peer)
 
     def _send_deferred(self) -> None:
@@ -326,11 +318,7 @@ def encode_hello(base: int) -> bytes:
 
 
 def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:
-    """The peer's tag base.
-
-    Raises:
-        ProtocolError: not a hello of this version.
-    """
+    """The peer's tag base; a ProtocolError where that is not a hello of this version."""
     magic, version, zero, base = _HELLO.unpack(hello)
     if magic != MAGIC or zero != 0 or base >> BASE_BITS:
         raise ProtocolError("the peer speaks UCX but is not of this package", peer=peer, found=bytes(hello).hex())

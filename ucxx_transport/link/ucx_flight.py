@@ -19,7 +19,7 @@ from ucxx_transport.link.base import LinkCounters, OnDone, Usable, byte_view
 from ucxx_transport.link.process import keep_for_good
 from ucxx_transport.link.reactor import Reactor, Timer
 from ucxx_transport.link.settings import limits_in_words, loopback_only
-from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxEndpoint, UcxWorker
+from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxWorker
 from ucxx_transport.native import load
 
 CHANNEL_BITS: Final = 16
@@ -49,12 +49,8 @@ FUNCTIONS: Final = (
 class UCXXOperation:
     """Something that UCX is asked to do for an endpoint. See `base.Operation`.
 
-    Attributes:
-        owner: whose it is.
-        index: in its flight.
-        buffer: pinned until UCX is done with it: dropping it sooner is a crash.
-        channel: of one that is deferred.
-        status: UCX's, once it has ended.
+    Its `index` is that in its flight, its `channel` that of one that is deferred, its `status` UCX's once it has ended.
+    The buffer is pinned until UCX is done with it: dropping it sooner is a crash.
     """
 
     owner: Posted
@@ -75,11 +71,7 @@ def operation_of(owner: Posted, buffer: object, nbytes: int, on_done: OnDone | N
 
 
 class UCXXMessage:
-    """See `base.Message`.
-
-    Attributes:
-        array: UCX's. address: where it lies.
-    """
+    """See `base.Message`."""
 
     __slots__ = ("address", "array", "nbytes", "writable")
 
@@ -91,11 +83,7 @@ class UCXXMessage:
 
 
 class Posted:
-    """Something that operations are posted for.
-
-    Attributes:
-        posted: those that have not ended, or whose end has not been called back.
-    """
+    """Something that operations are posted for; `posted` has those whose end has not been called back."""
 
     def __init__(self) -> None:
         self.posted: dict[UCXXOperation, UCXXOperation] = {}
@@ -247,11 +235,11 @@ class LinkState(Usable, Posted):
     Attributes:
         ipv6: an address that listeners listen on, too.
         make_array: UCX's.
-        ready: what is to be called in the next turn, with its argument.
+        ready: what is to be called in the next turn.
         broken: endpoints whose connection is. Their operations are cancelled (None: not yet), and when so many ends are
             handled as there are then, what had arrived has been called back: those that live yet have lost their peer.
         ending: those that are being closed, and when they end anyway.
-        endpoints: that are open. listeners: likewise.
+        endpoints: that are open, by the base of their tags. listeners: likewise.
         rdma: this host has a device for it.
     """
 
@@ -268,48 +256,31 @@ class LinkState(Usable, Posted):
         self.binding = binding
         self.make_array = binding.make_array
         self.counters = LinkCounters()
-        self.ready: deque[tuple[Callable[[Any], object], object]] = deque()
-        self.endpoints: dict[Any, None] = {}
+        self.ready: deque[Callable[[], object]] = deque()
+        self.endpoints: dict[int, Any] = {}
         self.broken: dict[Any, int | None] = {}
         self.ending: dict[Any, Timer] = {}
         self.listeners: set[Any] = set()
-        self._by_base: dict[int, Any] = {}
 
     def message(self, buffer: object, *, writable: bool = False) -> UCXXMessage:
         self.check_usable()
         view = byte_view(buffer, writable=writable)
         return UCXXMessage(view, self.make_array(view))
 
-    def adopt(self, endpoint: Any) -> None:
-        """Count an endpoint among the open ones."""
-        self.endpoints[endpoint] = None
-        self._by_base[endpoint.base] = endpoint
-
-    def in_turn_after(self, delay_s: float, action: Callable[[Any], object], argument: object) -> Timer:
+    def in_turn_after(self, delay_s: float, action: Callable[[], object]) -> Timer:
         """Call this in a turn, after a while."""
-        call = (action, argument)
-        return self.timers.call_at(self.timers.now() + delay_s, lambda: self.ready.append(call))
+        return self.timers.call_at(self.timers.now() + delay_s, lambda: self.ready.append(action))
 
-    def forget_endpoint(self, endpoint: Any) -> None:
-        """An endpoint is closed."""
-        del self.endpoints[endpoint]
-        del self._by_base[endpoint.base]
-        self.discard_unexpected()
-
-    def leak(self, operation: UCXXOperation, ucx: UcxEndpoint | None) -> None:
-        """Keep the buffer of an operation that never ends, for good."""
-        self.counters.leaked_buffers += 1
-        keep_for_good(operation, ucx)
-
-    def explain_unreachable(self, error: TransportError, address: tuple[str, int] | None) -> TransportError:
-        """The same error, or a ConfigError where it is this side's settings that leave no way to another host."""
-        if address is None or not isinstance(error, PeerLostError) or error.facts["reason"] != "unreachable":
-            return error
-        limits = limits_in_words(self.settings, os.environ)
-        if limits and loopback_only(self.context.info) and not ipaddress.ip_address(address[0]).is_loopback:
-            return ConfigError(
-                f"{limits} leaves UCX nothing but loopback; add an interface of this host", host=address[0]
-            )
+    def why_failed(
+        self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
+    ) -> TransportError:
+        """Our error for UCX's; of this side's settings where they leave no way to another host, at the address."""
+        error = self.binding.error(exc, peer=peer, connected=connected)
+        if address is not None and isinstance(error, PeerLostError) and error.facts["reason"] == "unreachable":
+            limits = limits_in_words(self.settings, os.environ)
+            if limits and loopback_only(self.context.info) and not ipaddress.ip_address(address[0]).is_loopback:
+                words = f"{limits} leaves UCX nothing but loopback; add an interface of this host"
+                return ConfigError(words, host=address[0])
         return error
 
     def discard_unexpected(self) -> None:
@@ -322,7 +293,7 @@ class LinkState(Usable, Posted):
             tag = self.flight.unexpected_tag()
             if tag is None:
                 return
-            endpoint = self._by_base.get(tag >> CHANNEL_BITS)
+            endpoint = self.endpoints.get(tag >> CHANNEL_BITS)
             if endpoint is not None and tag - (endpoint.base << CHANNEL_BITS) < endpoint.channels:
                 return  # its receive is about to be posted; what lies behind it is seen to next time
             nowhere = self.message(bytearray(1))
