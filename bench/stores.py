@@ -34,7 +34,7 @@ from bench.core.rounds import Plan
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
 from ucxx_transport.membership import SourceRecord, SourceStatus, Store
 from ucxx_transport.membership.publication import Publication, next_epoch
-from ucxx_transport.ring.orphans import sweep_orphans
+from ucxx_transport.ring.segment import sweep_orphans
 
 __all__ = ["measure"]
 

@@ -15,12 +15,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeVar
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
@@ -29,6 +31,11 @@ T = TypeVar("T")
 
 NO_PROC: Final = "this machine has no /proc, by which a ring knows its processes: mount it (mount -t proc proc /proc)"
 NO_SQLITE: Final = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
+_UNLIMITED_BYTES: Final = 1 << 60
+"""v1 says "no limit" by a number near 2**63."""
+
+_V2_FILES: Final = ("memory.max", "memory.current")
+_V1_FILES: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 _STREAMS: Final = ("standard input", "standard output", "standard error")
 
 
@@ -121,6 +128,50 @@ def prepare_output(*, json_alone: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file of text, as it is where nobody has replaced it
             stream.reconfigure(errors="replace")
+
+
+class MemoryLimit(NamedTuple):
+    """A cgroup with a limit, and what can still be charged to it.
+
+    Contents of files that the kernel drops for something better make room; a tmpfs's are not of these. Swap is not
+    counted: a ring there would be slower than no ring.
+    """
+
+    folder: Path
+    limit_bytes: int
+    room_bytes: int
+
+
+def memory_limit(
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> MemoryLimit | None:
+    """The group, of this process's own and all above it (cgroups(7)), that leaves the least; None without a limit."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            number, controllers, path = line.split(":", 2)
+            is_v1 = "memory" in controllers.split(",")
+            if is_v1 or number == "0":
+                root, group = mount / "memory" if is_v1 else mount, Path(path)
+                # a container may see its own group as the root
+                folders = [root / folder.relative_to("/") for folder in (group, *group.parents)]
+                found += [limit for folder in folders if (limit := _limit_of(folder, is_v1=is_v1)) is not None]
+    return min(found, key=lambda limit: limit.room_bytes, default=None)
+
+
+def _limit_of(folder: Path, *, is_v1: bool) -> MemoryLimit | None:
+    limit_file, used_file = _V1_FILES if is_v1 else _V2_FILES
+    cached = "total_{}_file" if is_v1 else "{}_file"
+    try:
+        limit = (folder / limit_file).read_text(encoding="ascii").strip()
+        used = int((folder / used_file).read_text(encoding="ascii"))
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None  # there is no such group here, or it has no controller of memory
+    if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
+        return None
+    cached_bytes = sum(int(facts.get(cached.format(kind), 0)) for kind in ("inactive", "active"))
+    return MemoryLimit(folder, int(limit), max(0, int(limit) - used + cached_bytes))
 
 
 class Wakeup:

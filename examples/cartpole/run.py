@@ -27,7 +27,7 @@ from cartpole.report import WINDOW, Kill, Results, Worker, draw_curve
 from cartpole.trainer import Trainer
 from cartpole.worker import run_worker
 from ucxx_transport import SharedRingBuffer, TransportError
-from ucxx_transport.ring.orphans import list_segments, sweep_orphans
+from ucxx_transport.ring.segment import list_segments, sweep_orphans
 
 __all__ = ["Run", "next_step"]
 

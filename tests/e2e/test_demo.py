@@ -17,7 +17,7 @@ import pytest
 
 from cartpole.processes import processes_left
 from tests.support.exhaustive import exhaustive
-from ucxx_transport.ring.orphans import list_segments, sweep_orphans
+from ucxx_transport.ring.segment import list_segments, sweep_orphans
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120.0

@@ -37,7 +37,7 @@ from ucxx_transport import (
     SyncUCXXClient,
 )
 from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceStatus, Store
-from ucxx_transport.ring.orphans import sweep_orphans
+from ucxx_transport.ring.segment import sweep_orphans
 from ucxx_transport.teardown import Teardown
 
 MINUTE = 60

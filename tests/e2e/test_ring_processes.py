@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,8 +26,7 @@ from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
-from ucxx_transport.ring.orphans import list_segments
-from ucxx_transport.ring.segment import segment_path
+from ucxx_transport.ring.segment import list_segments, segment_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "tests.e2e.programs.ring_roles"
@@ -185,6 +185,33 @@ def test_what_a_killed_taker_had_taken_is_taken_by_another() -> None:
         taker.send(signal.SIGKILL)
         taker.process.wait()
         assert [lease.record for lease in take_all(ring)] == [{"number": number} for number in range(how_many + 2)]
+
+
+def test_a_writer_learns_which_process_keeps_arrays_on_which_host_since_when_and_what_helps() -> None:
+    with ring_of(slots=4, on_full="block", readers=2, block_timeout_s=0.01) as ring:
+        refs = [ring.write_raw(b"x") for _ in range(4)]
+        before_s = time.monotonic()
+        with Actor("keep_arrays", ring.name, *[ref.to_bytes().hex() for ref in refs[:3]]) as trainer:
+            assert trainer.hear() == ring.name
+            after_s = time.monotonic()
+            with pytest.raises(DeadlineExceededError) as caught:
+                ring.write_raw(b"y")
+            (holder,) = ring.holders()
+            least_s, most_s = time.monotonic() - after_s, time.monotonic() - before_s
+            assert (holder.pid, holder.slots) == (trainer.process.pid, 3)
+            assert least_s <= holder.held_s <= most_s
+            held_s = caught.value.facts["held_s"]
+            assert isinstance(held_s, float)
+            assert 0 < held_s <= holder.held_s
+            assert re.search(
+                rf"of 4 on host {os.uname().nodename}: pid {trainer.process.pid} \(python[\d.]*\), "
+                rf"reader [0-9a-f]+, holds 3, the longest for {held_s:.1f} s; 1 waits for a first reader\. "
+                r"What helps: .*clone them, or read with local='copy'; .*more ring\.slots",
+                caught.value.message,
+            )
+            assert caught.value.facts["holders"] == (trainer.process.pid,)
+        assert ring.reclaim_dead() == 3
+        assert ring.holders() == []
 
 
 def take_all(ring: SharedRingBuffer) -> list[ReadLease]:

@@ -29,6 +29,7 @@ from ucxx_transport import (
     SlotState,
     SyncUCXXClient,
 )
+from ucxx_transport.ring.holders import process_name
 from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.wire.frames import Kind, Status
 
@@ -106,6 +107,7 @@ def test_one_port_is_killed_and_the_other_answers_without_a_gap(record_property:
     with served_ring(ring={"slots": 64}, ports=2) as served:
         ports, pids = served.server.ports, served.server.statistics().pids
         assert len({os.getpid(), *pids}) == 3
+        assert [process_name(pid) for pid in pids if pid] == [f"the ring's server, pid {pid}" for pid in pids]
         with client_of(connect_timeout_s=1.0, port_quarantine_s=0.0) as client:
             for sequence in range(4):  # both ports have a connection by now
                 client.read(write(served.ring, sequence)).release()

@@ -19,7 +19,7 @@ import psutil
 from tests.soak.steady_worker import play
 from tests.support.programs import Program, program
 from ucxx_transport import ClientConfig
-from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.segment import list_segments
 from ucxx_transport.trainer import RolloutFeed
 
 BATCH: Final = 50

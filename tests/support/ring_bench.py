@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from time import monotonic_ns
 
 from ucxx_transport.config import RingConfig
 from ucxx_transport.native import Library
@@ -17,6 +18,7 @@ from ucxx_transport.ring.layout import (
     COUNTERS,
     ENTRY_LEASE,
     ENTRY_READER,
+    ENTRY_SINCE,
     ENTRY_WORDS,
     ENVELOPE_BYTES,
     FIRST_ENTRY,
@@ -106,13 +108,16 @@ class RingBench:
         assert counts == [states.count(state) for state in SlotState]
         for slot, state in enumerate(states):
             first = self.base(slot) + FIRST_ENTRY
-            leases = [words[first + ENTRY_WORDS * index] for index in range(self.identity.entries)]
+            entries = [first + ENTRY_WORDS * index for index in range(self.identity.entries)]
+            leases = [words[entry] for entry in entries]
             if state in (SlotState.FREE, SlotState.WRITING):
                 assert not any(leases), "a slot without a payload has no reader"
             elif state is SlotState.READY:
                 assert all(lease & 1 for lease in leases if lease), "nothing is in flight on a READY slot"
             else:
                 assert any(lease and not lease & 1 for lease in leases), "something is in flight on a READING slot"
+            began_ns = [words[entry + ENTRY_SINCE] for entry in entries if words[entry]]
+            assert all(0 < since <= monotonic_ns() for since in began_ns), "every attempt says when it began"
 
     def meaning(self, slot: int) -> tuple[object, ...]:
         """All of a slot that counts in its present state."""
@@ -130,7 +135,7 @@ class RingBench:
         facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS, ENVELOPE_BYTES)]
         assert words[base + COMMIT_TIME]
         start = self.identity.first_payload_byte + slot * self.identity.stride_bytes - HEADROOM_BYTES
-        message = self.segment.memory[start : start + message_bytes(facts[0])].data
+        message = self.segment.memory[start : start + message_bytes(facts[0])]
         header = codec.decode_header(message)
         codec.check_trailer(message, header)
         assert (header.slot, header.generation, header.nbytes) == (slot, self.generation(slot), facts[0])

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from ucxx_transport.ring.orphans import NAME_PREFIX
+from ucxx_transport.ring.segment import NAME_PREFIX
 
 __all__ = ["VARIABLE", "SegmentFolder", "segments"]
 

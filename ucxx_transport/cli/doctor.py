@@ -26,11 +26,10 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
-from ucxx_transport.machine import has_proc, parts
+from ucxx_transport.machine import MemoryLimit, has_proc, memory_limit, parts
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.orphans import SegmentInfo, list_segments
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
-from ucxx_transport.ring.segment import MemoryLimit, memory_limit
+from ucxx_transport.ring.segment import SegmentInfo, list_segments
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.units import format_bytes, format_duration
 

@@ -15,7 +15,7 @@ from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_jso
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.orphans import SegmentInfo, list_segments, sweep_orphans
+from ucxx_transport.ring.segment import SegmentInfo, list_segments, sweep_orphans
 from ucxx_transport.settings import gather
 from ucxx_transport.teardown import exit_on_sigterm
 from ucxx_transport.units import format_bytes, parse_bytes
@@ -166,6 +166,7 @@ def _describe(info: SegmentInfo) -> dict[str, Any]:
                 "host": host,
                 "ports": list(ports),
                 "statistics": dataclasses.asdict(ring.statistics()),
+                "holders": [holder._asdict() for holder in ring.holders()],
                 "schema": schema.to_dict() if schema is not None else None,
             }
     except TransportError as error:

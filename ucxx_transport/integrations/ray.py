@@ -19,9 +19,8 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ucxx_transport.config import ServerConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.orphans import remove_orphan
 from ucxx_transport.ring.owner import host_id
-from ucxx_transport.ring.segment import segment_path
+from ucxx_transport.ring.segment import remove_orphan, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer.loss_policy import is_ours, record_of
 

@@ -14,22 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.native.build import BUILD, LIBRARY, source_hash
 
-__all__ = ["LIBRARY", "Calls", "Library", "RingStruct", "load"]
-
-
-class RingStruct(ctypes.Structure):
-    """`struct ring` of `ring.c`: where a segment lies in this process, and its sizes."""
-
-    _fields_ = (
-        ("words", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_uint64)
-            for name in (
-                *("slots", "slot_bytes", "first_slot_word", "slot_words", "entries", "max_attempts"),
-                *("first_payload", "stride", "envelope_bytes"),
-            )
-        ),
-    )
+__all__ = ["LIBRARY", "Calls", "Library", "load"]
 
 
 class Calls:

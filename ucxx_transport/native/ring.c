@@ -86,6 +86,12 @@ static inline uint64_t advance(uint64_t word, unsigned event) {
     return word + (uint64_t)STEP[event][state];
 }
 
+static uint64_t now_ns(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+}
+
 /* ---- The lists of slots: FREE ones in the order in which they became so, READY and READING ones by age, and READY ones
  * by age. `links` is the first of a list's two words in a slot's header: the slot before, the slot behind. ---- */
 
@@ -513,8 +519,6 @@ EXPORT int ring_commit(uint64_t *hold) {
         count(ring, COUNT_LATE_FINALISE);
         return leave(ring, LATE);
     }
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
     uint64_t envelope = hold[HOLD_ENVELOPE_BYTES];
     mark(ring, slot);
     if (envelope > ring->envelope_bytes) {
@@ -530,7 +534,7 @@ EXPORT int ring_commit(uint64_t *hold) {
     store(own + HAS_CHECKSUM, hold[HOLD_HAS_CHECKSUM]);
     store(own + REQUIRED_READS, hold[HOLD_ARGUMENT]);
     store(own + ENVELOPE_BYTES, envelope);
-    store(own + COMMIT_TIME, (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec);
+    store(own + COMMIT_TIME, now_ns(CLOCK_REALTIME));
     count(ring, COUNT_COMMITTED);
     add(ring->words + COUNTER_WORD + COUNT_COMMITTED_BYTES, hold[HOLD_NBYTES]);
     become(ring, slot, advance(own[STATE], COMMIT));
@@ -595,6 +599,7 @@ static int acquire(const struct ring *ring, uint64_t *hold) {
     store(entry + ENTRY_PID, hold[HOLD_PID]);
     store(entry + ENTRY_START, hold[HOLD_START]);
     store(entry + ENTRY_READER, reader);
+    store(entry + ENTRY_SINCE, now_ns(CLOCK_MONOTONIC));
     store(entry + ENTRY_LEASE, hold[HOLD_LEASE] << 1);
     become(ring, slot, advance(word, state == READY ? ACQUIRE : JOIN));
     unmark(ring);

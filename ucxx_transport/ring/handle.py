@@ -22,10 +22,10 @@ import numpy as np
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError, SlotError
 from ucxx_transport.ring import layout, leases
+from ucxx_transport.ring.holders import Holder, find_holders
 from ucxx_transport.ring.layout import Identity, RingStatistics, round_up
-from ucxx_transport.ring.orphans import sweep_orphans
 from ucxx_transport.ring.owner import Owner, boot_id, current_owner, host_id, owner_alive, pid_namespace
-from ucxx_transport.ring.segment import Segment, create_segment, open_segment
+from ucxx_transport.ring.segment import Segment, create_segment, open_segment, sweep_orphans
 from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions
 from ucxx_transport.schema import Schema, SlotRef
@@ -60,7 +60,7 @@ class RingHandle:
         self.name, self.folder = segment.name, segment.path.parent
         self.ring_id, self.schema, self.fingerprint = identity.ring_id, schema, identity.fingerprint
         self.slots, self.slot_bytes, self.readers = identity.slots, identity.slot_bytes, identity.readers
-        self.mapping = segment.memory
+        self.mapping = np.frombuffer(segment.memory, np.uint8)
         self.server_words = segment.words[layout.SERVER_WORD : layout.SERVER_WORD + layout.SERVER_WORDS]
         self.closed = False
         self._segment, self._identity = segment, identity
@@ -191,6 +191,11 @@ class RingHandle:
         self._transitions.call("snapshot", found)
         return RingStatistics(self.slots, *found)
 
+    def holders(self) -> list[Holder]:
+        """Whose read attempts hold slots now, and for how long; the one with the most first."""
+        self._require_open()
+        return find_holders(self._segment, self._identity)
+
     def reclaim_dead(self) -> int:
         """Give back the slots that dead processes hold. Writes do so by themselves when the ring is full.
 
@@ -298,7 +303,7 @@ def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
             segment.populate()
         Transitions(segment, identity).initialise()
         for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
-            segment.memory[first : first + len(content)] = np.frombuffer(content, np.uint8)
+            segment.memory[first : first + len(content)] = content
         segment.words[layout.COMPLETE_WORD] = 1  # the last store
     except BaseException:
         segment.unlink()

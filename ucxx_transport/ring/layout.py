@@ -11,7 +11,7 @@ byte      words
 2048      256-383  published address: two banks of 64 words, the version's lowest bit says which holds
 4096      512-     words of the server (SERVER_WORDS)
 …                  the schema as msgpack, padded to 64
-…                  slot headers: 16 words + 4 words a read entry, padded to 64 bytes, one after another
+…                  slot headers: 16 words + 5 words a read entry, padded to 64 bytes, one after another
 …4096              slots: [envelope | headroom 64 | payload, padded to 64 | tailroom 64], one after another
 ```
 
@@ -23,15 +23,16 @@ A slot header:
 word 0    state word (see `states`)                word 5     reads that free the payload
 word 1    bytes of the payload                     word 6     writer: lease id, 0 when there is none
 word 2    write sequence                           word 7, 8  writer: pid, start time
-word 3    checksum                                 word 16-   read entries of 4 words:
-word 4    1 when the checksum counts                          lease id << 1 | consumed (0: empty), pid, start, reader
+word 3    checksum                                 word 16-   read entries of 5 words: lease id << 1 | consumed
+word 4    1 when the checksum counts                          (0: empty), pid, start, reader, since
 word 9    the slot before it in its list, + 1        word 10    the slot behind it in its list, + 1; 0: none
 word 11   bytes of the envelope                     word 12    time of the commit: ns since 1970
 word 13   the READY slot before it, + 1             word 14    the READY slot behind it, + 1; 0: none
 ```
 
 A read entry is a read attempt in flight, or, once consumed, the record that its reader has had the payload. Consuming
-is one store: it turns the one into the other.
+is one store: it turns the one into the other. Its last word is when it began, ns of CLOCK_MONOTONIC, which all
+processes of one boot share and no one sets.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from typing import Final
 from ucxx_transport.errors import ConfigError, ProtocolError
 
 MAGIC: Final = int.from_bytes(b"UCXXRING", "little")
-LAYOUT_VERSION: Final = 3
+LAYOUT_VERSION: Final = 4
 WORD_BYTES: Final = 8
 PAGE_BYTES: Final = 4096
 HEADER_WORDS: Final = 512
@@ -89,7 +90,7 @@ PREVIOUS, NEXT, ENVELOPE_BYTES, COMMIT_TIME, READY_PREVIOUS, READY_NEXT = range(
 FIRST_ENTRY: Final = 16
 
 # Words of a read entry.
-ENTRY_LEASE, ENTRY_PID, ENTRY_START, ENTRY_READER, ENTRY_WORDS = range(5)
+ENTRY_LEASE, ENTRY_PID, ENTRY_START, ENTRY_READER, ENTRY_SINCE, ENTRY_WORDS = range(6)
 
 # Words of a hold: what a caller and a transition say to each other of one write or read attempt. RING is where the
 # caller's `struct ring` is, WAIT_NS how long the lock is waited for, and ARGUMENT the one argument of a transition.

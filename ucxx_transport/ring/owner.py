@@ -65,17 +65,6 @@ def process_start(pid: int) -> int:
     return _read_stat(pid)[1]
 
 
-def process_name(pid: int, server_of: int) -> str:
-    """A process in the words of a message: what it runs; as a ring's server where the ring's creator is its parent."""
-    with suppress(OSError, ValueError):
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            name, _, fields = stat.read().partition(b"(")[2].rpartition(b")")
-        if int(fields.split()[1]) == server_of:
-            return f"the ring's server, pid {pid}"
-        return f"pid {pid} ({name.decode(errors='replace')})"
-    return f"pid {pid}"
-
-
 @cache
 def boot_id() -> bytes:
     """16 bytes that are new at each boot of the machine; a ConfigError where there is no /proc."""

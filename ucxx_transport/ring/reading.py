@@ -81,7 +81,8 @@ class ReadableRing(RingHandle):
                 ring_id=ref.ring_id.hex(),
                 found_ring_id=self.ring_id.hex(),
             )
-        deadline_s = _limit_s(deadline_s)
+        if deadline_s is not None:
+            deadline_s = checked_seconds(deadline_s, "deadline_s")
         lease = self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
         if ref.fingerprint != self.fingerprint or ref.nbytes != lease.words[layout.HOLD_NBYTES]:
             self.refuse(lease, ref)
@@ -114,11 +115,14 @@ class ReadableRing(RingHandle):
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
         try:
-            try:
-                lease = (again or []).pop()  # another thread may be faster
-                lease.begin(slot, generation, reader)
-            except IndexError:
+            lease = again.pop() if again else None
+        except IndexError:  # another thread was faster
+            lease = None
+        try:
+            if lease is None:
                 lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
+            else:
+                lease.begin(slot, generation, reader)
         except struct.error:  # not of 64 bits
             self._transitions.count("out_of_range")
             raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None

@@ -1,4 +1,4 @@
-"""The memory of a ring: one file, mapped, in the folder of segments. Made, filled, attached to and removed here.
+"""The memory of a ring: one file, mapped, in the folder of segments. Made, attached to, listed and removed here.
 
 A file of our own instead of `multiprocessing.shared_memory`: up to Python 3.12 the resource tracker of that module
 unlinks a segment when any process that attached to it exits. The creator holds `flock` on the file for life, through a
@@ -8,24 +8,29 @@ a half-made file from an abandoned one.
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import multiprocessing.util
 import os
 import stat
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
-from ucxx_transport.machine import check_file_name, open_standard_streams
-from ucxx_transport.ring.layout import PAGE_BYTES
-from ucxx_transport.ring.orphans import NAME_PREFIX, remove_orphan
-from ucxx_transport.ring.owner import file_system, segment_folder
+from ucxx_transport.machine import check_file_name, memory_limit, open_standard_streams
+from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_BYTES, PAGE_BYTES, WORD_BYTES, Identity
+from ucxx_transport.ring.owner import boot_id, file_system, owner_alive, pid_namespace, segment_folder
+
+NAME_PREFIX: Final = "ucxx_transport-"
+
+_LOCK_WAIT_S: Final = 0.1
+"""The kernel releases a killed process's flock 0.2 to 2 ms after the kill (measured), so it is waited for."""
 
 _CHUNK_BYTES: Final = 256 << 20
 """Allocated and touched at a time, so that signals are seen in between (the kernel restarts an interrupted call)."""
@@ -33,12 +38,6 @@ _CHUNK_BYTES: Final = 256 << 20
 _CREATE_ATTEMPTS: Final = 16
 _MADV_POPULATE_READ: Final = 22
 """<linux/mman.h>, since Linux 5.14; `mmap` has no name for it."""
-
-_UNLIMITED_BYTES: Final = 1 << 60
-"""v1 says "no limit" by a number near 2**63."""
-
-_V2_FILES: Final = ("memory.max", "memory.current")
-_V1_FILES: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 class _Creation:
@@ -87,7 +86,7 @@ class _Creation:
         if fd is None:
             return False
         removed = False
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             # held by flock until here, so no other file can have taken its place
             if os.stat(self._path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
                 os.unlink(self._path)
@@ -104,8 +103,8 @@ class _Creation:
 class Segment:
     """A mapped file. The memory stays mapped as long as this object or any view of it is referenced.
 
-    `memory` is its bytes, shape (nbytes,), uint8, writable; `words` the same as unsigned 64-bit words, for single
-    aligned loads and stores; `address` is where it is mapped. Its `name` is the file's without the common prefix.
+    `memory` is its bytes; `words` the same as unsigned 64-bit words, for single aligned loads and stores; `address` is
+    where it is mapped. Its `name` is the file's without the common prefix.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap, creation: _Creation) -> None:
@@ -114,9 +113,9 @@ class Segment:
         self.name = path.name.removeprefix(NAME_PREFIX)
         self.path = path
         self.nbytes = len(mapping)
-        self.memory: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-        self.words = memoryview(mapping).cast("Q")
-        self.address: int = self.memory.__array_interface__["data"][0]
+        self.memory = memoryview(mapping)
+        self.words = self.memory.cast("Q")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         if self.is_creator:
             # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
             multiprocessing.util.Finalize(self, creation, exitpriority=0)
@@ -152,7 +151,7 @@ class Segment:
             try:
                 self._map.madvise(_MADV_POPULATE_READ, start, length)
             except OSError:  # before Linux 5.14
-                self.memory[start : start + length : PAGE_BYTES].max()
+                bytes(self.memory[start : start + length : PAGE_BYTES])
 
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
@@ -255,45 +254,96 @@ def _both(nbytes: int) -> str:
     return f"{nbytes} bytes ({nbytes / 2**20:.1f} MiB)"
 
 
-class MemoryLimit(NamedTuple):
-    """A cgroup with a limit, and what can still be charged to it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentInfo:
+    """A segment as found in the folder.
 
-    Contents of files that the kernel drops for something better make room; a tmpfs's are not of these. Swap is not
-    counted: a ring there would be slower than no ring.
+    `SharedRingBuffer.attach` takes its `name`. `identity` is what it says of itself, None when it is half-made or
+    damaged; `problem` says what is wrong with it, "" when nothing is.
     """
 
-    folder: Path
-    limit_bytes: int
-    room_bytes: int
+    name: str
+    path: Path
+    nbytes: int
+    identity: Identity | None
+    problem: str
+    creator_alive: bool
 
 
-def memory_limit(
-    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
-) -> MemoryLimit | None:
-    """The group, of this process's own and all above it (cgroups(7)), that leaves the least; None without a limit."""
+def list_segments(folder: Path | None = None) -> list[SegmentInfo]:
+    """All segments in a folder (None: `segment_folder()`) that this user may open, by name."""
     found = []
-    with contextlib.suppress(OSError):
-        for line in membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-            number, controllers, path = line.split(":", 2)
-            is_v1 = "memory" in controllers.split(",")
-            if is_v1 or number == "0":
-                root, group = mount / "memory" if is_v1 else mount, Path(path)
-                # a container may see its own group as the root
-                folders = [root / folder.relative_to("/") for folder in (group, *group.parents)]
-                found += [limit for folder in folders if (limit := _limit_of(folder, is_v1=is_v1)) is not None]
-    return min(found, key=lambda limit: limit.room_bytes, default=None)
+    for path in _segment_paths(folder):
+        with suppress(OSError), _opened(path) as file:
+            found.append(_inspect(file.fileno(), path))
+    return found
 
 
-def _limit_of(folder: Path, *, is_v1: bool) -> MemoryLimit | None:
-    limit_file, used_file = _V1_FILES if is_v1 else _V2_FILES
-    cached = "total_{}_file" if is_v1 else "{}_file"
+def sweep_orphans(folder: Path | None = None) -> list[str]:
+    """Remove the segments of dead creators in a folder (None: `segment_folder()`); returns their names.
+
+    Processes that have one mapped keep it.
+    """
+    return [path.name.removeprefix(NAME_PREFIX) for path in _segment_paths(folder) if remove_orphan(path)]
+
+
+def remove_orphan(path: Path) -> bool:
+    """Remove a segment if its creator is dead; whether the name is free now. False: the creator lives, or may."""
     try:
-        limit = (folder / limit_file).read_text(encoding="ascii").strip()
-        used = int((folder / used_file).read_text(encoding="ascii"))
-        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return None  # there is no such group here, or it has no controller of memory
-    if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
-        return None
-    cached_bytes = sum(int(facts.get(cached.format(kind), 0)) for kind in ("inactive", "active"))
-    return MemoryLimit(folder, int(limit), max(0, int(limit) - used + cached_bytes))
+        with _opened(path) as file:
+            fd = file.fileno()
+            info = _inspect(fd, path)
+            # Two sweeps at once: the lock decides. One that stays taken is a forked child's copy: its creator is dead.
+            if info.creator_alive or not (_lock(fd, _LOCK_WAIT_S) or info.identity is not None):
+                return False
+            if os.stat(path, follow_symlinks=False).st_ino != os.fstat(fd).st_ino:
+                return False
+            os.unlink(path)
+    except OSError:
+        return not os.path.lexists(path)
+    return True
+
+
+def _segment_paths(folder: Path | None) -> list[Path]:
+    folder = folder or segment_folder()
+    check_file_name(str(folder))  # else an error of Python's, since 3.13
+    return sorted(folder.glob(NAME_PREFIX + "*"))
+
+
+def _opened(path: Path) -> FileIO:
+    """A file to read; an OSError when it is gone, a link, or not this user's to open."""
+    return open(
+        path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    )
+
+
+def _inspect(fd: int, path: Path) -> SegmentInfo:
+    head, nbytes = os.pread(fd, IDENTITY_BYTES, 0), os.fstat(fd).st_size
+    identity, problem = None, "half-made"
+    if len(head) == IDENTITY_BYTES and any(head[COMPLETE_WORD * WORD_BYTES :][:WORD_BYTES]):
+        try:
+            identity, problem = Identity.from_bytes(head, nbytes), ""
+        except ProtocolError as exc:
+            problem = exc.message
+    alive = True
+    if identity is not None and identity.boot_id == boot_id() and identity.pid_namespace == pid_namespace():
+        alive = owner_alive(identity.creator_pid, identity.creator_start)
+    if alive and _lock(fd, 0.0):
+        # a pid of elsewhere says nothing, and a process may have become another program: who made it has the lock
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        alive = False
+    name = path.name.removeprefix(NAME_PREFIX)
+    return SegmentInfo(name=name, path=path, nbytes=nbytes, identity=identity, problem=problem, creator_alive=alive)
+
+
+def _lock(fd: int, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.001)
+        else:
+            return True

@@ -20,11 +20,11 @@ from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
+from ucxx_transport.ring.holders import why_full
 from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import why_full
 from ucxx_transport.schema.envelope import checked_meta
 from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
@@ -78,7 +78,7 @@ class SharedRingBuffer(ReadableRing):
 
     def __init__(self, *parts: Any, **seams: Any) -> None:
         super().__init__(*parts, **seams)
-        self._bytes = self.mapping.data
+        self._bytes = self._segment.memory
         self._first_byte, self._stride = self._transitions.first_byte, self._transitions.stride
         self._takes_checksums = self._identity.checksum
         self._overwrites = self._identity.on_full == "overwrite"

@@ -5,16 +5,6 @@ critical section takes a fraction of a microsecond; where the lock is taken for 
 released, in slices, so that Ctrl-C is noticed.
 
 A hold is passed to the transitions as a `HoldWords`, an array whose words `layout` names (`HOLD_SLOT` …).
-
-Why a write finds no slot is one error, which says who holds the slots, what the others wait for, and what helps:
-
-| slots         | the message says                                    | and helps |
-|---|---|---|
-| being read    | process and reader, how many, how old the oldest is | cloning what is kept, `local="copy"` |
-| had by some   | how many wait for a second, third … reader          | starting it; `readers=1` and `discard` of what |
-|               |                                                     | it never had, if it is gone for good |
-| unread        | how many wait for a first reader                    | starting one |
-| being written | how many                                            | |
 """
 
 from __future__ import annotations
@@ -22,30 +12,28 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from time import monotonic, time_ns
+from time import monotonic
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, SlotError, StaleSlotError
-from ucxx_transport.native import Library, RingStruct, load
+from ucxx_transport.native import Library, load
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import Identity
-from ucxx_transport.ring.owner import Owner, current_owner, process_name
+from ucxx_transport.ring.owner import Owner, current_owner
 from ucxx_transport.ring.segment import Segment
-from ucxx_transport.ring.states import STATE_MASK, SlotState, generation_of, state_of
+from ucxx_transport.ring.states import SlotState, generation_of, state_of
 from ucxx_transport.schema import Schema
 
 HoldWords = ctypes.c_uint64 * layout.HOLD_WORDS
 TakeWords = ctypes.c_uint64 * layout.TAKE_WORDS
 Words = ctypes.Array[ctypes.c_uint64]
+_RingWords = ctypes.c_uint64 * 10  # `struct ring` of ring.c
 
 _HOLDS_A_CALL: Final = 1024
 """Holds listed in one critical section."""
-
-_NAMED: Final = 3
-"""Holders of slots in a message; of the others it says how many there are."""
 
 _THREAD_ID_MASK: Final = 0x3FFFFFFF
 """Of a robust mutex's first word (<linux/futex.h>): who holds it."""
@@ -75,9 +63,9 @@ class Transitions:
         self.first_byte, self.stride = identity.first_payload_byte, identity.stride_bytes
         self.first_payload = segment.address + self.first_byte
         self.first_envelope = self.first_byte - layout.HEADROOM_BYTES - identity.envelope_bytes
-        self.readable = segment.memory.data.toreadonly()
+        self.readable = segment.memory.toreadonly()
         self._lock_wait_s = identity.lock_timeout_ns / 1e9
-        self._struct = RingStruct(
+        self._struct = _RingWords(
             segment.address,
             *(identity.slots, identity.slot_bytes, identity.first_slot_word, identity.slot_words, identity.entries),
             *(identity.max_attempts, self.first_byte, self.stride, identity.envelope_bytes),
@@ -90,7 +78,7 @@ class Transitions:
     def payload(self, words: Words) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,), writable; they do not keep the hold."""
         start = self.first_byte + words[layout.HOLD_SLOT] * self.stride
-        return self.segment.memory[start : start + words[layout.HOLD_NBYTES]]
+        return np.frombuffer(self.segment.memory, np.uint8, words[layout.HOLD_NBYTES], start)
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
@@ -229,61 +217,3 @@ def _refusal(code: int, words: Words) -> SlotError | BusyError:
     elif kind is BusyError:
         facts["attempts"] = words[layout.HOLD_ATTEMPTS]
     return kind(text, **facts)
-
-
-def why_full(segment: Segment, identity: Identity) -> tuple[str, dict[str, object]]:
-    """Why a write found no slot, in words that end with what helps, and the numbers behind them.
-
-    It looks at all slots without the lock: one that changes meanwhile may be missing.
-    """
-    first, nbytes = identity.first_slot_word * layout.WORD_BYTES, identity.slot_words * layout.WORD_BYTES
-    headers = segment.memory[first : first + identity.slots * nbytes].copy().view(np.uint64)
-    headers = headers.reshape(identity.slots, identity.slot_words)
-    entries = headers[:, layout.FIRST_ENTRY : layout.FIRST_ENTRY + identity.entries * layout.ENTRY_WORDS]
-    entries = entries.reshape(identity.slots, identity.entries, layout.ENTRY_WORDS)
-    states, leases = headers[:, layout.STATE] & STATE_MASK, entries[:, :, layout.ENTRY_LEASE]
-    in_flight = (leases != 0) & (leases & 1 == 0) & (states == SlotState.READING)[:, None]
-    written_ns: dict[tuple[int, int], dict[int, int]] = {}  # by process and reader: of each slot that it holds
-    for slot, index in np.argwhere(in_flight).tolist():
-        _, pid, _, reader = entries[slot, index].tolist()
-        written_ns.setdefault((pid, reader), {})[slot] = int(headers[slot, layout.COMMIT_TIME])
-    holders = sorted(written_ns.items(), key=lambda item: -len(item[1]))
-    had_by, numbers = np.unique((leases & 1).sum(axis=1)[states == SlotState.READY], return_counts=True)
-    partly_read = dict(zip(had_by.tolist(), numbers.tolist(), strict=True))
-    unread, writing, now_ns = partly_read.pop(0, 0), int((states == SlotState.WRITING).sum()), time_ns()
-    parts, remedies = [], []
-    for (pid, reader), times in holders[:_NAMED]:
-        name = process_name(pid, server_of=identity.creator_pid) + (f", reader {reader:x}," if reader else "")
-        age_s = (now_ns - min(times.values())) / 1e9
-        parts.append(f"{name} holds {len(times)}, the oldest written {age_s:.1f} s ago")
-    if len(holders) > _NAMED:
-        parts.append(f"{len(holders) - _NAMED} other readers hold some")
-    if holders:
-        remedies.append("a trainer that keeps arrays keeps their slots: clone them, or read with local='copy'")
-    for had, slots in partly_read.items():
-        which = {1: "second", 2: "third"}.get(had, f"{had + 1}th")
-        parts.append(f"{_wait(slots)} for a {which} reader")
-    if partly_read:
-        remedies.append(
-            "start the missing reader; if it is gone for good, write(readers=1), and discard(refs) by a client that "
-            "has not read them"
-        )
-    if unread:
-        parts.append(f"{_wait(unread)} for a first reader")
-        remedies.append("start more readers")
-    if writing:
-        parts.append(f"{writing} {'is' if writing == 1 else 'are'} being written")
-    text = f"of {identity.slots}: {'; '.join(parts)}. What helps: {'; '.join([*remedies, 'more ring.slots'])}"
-    facts: dict[str, object] = {
-        "slots": identity.slots,
-        "reading": sum(len(times) for _, times in holders),
-        "holders": tuple(dict.fromkeys(pid for (pid, _), _ in holders)),
-        "unread": unread,
-        "partly_read": sum(partly_read.values()),
-        "writing": writing,
-    }
-    return text, facts
-
-
-def _wait(slots: int) -> str:
-    return f"{slots} wait{'s' if slots == 1 else ''}"

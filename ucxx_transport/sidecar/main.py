@@ -130,7 +130,7 @@ class _Main:
     def _leave(self) -> NoReturn:
         """The worker is dead: peers see their connections reset, and UCX has no chance to crash."""
         if self._ring is not None:
-            from ucxx_transport.ring.orphans import sweep_orphans
+            from ucxx_transport.ring.segment import sweep_orphans
 
             sweep_orphans(self._ring.folder)
         for lease_id, renewer in self._renewers.items():

@@ -23,6 +23,8 @@ import numpy as np
 import xxhash
 
 from tests.e2e.programs import content
+from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import RingFullError, StaleSlotError, TransportError
 from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
@@ -175,6 +177,15 @@ def take_and_stay(ring_name: str, number: str) -> None:
     del leases
 
 
+def keep_arrays(ring_name: str, *refs: str) -> None:
+    """A trainer that keeps what it read in place, until it is killed."""
+    with SyncUCXXClient(ClientConfig(local="view")) as client:
+        kept = [client.read(SlotRef.from_bytes(bytes.fromhex(ref))).arrays for ref in refs]
+        say(ring_name)
+        sys.stdin.readline()
+        del kept
+
+
 def sit_in_section(ring_name: str, how: str) -> None:
     """Enters the critical section and stays there until it is killed, or told to go on."""
     segment = open_segment(ring_name)
@@ -253,7 +264,10 @@ def interrupted(ring_name: str, seed: str, alarms: str) -> None:
 
 ROLES: dict[str, Callable[..., None]] = {
     role.__name__: role
-    for role in (hammer, victim_writer, victim_reader, take_and_stay, sit_in_section, read_and_leave, interrupted)
+    for role in (
+        *(hammer, victim_writer, victim_reader, take_and_stay, keep_arrays, sit_in_section),
+        *(read_and_leave, interrupted),
+    )
 }
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.command_line import call
 from ucxx_transport.cli.doctor import Finding, memory_limit_finding, segments_finding, transport_findings
-from ucxx_transport.ring.orphans import SegmentInfo
+from ucxx_transport.machine import MemoryLimit
 from ucxx_transport.ring.owner import segment_folder
-from ucxx_transport.ring.segment import MemoryLimit, segment_path
+from ucxx_transport.ring.segment import SegmentInfo, segment_path
 
 Capture = pytest.CaptureFixture[str]
 

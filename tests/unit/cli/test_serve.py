@@ -13,7 +13,7 @@ import pytest
 from tests.support.command_line import running
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, SlotRef, SyncUCXXClient
-from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.segment import list_segments
 
 
 def announcement(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import pytest
 
 from tests.support.command_line import call
 from ucxx_transport import RingConfig, SharedRingBuffer, __version__
-from ucxx_transport.ring.orphans import list_segments
-from ucxx_transport.ring.segment import segment_path
+from ucxx_transport.ring.segment import list_segments, segment_path
 
 Capture = pytest.CaptureFixture[str]
 SPAWN = multiprocessing.get_context("spawn")
@@ -52,7 +51,7 @@ def test_inspect_shows_a_ring_as_it_fills_and_empties(ring: SharedRingBuffer, ca
     ring.publish_address("10.0.0.1", [5001, 5002])
     first, second = ring.write_raw(b"one"), ring.write_raw(b"two")
     ring.read(first)
-    with ring.acquire(second):
+    with ring.acquire(second, reader=9):
         (found,) = call(capsys, "inspect", ring.name, "--json").document["segments"]
     assert found["creator_pid"] == os.getpid()
     assert found["creator_alive"] is True
@@ -65,6 +64,9 @@ def test_inspect_shows_a_ring_as_it_fills_and_empties(ring: SharedRingBuffer, ca
         "committed": 2,
         "consumed": 1,
     }
+    (holder,) = found["holders"]
+    assert (holder["pid"], holder["reader"], holder["slots"]) == (os.getpid(), 9, 1)
+    assert holder["held_s"] > 0
 
 
 def test_inspect_prints_a_row_a_ring(ring: SharedRingBuffer, capsys: Capture) -> None:

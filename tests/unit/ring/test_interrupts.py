@@ -22,7 +22,7 @@ import pytest
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.ring.orphans import list_segments
+from ucxx_transport.ring.segment import list_segments
 
 CHECKING = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "RESUME", "JUMP_BACKWARD"}
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import ConfigError
+from ucxx_transport.machine import MemoryLimit, memory_limit
 from ucxx_transport.ring import segment
-from ucxx_transport.ring.orphans import list_segments
-from ucxx_transport.ring.segment import MemoryLimit, memory_limit
+from ucxx_transport.ring.segment import list_segments
 
 MIB = 1 << 20
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
-from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_name, process_start
+from ucxx_transport.ring.holders import process_name
+from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_start
 
 
 @pytest.fixture
@@ -67,12 +68,11 @@ def test_a_process_whose_main_thread_ended_first_is_alive() -> None:
             process.kill()
 
 
-def test_a_process_is_named_by_what_it_runs_and_as_a_server_where_the_ring_s_maker_started_it() -> None:
+def test_a_process_is_named_by_what_it_runs() -> None:
     with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as child:
-        assert process_name(child.pid, server_of=os.getpid()) == f"the ring's server, pid {child.pid}"
-        wait_until(lambda: process_name(child.pid, server_of=1) == f"pid {child.pid} (cat)", 60, what="its program")
+        wait_until(lambda: process_name(child.pid) == f"pid {child.pid} (cat)", 60, what="its program")
         child.communicate()
-    assert process_name(child.pid, server_of=1) == f"pid {child.pid}"
+    assert process_name(child.pid) == f"pid {child.pid}"
 
 
 def test_nobody_is_dead() -> None:

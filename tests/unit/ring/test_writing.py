@@ -231,13 +231,13 @@ def test_the_error_of_a_full_ring_names_who_holds_its_slots_what_they_wait_for_a
         (
             1,
             lambda ring, refs: [ring.acquire(ref) for ref in refs],
-            (here, "holds 4, the oldest written ", "clone them"),
+            (here, "holds 4, the longest for ", "clone them"),
             (4, 0, 0),
         ),
         (
             1,
             lambda ring, refs: [ring.acquire(refs[0], reader=0xABC)],
-            ("reader abc, holds 1,", "3 wait for a first reader"),
+            ("reader abc, holds 1, for ", "3 wait for a first reader"),
             (1, 3, 0),
         ),
         (
