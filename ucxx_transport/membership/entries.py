@@ -54,19 +54,14 @@ def policy_key(group: str) -> str:
     return f"{group_prefix(group)}policy"
 
 
-def members_prefix(group: str) -> str:
-    """What the keys of a group's members begin with."""
-    return f"{group_prefix(group)}members/"
-
-
 def member_key(group: str, rank: int) -> str:
     """The key of a member."""
-    return f"{members_prefix(group)}{rank}"
+    return f"{group_prefix(group)}members/{rank}"
 
 
 def rank_of(key: str, group: str) -> int | None:
     """The rank whose member key it is; None: it is another key of the group, or none of a member."""
-    rank = key.removeprefix(members_prefix(group))
+    rank = key.removeprefix(f"{group_prefix(group)}members/")
     return int(rank) if rank != key and rank.isascii() and rank.isdecimal() else None
 
 
@@ -90,7 +85,7 @@ class Namespace:
     def bounds(self, prefix: str) -> tuple[bytes, bytes]:
         """The stored keys with `prefix`: from the first of these on, below the second. Errors as `stored`."""
         first = self.root + _encoded(prefix, "prefix")
-        return first, _successor(first)
+        return first, first[:-1] + bytes([first[-1] + 1])  # it ends with a byte of UTF-8, and so below 0xFF
 
     def key(self, stored: bytes) -> str:
         """The key that a store knows by these bytes, which begin with `root`."""
@@ -109,11 +104,6 @@ def _encoded(text: object, what: str) -> bytes:
     if len(encoded) > MAX_KEY_BYTES:
         raise ConfigError(f"{what} has {len(encoded)} bytes: at most {MAX_KEY_BYTES}", field=what)
     return encoded
-
-
-def _successor(prefix: bytes) -> bytes:
-    """The first bytes after all that begin with `prefix`, which ends with a byte of UTF-8 and so below 0xFF."""
-    return prefix[:-1] + bytes([prefix[-1] + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

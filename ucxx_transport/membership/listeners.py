@@ -50,12 +50,12 @@ Callbacks = Mapping[str, Callable[..., object] | None]
 class _Subscription(Generic[T]):
     """One listener: its callbacks, and its news. All but `callbacks` under the lock of the owner."""
 
-    def __init__(self, callbacks: Callbacks, news: Iterable[tuple[str, T]], limit: int) -> None:
+    def __init__(self, callbacks: Callbacks, limit: int) -> None:
         self.callbacks, self.limit = callbacks, limit
         self.kinds = {kind for kind, callback in callbacks.items() if callback is not None}
         self.kinds |= _STATE if self.kinds & _STATE else set()
-        self.queue: deque[tuple[str, T]] = deque(news)
-        self.caller: int | None = None  # the thread that calls back
+        self.queue: deque[tuple[str, T]] = deque()
+        self.is_called = True  # first by who subscribes; then by a thread, or one is being started
         self.is_waiting = False  # for a thread, which could not be started
 
 
@@ -89,11 +89,7 @@ class Listeners(Generic[T]):
         Returns:
             What ends it.
         """
-        with self._lock:
-            known = sorted(self._known.items(), key=lambda item: item[0])  # type: ignore[arg-type,return-value]  # names of one kind
-            subscription = _Subscription(callbacks, [(ADD, record) for _, record in known], self._limit)
-            subscription.caller = threading.get_ident()
-            self._subscriptions += (subscription,)
+        subscription = _Subscription[T](callbacks, self._limit)
 
         @not_in_forks
         def end() -> None:
@@ -103,6 +99,10 @@ class Listeners(Generic[T]):
                 self._lock.notify_all()
 
         try:
+            with self._lock:
+                known = sorted(self._known.items(), key=lambda item: item[0])  # type: ignore[arg-type,return-value]  # names of one kind
+                subscription.queue.extend((ADD, record) for _, record in known)
+                self._subscriptions += (subscription,)
             for _ in known:
                 self._step(subscription)
         except BaseException:  # an interrupt: who does not get its subscription must not be called
@@ -129,7 +129,7 @@ class Listeners(Generic[T]):
                             one.queue = deque(self._shortened(one.queue))
                             one.limit = max(self._limit, 2 * len(one.queue))
                         one.queue.append((kind, record))
-            idle = [one for one in self._subscriptions if one.caller is None and one.queue]
+            idle = [one for one in self._subscriptions if one.queue and not one.is_called]
         for limit in overflows:
             self._count("overflows")
             _log.warning("listener_behind", limit=limit, **self._keys)
@@ -171,7 +171,7 @@ class Listeners(Generic[T]):
         until_s = time.monotonic() + timeout_s
         self.retry()
         with self._lock:
-            while busy := [one for one in self._subscriptions if one.caller is not None or one.queue]:
+            while busy := [one for one in self._subscriptions if one.is_called or one.queue]:
                 left_s = until_s - time.monotonic()
                 if left_s <= 0 or self.is_calling_back():
                     break
@@ -190,15 +190,15 @@ class Listeners(Generic[T]):
     def _start(self, subscription: _Subscription[T]) -> None:
         """Begin to call back, unless it has begun."""
         with self._lock:
-            if subscription.caller is not None or not subscription.queue:
+            if subscription.is_called or not subscription.queue:
                 subscription.is_waiting = False
                 return
-            subscription.caller = 0  # until the thread has its identity
+            subscription.is_called = True
         try:
             start_thread(self._run, subscription, name="ucxx-listener")
         except TransportError as error:
             with self._lock:
-                subscription.caller = None
+                subscription.is_called = False
                 is_new = isinstance(error, BusyError) and not subscription.is_waiting  # else the interpreter exits
                 subscription.is_waiting = True
             if is_new:
@@ -208,8 +208,6 @@ class Listeners(Generic[T]):
             subscription.is_waiting = False
 
     def _run(self, subscription: _Subscription[T]) -> None:
-        with self._lock:
-            subscription.caller = threading.get_ident()
         try:
             while self._step(subscription):
                 pass
@@ -219,8 +217,7 @@ class Listeners(Generic[T]):
     def _hand_over(self, subscription: _Subscription[T]) -> None:
         """This thread calls back no longer; what has come since the last step is another's."""
         with self._lock:
-            if subscription.caller == threading.get_ident():
-                subscription.caller = None
+            subscription.is_called = False
             self._lock.notify_all()
         self._start(subscription)
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Final, Self
 
 from ucxx_transport.backoff import random_pause_s
@@ -303,17 +304,13 @@ class SourceWatcher:
             self._counts.update(counts)
             self._counts.update(f"{one.kind}s" for one in changes)
             self.error = None
-            for one in changes:
-                self._report(one)
+            for one, report in product(changes, self._reports):
+                try:
+                    report(one)
+                except Exception:  # noqa: BLE001 - what is known has changed: all others are to hear of it
+                    self._listeners.failed(one.kind, one.record)
             self._listeners.put(changes)
             self._changed.notify_all()
-
-    def _report(self, change: SourceChange) -> None:
-        for report in self._reports:
-            try:
-                report(change)
-            except Exception:  # noqa: BLE001 - what is known has changed: all others are to hear of it
-                self._listeners.failed(change.kind, change.record)
 
     def _count_listener(self, what: str) -> None:
         with self._changed:
