@@ -218,7 +218,7 @@ class UCXXClient:
             self._waiters.check_thread()
             start()
             if not call.done:
-                await self._waiters.wait(call, alone=core.reads.in_flight == 1)
+                await self._waiters.wait(call, alone=len(core.reads.jobs) == 1)
         except BaseException:
             core.abandon(call)
             raise

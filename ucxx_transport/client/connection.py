@@ -16,6 +16,7 @@ A connection belongs to the pool, not to the read that asked for it: when that r
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -23,19 +24,18 @@ from typing import TYPE_CHECKING
 
 from ucxx_transport.client.jobs import Read, copy_of
 from ucxx_transport.client.line import Line
+from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import FRAMING_BYTES, OWN_WINDOW_BYTES, PortKey, next_request
-from ucxx_transport.errors import BusyError, PeerLostError, ProtocolError, TransportError
-from ucxx_transport.schema import Schema
+from ucxx_transport.errors import BusyError, PeerLostError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.wire.codec import clear_trailer, seal_of
-from ucxx_transport.wire.frames import MAX_CHANNEL, SHORTEST_BYTES, TRAILER_BYTES
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES, TRAILER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Errand
+    from ucxx_transport.client.jobs import Errand, Job
     from ucxx_transport.link.base import Operation
-    from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Asked, Offer
+    from ucxx_transport.wire.actions import Offer
 
 
 class Connection(Line):
@@ -45,23 +45,19 @@ class Connection(Line):
         queue: reads that wait to be posted.
         errands: that wait for it to be open, or for an answer here.
         attempts: asked for and not answered. late: how many of them have exceeded their time.
-        asked_bytes: of their payloads. pool: of connections.
-        used_s: when it was last given a read.
+        used_s: when it was last given a read. pool: it is one of these.
     """
 
     def __init__(self, pool: Connections, engine: Dispatch, key: PortKey) -> None:
-        super().__init__(pool.config, pool.reactor, engine.reader, key)
+        super().__init__(pool.config, pool.reactor, engine.reader, pool.schemas, key)
         self.queue: deque[Read] = deque()
         self.attempts: set[Read] = set()
         self.errands: list[Errand] = []
         self.late = 0
         self.used_s = 0.0
         self.pool = pool
-        self._engine = engine
         self.lend = pool.lend
-        self._schemas = pool.schemas
-        self.asked_bytes = 0
-        self._undescribed: dict[tuple[bytes, int], list[Read] | TransportError] = {}
+        self._engine = engine
 
     @property
     def idle(self) -> bool:
@@ -82,30 +78,22 @@ class Connection(Line):
 
     def pump(self) -> None:
         """Ask for what waits, as far as both windows have room; ends that wait go along."""
-        queue = self.queue
+        queue, session = self.queue, self.session
         while queue and self.is_open and not self.late and not self.closed:
-            if len(self.attempts) > 1 and self.asked_bytes > OWN_WINDOW_BYTES // 2:
+            if session.named > 1 and session.named_bytes > OWN_WINDOW_BYTES // 2:
                 return  # many names a frame, rather than one for each answer
-            reads, shared_bytes = next_request(queue, len(self.attempts), self.asked_bytes, self.session)
+            reads, shared_bytes = next_request(queue, session)
             if not reads:
                 return
-            if self._prepares(reads[0].ref):
+            ring_id, pool = reads[0].ref.ring_id, self.pool
+            if ring_id in pool.unsettled and not pool.settle(self, ring_id):
+                self._engine.reassign(reads)  # closed, by what was just sent
+            else:
                 self._ask_several(reads, shared_bytes)
-            else:  # closed, by what was just sent
-                self._engine.reassign(reads)
-
-    def _prepares(self, ref: SlotRef) -> bool:
-        """Say and ask what goes before names of a ring; whether it could be sent."""
-        pool = self.pool
-        if ref.ring_id in pool.unsettled:
-            pool.settle(self, ref.ring_id)
-        if ref.fingerprint not in self._schemas:
-            self._describe(ref.ring_id, ref.fingerprint)
-        return not self.closed
 
     def _ask_several(self, reads: list[Read], shared_bytes: int) -> None:
         """Ask for payloads by one frame, whose answers share a message of so many bytes, or have each its own."""
-        session, before = self.session, self.session.named_bytes
+        session = self.session
         receives: list[tuple[memoryview, list[Read], int]] = []
         if shared_bytes:
             try:
@@ -128,10 +116,46 @@ class Connection(Line):
                 return
             frame = session.fetch(reads)
             receives += [(read.view, [read], read.number) for read in reads]
-        self.asked_bytes += session.named_bytes - before
         self._post(frame, reads, receives)
         for read in reads:  # while the server works
             read.seal = seal_of(read.ref)
+
+    def ask_one(self, read: Read, now: float) -> None:
+        """Ask for the one payload of a job, by a request that brings the ends along, while nothing else is under way.
+
+        It takes few steps: the request leaves before anything is made ready for its answer; the server works meanwhile,
+        and nothing that comes is taken in before the reactor's next turn.
+        """
+        engine, endpoint, due_s, unsent = self._engine, self.endpoint, read.limit_s, None
+        assert endpoint is not None
+        try:
+            endpoint.post_send(self.session.fetch_one(read))
+        except TransportError as error:
+            unsent = error
+        read.connection, read.alternate = self, read.source.alternate
+        if engine.read_attempts > 1 or read.alternate is not None:
+            due_s = (now + due_s) / 2  # as `Dispatch.asked`
+        read.place, read.due_s = "asked", due_s
+        if due_s < engine.look_s:
+            engine.look_at(due_s)
+        self.used_s = now
+        self.attempts.add(read)
+        read.seal = seal_of(read.ref)
+        _, _, end, whole = read.seal
+        try:
+            read.message = message = self.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
+        except TransportError as error:
+            engine.fail(read, error)
+            self.fail(error)
+            return
+        read.view = view = message.data
+        clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
+        try:
+            if unsent is not None:
+                raise unsent
+            endpoint.post_receive(view, partial(self._one_came, read), channel=read.number & MAX_CHANNEL)
+        except TransportError as error:
+            self.fail(error)
 
     def _has_memory(self, read: Read) -> bool:
         try:
@@ -167,7 +191,6 @@ class Connection(Line):
 
     def receive(self, offer: Offer, reads: list[Read]) -> None:
         """Receive what the server has picked, each payload for its read; one without a job is given back."""
-        self._describe(offer.ring_id, offer.fingerprint)
         try:
             for read in reads:
                 self._lend_to(read)
@@ -178,8 +201,6 @@ class Connection(Line):
             self.fail(error)
             return
         self.session.receive(offer, reads)
-        for read in reads:
-            self.asked_bytes += read.ref.nbytes
         self._engine.orphans.update(read for read in reads if read.job is None)
         self._post(None, reads, [(read.view, [read], read.number) for read in reads])
 
@@ -193,7 +214,7 @@ class Connection(Line):
             self.fail(operation.error)
             return
         self.rested = False
-        session, schemas, attempts = self.session, self._schemas, self.attempts
+        session, schemas, attempts = self.session, self.schemas, self.attempts
         arrived: list[Read] = []
         refused: list[tuple[Read, TransportError]] = []
         for read in reads:
@@ -209,15 +230,14 @@ class Connection(Line):
             ref = read.ref
             if ref.fingerprint in schemas or read.job is None:
                 attempts.remove(read)  # as `_answered`
-                self.asked_bytes -= ref.nbytes
                 self.late -= read.late
                 arrived.append(read)
-            elif isinstance(waiting := self._undescribed[ref.ring_id, ref.fingerprint], list):
-                waiting.append(read)  # its schema was asked for with it
             else:
                 self._answered(read)
                 session.end(read, delivered=False)
-                refused.append((read, waiting))
+                refused.append(
+                    (read, ProtocolError("the reference names another schema than the ring at its port has"))
+                )
         self._engine.arrived(self, arrived)
         for read, refusal in refused:  # which may close the connection: the ends of the others wait already
             self._engine.refused(read, refusal)
@@ -225,10 +245,65 @@ class Connection(Line):
             self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
         self.after_answers()
 
+    def _one_came(self, read: Read, operation: Operation) -> None:
+        """The receive of `ask_one` is over.
+
+        An answer that is the whole payload, while there still is nothing else to do, needs no queue, no settling and no
+        list of ends: what `came` and `Reads.arrived` do of it is done here in one step. Whatever else comes is theirs.
+        """
+        engine, job, ref, view = self._engine, read.job, read.ref, read.view
+        assert read.seal is not None
+        header, trailer, end, whole = read.seal
+        if (
+            operation.error is not None
+            or self.closed
+            or read.place != "asked"
+            or ref.checksum is not None
+            or len(self.attempts) > 1
+            or self.queue
+            or self.pool.waiting
+            or engine.wary
+            or view[:HEADER_BYTES] != header
+            or view[end:whole] != trailer
+            or job is None
+            or not (job.is_held or self._is_claimed(job))
+        ):
+            self.came((read,), operation)
+            return
+        content = read.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
+        job.outcomes[0] = Payload(ref, content, self.schemas[ref.fingerprint], "ucx")
+        read.place, read.job = "over", None
+        read.source.under_way -= 1
+        self.rested = True
+        self.attempts.clear()
+        job.reads.clear()
+        job.left = 0
+        if job.is_held:
+            job.held = read
+        else:
+            way = engine.delivered
+            way.reads += 1
+            way.nbytes += ref.nbytes
+            way.recent_s.append(time.perf_counter() - job.began_s)
+            self._end_one(read, delivered=True)
+        job.done = True
+        engine.jobs.discard(job)  # not before: an interrupt must not lose it
+        if job.on_done is not None:
+            job.finish()
+
+    def _is_claimed(self, job: Job) -> bool:
+        """Whether the payload of a job of one is its caller's as it lies, and no duplicate."""
+        if job.into is not None or job.on_payload is not None:
+            return False
+        try:
+            self._engine.claim(job.refs[0])  # while the slot is held: no newer payload of it can have been delivered
+        except StaleSlotError:
+            return False
+        return True
+
     def _answered(self, read: Read) -> None:
         """An attempt is in flight no more."""
         self.attempts.remove(read)
-        self.asked_bytes -= read.ref.nbytes
         self.late -= read.late
 
     def end_held(self, read: Read, *, delivered: bool) -> None:
@@ -240,10 +315,10 @@ class Connection(Line):
             self.session.end(read, delivered=delivered)
             self.send_ends()
         else:
-            self.end_one(read, delivered=delivered)
+            self._end_one(read, delivered=delivered)
 
-    def end_one(self, read: Read, *, delivered: bool) -> None:
-        """End an attempt that was found whole without the session (`LoneRead`)."""
+    def _end_one(self, read: Read, *, delivered: bool) -> None:
+        """End an attempt that was found whole without the session."""
         endpoint = self.endpoint
         assert endpoint is not None
         try:
@@ -277,34 +352,6 @@ class Connection(Line):
             endpoint.post_send(self.session.ends_frame())
         except TransportError as error:
             self.fail(error)
-
-    def _describe(self, ring_id: bytes, fingerprint: int) -> None:
-        """Ask for a ring's schema, if need be; payloads that come before it wait for it, or fail as it does."""
-        key = ring_id, fingerprint
-        if fingerprint in self._schemas or isinstance(self._undescribed.get(key), list):
-            return
-        waiting: list[Read] = []
-        self._undescribed[key] = waiting
-
-        def described(asked: Asked, answer: memoryview) -> None:
-            error: TransportError | None = None
-            try:
-                self._schemas[fingerprint] = _schema_in(self.session.answered(asked.attempt, answer), fingerprint)
-                del self._undescribed[key]
-            except TransportError as caught:
-                if self.session.broken:
-                    raise
-                error = self._undescribed[key] = caught
-            for read in waiting:
-                self._answered(read)
-                if error is not None:
-                    self.session.end(read, delivered=False)
-                    self._engine.refused(read, error)
-            if error is None:
-                self._engine.arrived(self, waiting)
-            self.after_answers()
-
-        self.ask(self.session.describe(ring_id), described)
 
     # --- Errands, the end ---
 
@@ -348,15 +395,3 @@ class Connection(Line):
             self.endpoint.close(self.pool.descriptors_free)
         else:
             self.pool.descriptors_free(True)  # noqa: FBT003 - as a link calls it
-
-
-def _schema_in(encoded: bytes, fingerprint: int) -> Schema:
-    """What a server has described; a ProtocolError where it is not what references name."""
-    schema = Schema.from_bytes(encoded)
-    if schema.fingerprint != fingerprint:
-        raise ProtocolError(
-            "the server's schema is not the one the reference names",
-            expected=f"{fingerprint:#018x}",
-            found=f"{schema.fingerprint:#018x}",
-        )
-    return schema

@@ -25,11 +25,8 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.jobs import Call, Carrier
+    from ucxx_transport.client.jobs import Call, Carrier, ClientBase
     from ucxx_transport.client.ports import PortKey
-    from ucxx_transport.client.statistics import ClientCounters
-    from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.schema import Schema, SlotRef
     from ucxx_transport.wire.actions import Asked
@@ -50,7 +47,6 @@ ENDS_DELAY_S: Final = 0.001
 
 GOODBYE_TIMEOUT_S: Final = 0.5
 
-Lend: TypeAlias = "Callable[[int], Bytes]"
 Connect: TypeAlias = "Callable[[PortKey], Carrier]"
 
 _log = get_logger(__name__)
@@ -62,17 +58,15 @@ class Connections:
     Attributes:
         known: by port. waiting: those that have not been started.
         ending: those with ends that wait for a request to go along with.
-        schemas: by fingerprint, all that were asked for; raw bytes have none.
+        schemas: by fingerprint, of the rings behind all connections so far; raw bytes have none.
         unsettled: by ring, deliveries and discards that its servers may not know of.
     """
 
-    def __init__(
-        self, config: ClientConfig, reactor: Reactor, counters: ClientCounters, lend: Lend, connect: Connect
-    ) -> None:
-        self.config = config
+    def __init__(self, base: ClientBase, reactor: Reactor, connect: Connect) -> None:
+        self.config = config = base.config
         self.reactor = reactor
-        self.counters = counters
-        self.lend = lend
+        self.counters = base.counters
+        self.lend = base.pool.lend
         self.max_age_s = config.pool_endpoint_max_age_s
         self.known: dict[PortKey, Carrier] = {}
         self.waiting: deque[Carrier] = deque()
@@ -214,8 +208,11 @@ class Connections:
         while len(self.unsettled) > UNSETTLED_RINGS:
             self.unsettled.popitem(last=False)
 
-    def settle(self, connection: Carrier, ring_id: bytes) -> None:
-        """Say what a ring's server may not know; the answer is not waited for: frames are handled in order."""
+    def settle(self, connection: Carrier, ring_id: bytes) -> bool:
+        """Say what a ring's server may not know, while the connection is open; whether it still is.
+
+        The answer is not waited for: frames are handled in order.
+        """
         names = list(self.unsettled.pop(ring_id, ()))
         for start in range(0, len(names), MAX_NAMES):
             some = names[start : start + MAX_NAMES]
@@ -224,6 +221,7 @@ class Connections:
             else:
                 asked = connection.session.confirm(some)
                 connection.ask(asked, partial(self._confirmed, connection, some))
+        return not connection.closed
 
     def _confirmed(self, connection: Carrier, names: list[SlotRef], asked: Asked, answer: memoryview) -> None:
         """A server has heard it; of what it could not look at, it hears again with the next read."""

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ucxx_transport.client.buffer_pool import BufferPool, PageLocker
-from ucxx_transport.client.errands import Discard, RingDiscard, SourceCall, Take
-from ucxx_transport.client.jobs import Call, Job, OnPayload, Takeable, clear_frames
+from ucxx_transport.client.buffer_pool import PageLocker
+from ucxx_transport.client.errands import Discard, RingDiscard, SourceErrand, Take
+from ucxx_transport.client.jobs import Call, ClientBase, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import Entry, Into, LocalReader
 from ucxx_transport.client.membership import Membership, Watcher
-from ucxx_transport.client.payload import Deduplicator, writable_bytes
+from ucxx_transport.client.payload import writable_bytes
 from ucxx_transport.client.reads import Reads
-from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.link.reactor import Reactor
@@ -38,14 +36,11 @@ if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.episode_record import Referring
 
-REMEMBERED_RINGS: Final = 1 << 16
-"""Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
-
 LOCK_PAUSE_S: Final = 0.05
 """A ring whose lock was held is tried again after this."""
 
 
-class ClientCore:
+class ClientCore(ClientBase):
     """See the module; other arguments and errors as `UCXXClient`.
 
     Args:
@@ -53,8 +48,7 @@ class ClientCore:
         on_link: called when the link has been opened.
 
     Attributes:
-        reader: this client's random id.
-        delivered: the names of what it has delivered. local: reads of this host's rings.
+        local: reads of this host's rings.
         reactor: runs everything that is not local; opens the link only when it is needed. reads: those over the link.
         damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
@@ -73,42 +67,25 @@ class ClientCore:
         on_link: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config = config = made_of(ClientConfig, config, "config")
+        config = made_of(ClientConfig, config, "config")
         if page_locker is not None and config.local == "view":
             raise ConfigError(
                 "local='view' reads in place, but a GPU takes payloads from page-locked buffers: leave local at "
                 "'auto', which then copies into those, or receive with device='cpu'",
                 field="local",
             )
-        self.reader = secrets.randbits(63) + 1
-        self.counters = ClientCounters()
-        self.pool = BufferPool(config.buffer_pool_bytes, page_locker)
-        self.delivered = Deduplicator(REMEMBERED_RINGS)
-        self.local = LocalReader(
-            config,
-            page_locker is None if in_place is None else in_place,
-            reader=self.reader,
-            pool=self.pool,
-            counters=self.counters,
-            delivered=self.delivered,
-            clock=clock,
-        )
+        super().__init__(config, page_locker, None if watcher is None else Membership(watcher), clock)
+        self.local = LocalReader(self, page_locker is None if in_place is None else in_place)
         self.closed = self.damaged = False
         self.pid = os.getpid()
-        self._clock = clock
         self._link_factory = link_factory
         self._on_link = on_link
-        self._membership = Membership(watcher) if watcher is not None else None
-        self.reactor, self.reads = self._opened()
+        self._open()
 
-    def _opened(self) -> tuple[Reactor, Reads]:
+    def _open(self) -> None:
         """A reactor, and the reads that it runs."""
-        reactor = Reactor(self._open_link, spin_s=self.config.spin_s, clock=self._clock)
-        means = self.reader, self.counters, self.delivered.claim
-        reads = Reads(self.config, reactor, *means, pool=self.pool, membership=self._membership)
-        if self._membership is not None:
-            self._membership.bind(reactor, reads.hear)
-        return reactor, reads
+        self.reactor = Reactor(self._open_link, spin_s=self.config.spin_s, clock=self.clock)
+        self.reads = Reads(self, self.reactor)
 
     def _open_link(self, timers: Reactor) -> Link:
         if self._link_factory is not None:
@@ -155,8 +132,7 @@ class ClientCore:
         slots = self.delivered.rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
             self.delivered.check(ref)
-        local = self.local
-        return None if local.is_off or ref.host_id != local.host_id else local.ring_of(ref)
+        return None if ref.host_id != self.local.reads_host else self.local.ring_of(ref)
 
     def count_failure(self, error: TransportError) -> None:
         """Count a read that raised; the error may be kept, its buffers are not."""
@@ -266,16 +242,10 @@ class ClientCore:
 
     def abandon(self, call: Call) -> None:
         """A call is not wanted any more: what it has is released, what comes is not delivered; a discard goes on."""
+        if isinstance(call, Take):
+            self.reads.errands.discard(call)
         if isinstance(call, Job):
             self.reads.abandon(call)
-        elif isinstance(call, Take):
-            call.abandon()
-
-    def forget(self, call: Call) -> None:
-        """`abandon` while the core is damaged: nothing is done for it any more."""
-        call.done = True
-        if isinstance(call, Take) and call.job is not None:
-            call.job.done, call.job = True, None
 
     def repair(self) -> None:
         """After an interrupt that may have cut a step in two: other calls begin again, with a new reactor."""
@@ -284,24 +254,22 @@ class ClientCore:
             reads.connections.close()  # what they owe is known then
         with suppress(Exception):
             reactor.close()
-        self.reactor, self.reads = self._opened()
+        self._open()
         self.damaged = False
         for names in reads.connections.unsettled.values():
             self.reads.connections.owe(names)
-        begun_again = [
-            job for job in {*reads.jobs, *reads.finished} if not job.done
-        ]  # of a take, what it has been offered
-        for job in begun_again:
+        jobs = {*reads.jobs, *reads.finished}
+        for job in jobs:
             job.reads.clear()
-            missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
-            job.left = len(missing)
-            self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
+            if not job.done:
+                missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
+                job.left = len(missing)
+                self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
         reads.jobs.clear()
-        for errand in reads.errands:
-            if isinstance(errand, SourceCall) and not errand.done:
+        for errand in reads.errands.difference(jobs):  # a take that has been offered something is a job
+            if isinstance(errand, SourceErrand) and not errand.done:
                 errand.bind(self.reads)
-                if not (isinstance(errand, Take) and errand.job in begun_again):
-                    errand.ask()
+                errand.ask()
 
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
@@ -328,8 +296,8 @@ class ClientCore:
 
     def end(self) -> None:
         """The second half: nothing is left behind. Payloads still held stay valid."""
-        if self._membership is not None:
-            self._membership.close()
+        if self.membership is not None:
+            self.membership.close()
         self.reads.connections.close()
         self.reactor.close()
         self.local.close()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport import errors
 from ucxx_transport.client.jobs import Outcome, copy_of, too_late
@@ -30,11 +30,8 @@ from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Carrier, Errand, Job, Read
-    from ucxx_transport.client.statistics import ClientCounters
-    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.client.jobs import Carrier, ClientBase, Errand, Job, Read
     from ucxx_transport.link.reactor import Reactor, Timer
-    from ucxx_transport.schema import SlotRef
 
 LATE_GRACE_S: Final = 1.0
 """A connection on which everything in flight is late for so long is closed."""
@@ -49,34 +46,33 @@ _REASONS: Final[dict[type[TransportError], str]] = {
     errors.AuthenticationError: "unauthorized",
 }
 
-Claim: TypeAlias = "Callable[[SlotRef], None]"
-
 _log = get_logger(__name__)
 
 
 class Dispatch(ABC):
-    """See the module.
+    """See the module; what begins and ends reads is in `reads`.
 
     Attributes:
-        reader: the client's id. claim: see `Deduplicator`. delivered: counts what was.
-        ports: of all sources. connections: to them. now, call_at: the reactor's.
+        reader, counters: the client's. claim: see `Deduplicator`. delivered: counts what came over the link.
+        now, call_at: the reactor's.
+        ports: of all sources. connections: to them.
         jobs: those with reads that have no outcome.
         finished: jobs that have all their outcomes, until `settle` reports them.
         orphans: attempts in flight that no read waits for, and late ones.
-        errands: calls that take or discard, and are not done.
+        errands: those that are not over.
         wary: whether any port is in quarantine.
-        again: reads that are to go on, until `run`: by source, and at a port where that is decided.
+        again: reads that are to go on, until `settle`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """
 
-    def __init__(
-        self, config: ClientConfig, reactor: Reactor, reader: int, counters: ClientCounters, claim: Claim
-    ) -> None:
-        self.reader = reader
-        self.claim = claim
-        self.delivered = counters.ways["ucx"]
-        self.ports = Ports(config.port_quarantine_s, reader)
-        self.connections: Connections
+    connections: Connections
+
+    def __init__(self, base: ClientBase, reactor: Reactor) -> None:
+        self.reader = base.reader
+        self.counters = base.counters
+        self.claim = base.delivered.claim
+        self.delivered = base.counters.ways["ucx"]
+        self.ports = Ports(base.config.port_quarantine_s, base.reader)
         self.now = reactor.now
         self.call_at = reactor.call_at
         self.jobs: set[Job] = set()
@@ -86,8 +82,7 @@ class Dispatch(ABC):
         self.wary = False
         self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
         self.look_s = math.inf
-        self.read_attempts = config.read_attempts
-        self._counters = counters
+        self.read_attempts = base.config.read_attempts
         self._look: Timer | None = None
         self._settling = False
 
@@ -95,7 +90,7 @@ class Dispatch(ABC):
     def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
         """Attempts have brought their payloads, whose schemas are known; each is ended, unless it is held."""
 
-    def run(self) -> None:
+    def _run(self) -> None:
         """Give every read that waits for one a port."""
         while self.again:
             (source, key), reads = self.again.popitem()
@@ -165,7 +160,7 @@ class Dispatch(ABC):
     def quarantine(self, key: PortKey, error: TransportError) -> None:
         """Avoid a port; each further failure prolongs it, and is counted."""
         now = self.now()
-        self._counters.add("quarantined")
+        self.counters.add("quarantined")
         if not self.ports.avoids(key, now):
             _log.warning("port_quarantined", host=key[0], port=key[1], reason=error.message)
         self.ports.quarantine(key, now)
@@ -205,7 +200,7 @@ class Dispatch(ABC):
     def failed(self, read: Read, error: TransportError) -> None:
         """The port layer: go on at the next port, or give the call up."""
         if type(error) in _REASONS:
-            self._counters.add(_REASONS[type(error)])
+            self.counters.add(_REASONS[type(error)])
         now = self.now()
         alternate, read.alternate = read.alternate, None
         if (
@@ -216,7 +211,7 @@ class Dispatch(ABC):
         ):
             self._call_failed(read, error, now)
         else:
-            self._counters.add("rotations")
+            self.counters.add("rotations")
             self._go_on(read, alternate)
 
     def _call_failed(self, read: Read, error: TransportError, now: float) -> None:
@@ -233,7 +228,7 @@ class Dispatch(ABC):
         if not hopeless and retries_slot(
             error, attempt=read.call, read_attempts=self.read_attempts, remaining_s=remaining_s
         ):
-            self._counters.add("retries")
+            self.counters.add("retries")
             pause_s = backoff_s(error, read.call)
             read.call += 1
             read.limit_s = job.until_s
@@ -338,7 +333,7 @@ class Dispatch(ABC):
     def fail(self, read: Read, error: TransportError) -> None:
         """A read has its outcome: an error."""
         error.__traceback__ = None  # its frames may hold a buffer
-        self._counters.failed(error)
+        self.counters.failed(error)
         self.over(read, error)
 
     def over(self, read: Read, outcome: Outcome) -> None:
@@ -379,7 +374,7 @@ class Dispatch(ABC):
         try:
             while self.again or self.finished:
                 if self.again:
-                    self.run()
+                    self._run()
                     continue
                 if self.connections.ending:
                     self.connections.send_ends()

@@ -14,6 +14,7 @@ Everything of another host runs in the thread that runs the reactor.
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.envelope import checked_meta, meta_of, unpack_envelope
+from ucxx_transport.schema.envelope import record_and_meta
 from ucxx_transport.schema.slot_ref import common_of, renumbered
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
@@ -49,50 +50,58 @@ MAX_WAIT_S: Final = 60.0
 """How long a server waits on behalf of one request; a longer wait is several."""
 
 
-class SourceCall(Call, ABC):
-    """A call that asks one source, over one of its ports at a time, until it is answered. It is an `Errand`.
+class SourceErrand(ABC):
+    """An `Errand`: it asks one source, over one of its ports at a time, until it is answered.
 
-    A failure that may pass is retried until `wait_until_s`, and `read_attempts` times at least. The last is `error`.
+    A failure that may pass is retried until `wait_until_s`, and `read_attempts` times at least.
+
+    Attributes:
+        done: whether it is over. due_s: when it is to be called again.
     """
 
+    done = False
+    due_s = math.inf
+    _connection: Carrier | None = None
+    _call = 0
+
     def __init__(self, source: Takeable, until_s: float, wait_until_s: float) -> None:
-        super().__init__(until_s)
         self.source = source
+        self.until_s = until_s
         self.wait_until_s = wait_until_s
-        self.error: TransportError | None = None
-        self.due_s = math.inf
-        self._connection: Carrier | None = None
-        self._call = 0
-
-    def bind(self, dispatch: Dispatch) -> None:
-        """It goes on with its connections, and is one of its `errands` until it is done."""
-        self._dispatch = dispatch
-        dispatch.errands.add(self)
-
-    def ask(self) -> None:
-        """Ask the port that is due."""
-        dispatch, source, now = self._dispatch, self.source, self._dispatch.now()
-        if source.host is None or not source.ports:
-            self.fail(ConfigError("this source has no address to ask; start its UCXXServer", ring=source.ring_name))
-            return
-        self._call += 1
-        is_last = self._call >= dispatch.read_attempts and now >= self.wait_until_s
-        self._asked_until_s = self.until_s if is_last else (now + self.until_s) / 2
-        self._look_at(self._asked_until_s)
-        whose = dispatch.ports.source(source.host, tuple(source.ports))
-        keys = dispatch.ports.healthy(whose, now) or whose.keys
-        self._connection = connection = dispatch.connections.to(keys[whose.first(keys, alone=True)], now)
-        whose.advance()
-        connection.run(self)
-
-    def start(self, connection: Carrier) -> None:
-        """See `Errand`."""
-        if connection is self._connection:
-            self.say(connection)
 
     @abstractmethod
     def say(self, connection: Carrier) -> None:
         """The connection is open: `send` something."""
+
+    @abstractmethod
+    def over(self, error: TransportError | None) -> None:
+        """It is `done`: answered, or failed."""
+
+    def bind(self, engine: Dispatch) -> None:
+        """It goes on with these connections, and is one of the `errands` until it is over."""
+        self._engine = engine
+        engine.errands.add(self)
+
+    def ask(self) -> None:
+        """Ask the port that is due."""
+        engine, source, now = self._engine, self.source, self._engine.now()
+        if source.host is None or not source.ports:
+            self.end(ConfigError("this source has no address to ask; start its UCXXServer", ring=source.ring_name))
+            return
+        self._call += 1
+        is_last = self._call >= engine.read_attempts and now >= self.wait_until_s
+        self._asked_until_s = self.until_s if is_last else (now + self.until_s) / 2
+        self._look_at(self._asked_until_s)
+        whose = engine.ports.source(source.host, tuple(source.ports))
+        keys = (engine.wary and engine.ports.healthy(whose, now)) or whose.keys
+        self._connection = connection = engine.connections.to(keys[whose.first(keys, alone=True)], now)
+        whose.advance()
+        connection.run(self)
+
+    def start(self, connection: Carrier) -> None:
+        """The connection is open."""
+        if self._is_asked(connection):
+            self.say(connection)
 
     def send(self, connection: Carrier, asked: Asked, take_in: TakeIn) -> None:
         """Send a frame; `take_in` is called with the connection, the frame's number and the answer."""
@@ -100,31 +109,39 @@ class SourceCall(Call, ABC):
         connection.ask(asked, partial(self._answered, connection, take_in))
 
     def lost(self, connection: Carrier, error: TransportError) -> None:
-        """See `Errand`: ask again a little later, another port where there is one."""
-        if connection is not self._connection:
+        """It failed, or was never open: ask again a little later, another port where there is one."""
+        if not self._is_asked(connection):
             return
         self._connection = None
-        dispatch, call = self._dispatch, self._call
-        if blames_port(error) and connection not in dispatch.connections.waiting:  # whose turn has not come
-            dispatch.quarantine(connection.key, error)
-        now = dispatch.now()
-        attempt, attempts = 0 if now < self.wait_until_s else call, dispatch.read_attempts
+        engine, call = self._engine, self._call
+        if blames_port(error) and connection not in engine.connections.waiting:  # whose turn has not come
+            engine.quarantine(connection.key, error)
+        now = engine.now()
+        attempt, attempts = 0 if now < self.wait_until_s else call, engine.read_attempts
         if retries_slot(error, attempt=attempt, read_attempts=attempts, remaining_s=self.until_s - now):
             self._look_at(now + (backoff_s(error, call) if call < attempts else PAUSE_S))
         else:
             self.end(error)
 
-    def fail(self, error: TransportError) -> None:
-        """It cannot succeed: its source is gone, or the client is closed."""
-        if not self.done:
-            self.end(error)
-
     def end(self, error: TransportError | None) -> None:
-        """It is done."""
-        self._connection = None
-        self._dispatch.errands.discard(self)
-        self.error = error
-        self.finish()
+        """It is answered, or cannot be. Idempotent."""
+        if not self.done:
+            self._connection = None
+            self.over(error)
+            self._engine.errands.discard(self)  # not before: an interrupt must not lose it
+
+    def due(self) -> None:
+        """Its port has not answered in time, or it has paused."""
+        connection, host, ports = self._connection, self.source.host, self.source.ports
+        self.due_s = math.inf
+        if connection is None:
+            self.ask()
+        else:
+            self.lost(connection, DeadlineExceededError("the source did not answer in time", host=host, ports=ports))
+
+    def _is_asked(self, connection: Carrier) -> bool:
+        """Whether it waits for this connection, and not for another one since."""
+        return connection is self._connection and not self.done
 
     def _answered(self, connection: Carrier, take_in: TakeIn, asked: Asked, answer: memoryview) -> None:
         connection.errands.remove(self)
@@ -137,27 +154,19 @@ class SourceCall(Call, ABC):
             self.lost(connection, error)
         connection.after_answers()
 
-    def due(self) -> None:
-        """See `Errand`: its port has not answered in time, or it has paused."""
-        connection, host, ports = self._connection, self.source.host, self.source.ports
-        self.due_s = math.inf
-        if connection is None:
-            self.ask()
-        else:
-            self.lost(connection, DeadlineExceededError("the source did not answer in time", host=host, ports=ports))
-
     def _look_at(self, when_s: float) -> None:
         self.due_s = when_s
-        self._dispatch.look_at(when_s)
+        self._engine.look_at(when_s)
 
 
-class Take(SourceCall):
-    """One call that takes payloads, as `SyncUCXXClient.take`. Its `job` reads what a server has picked."""
+class Take(Job, SourceErrand):
+    """One call that takes payloads, as `SyncUCXXClient.take`: an errand first, and a job once something was picked."""
 
     def __init__(
         self, source: Takeable, until_s: float, wait_until_s: float, *, max_payloads: int, max_bytes: int, selector: str
     ) -> None:
-        super().__init__(source, until_s, wait_until_s)
+        Job.__init__(self, [], until_s)
+        SourceErrand.__init__(self, source, until_s, wait_until_s)
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
             if type(value) is not int or not 1 <= value <= most:
                 raise ConfigError(f"{field} = {value!r}: expected 1 to {most}", field=field, value=value)
@@ -167,73 +176,75 @@ class Take(SourceCall):
         self.max_payloads = max_payloads
         self.max_bytes = max_bytes
         self.newest = selector == "newest"
-        self.job: Job | None = None
-        self.payloads: list[Payload] = []
+        self._error: TransportError | None = None
+        self._records: Sequence[Mapping[str, object] | None] = ()
 
     def say(self, connection: Carrier) -> None:
-        """See `SourceCall`."""
-        now = self._dispatch.now()
+        """See `SourceErrand`."""
+        now = self._engine.now()
         wait_s = max(0.0, min(self.wait_until_s - now, MAX_WAIT_S, (self._asked_until_s - now) / 2))
         wait_ms = math.ceil(wait_s * 1000)
         asked = connection.session.take(self.max_payloads, self.max_bytes, newest=self.newest, wait_ms=wait_ms)
         self.send(connection, asked, self._offered)
 
+    def over(self, error: TransportError | None) -> None:
+        """See `SourceErrand`."""
+        self._error = error
+        self.finish()
+
     def result(self) -> list[Payload]:
         """What has come, once it is done, or the error."""
-        if self.error is not None:
-            raise self.error
-        return self.payloads
-
-    def abandon(self) -> None:
-        """Nobody wants it any more: what has been picked is given back."""
-        self.on_done = None
-        job, self.job = self.job, None
-        if job is not None:
-            self._dispatch.abandon(job)
-        for payload in self.payloads:
-            payload.release()
-        self.fail(DeadlineExceededError("abandoned"))
+        payloads, error = [], self._error
+        for outcome, record in zip(self.outcomes, self._records, strict=True):
+            if isinstance(outcome, Payload):
+                outcome.record = record
+                payloads.append(outcome)
+            elif not isinstance(outcome, StaleSlotError):
+                error = error or outcome
+        if error is not None and not payloads:
+            raise error
+        return payloads
 
     def _offered(self, connection: Carrier, attempt: int, answer: memoryview) -> None:
         """A server has answered, with what it has picked or why it has picked nothing."""
-        offer, is_wanted = connection.session.on_offer(attempt, answer), connection is self._connection
-        if offer.payloads and is_wanted:
-            self._receive(connection, offer)
-        elif offer.payloads:
-            refs = self._references(offer, [None] * len(offer.payloads))
-            source = self._dispatch.ports.source(connection.key[0], refs[0].ports)
-            reads = [Read(None, index, ref, source, self.until_s) for index, ref in enumerate(refs)]
-            connection.receive(offer, reads)  # to be given back
+        offer, is_wanted = connection.session.on_offer(attempt, answer), self._is_asked(connection)
+        if offer.payloads:
+            self._receive(connection, offer, self if is_wanted else None)
         elif offer.reason and is_wanted:
             self.end(ConfigError(f"{offer.reason}; raise max_bytes", field="max_bytes"))
-        elif is_wanted and self._dispatch.now() < self.wait_until_s:
+        elif is_wanted and self._engine.now() < self.wait_until_s:
             self._call = 0
             self.ask()
         elif is_wanted:
             self.end(None)
 
-    def _receive(self, connection: Carrier, offer: Offer) -> None:
-        """Payloads are on their way: they are the reads of a job."""
-        self._connection, self.due_s = None, math.inf
+    def _receive(self, connection: Carrier, offer: Offer, job: Take | None) -> None:
+        """Payloads are on their way: they are the reads of this job, or of none, and are given back."""
         try:
-            records = [unpack_envelope(each.envelope) for each in offer.payloads]
-            refs = self._references(offer, records)
+            noted = [record_and_meta(each.envelope) for each in offer.payloads]
+            refs = self._references(offer, [meta for _, meta in noted])
         except TransportError as error:
-            self.end(error)
+            if job is not None:
+                self.end(error)
             connection.fail(error)
             return
-        job = self.job = Job(refs, self.until_s, partial(self._came, records))
-        source = self._dispatch.ports.source(connection.key[0], refs[0].ports)
-        others = [key for key in source.keys if key != connection.key]
-        for index, ref in enumerate(refs):
-            job.reads[index] = read = Read(job, index, ref, source, self.until_s)
-            read.alternate = others[0] if others else None
-        source.under_way += len(refs)
-        self._dispatch.jobs.add(job)
-        connection.receive(offer, [*job.reads.values()])
+        engine, until_s = self._engine, self.until_s
+        source = engine.ports.source(connection.key[0], refs[0].ports)
+        reads = [Read(job, index, ref, source, until_s) for index, ref in enumerate(refs)]
+        if job is not None:
+            others = [key for key in source.keys if key != connection.key]
+            for read in reads:
+                read.alternate = others[0] if others else None
+            self._connection, self.due_s = None, math.inf
+            self.refs, self.reads, self._records = refs, dict(enumerate(reads)), [record for record, _ in noted]
+            self.outcomes, self.left, self.began_s = [None] * len(refs), len(refs), time.perf_counter()
+            source.under_way += len(refs)
+            engine.jobs.add(self)
+            engine.errands.discard(self)
+        connection.receive(offer, reads)
 
-    def _references(self, offer: Offer, records: Sequence[Mapping[str, object] | None]) -> list[SlotRef]:
-        """What was picked, by reference; a ProtocolError where what its writer said is malformed."""
+    def _references(self, offer: Offer, metas: Sequence[Mapping[str, object]]) -> list[SlotRef]:
+        """What was picked, by reference."""
         source = self.source
         if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (offer.ring_id, offer.fingerprint):
             template = source
@@ -251,25 +262,12 @@ class Take(SourceCall):
             )
         common = common_of(template)
         return [
-            renumbered(common, each.slot, each.generation, each.nbytes, each.checksum, checked_meta(meta_of(record))[0])
-            for each, record in zip(offer.payloads, records, strict=True)
+            renumbered(common, each.slot, each.generation, each.nbytes, each.checksum, meta)
+            for each, meta in zip(offer.payloads, metas, strict=True)
         ]
 
-    def _came(self, records: Sequence[Mapping[str, object] | None], job: Job) -> None:
-        """Every payload that was picked has come, or will not."""
-        errors = []
-        for outcome, record in zip(job.outcomes, records, strict=True):
-            if isinstance(outcome, Payload):
-                outcome.record = record
-                self.payloads.append(outcome)
-            elif isinstance(outcome, TransportError) and not isinstance(outcome, StaleSlotError):
-                errors.append(outcome)
-        job.outcomes.clear()
-        self.job = None
-        self.end(None if self.payloads or not errors else errors[0])
 
-
-class RingDiscard(SourceCall):
+class RingDiscard(SourceErrand):
     """The part of a discard that is of one ring. What cannot be said by its deadline goes along with the next read."""
 
     def __init__(self, call: Discard, refs: Sequence[SlotRef]) -> None:
@@ -278,15 +276,15 @@ class RingDiscard(SourceCall):
         self._left = {(ref.slot, ref.generation): ref for ref in refs}
 
     def say(self, connection: Carrier) -> None:
-        """See `SourceCall`."""
+        """See `SourceErrand`."""
         names = tuple(self._left.values())[:MAX_NAMES]
         asked = connection.session.confirm(names)
         self.send(connection, asked, partial(self._confirmed, names))
 
-    def end(self, error: TransportError | None) -> None:
-        """See `SourceCall`."""
-        self._dispatch.connections.owe(self._left.values())
-        super().end(error)
+    def over(self, error: TransportError | None) -> None:  # noqa: ARG002 - a discard never fails
+        """See `SourceErrand`."""
+        self._engine.connections.owe(self._left.values())
+        self.done = True
         self._whole.part_over()
 
     def _confirmed(self, names: Sequence[SlotRef], connection: Carrier, attempt: int, answer: memoryview) -> None:
@@ -297,10 +295,10 @@ class RingDiscard(SourceCall):
             if self._left.pop(name, None) is not None:
                 if status is Status.OK:
                     self._whole.found += 1
-                    self._dispatch.connections.counters.add("discarded")
+                    self._engine.counters.add("discarded")
                 elif status is Status.BUSY:
                     self._left[name] = ref
-        if connection is not self._connection:
+        if not self._is_asked(connection):
             return
         if not self._left:
             self.end(None)

@@ -1,28 +1,35 @@
-"""A job is one call of a client, a read one of its payloads that comes over the link, attempt by attempt."""
+"""What the parts of a client share: its base; jobs, which are its calls; reads, their payloads over the link."""
 
 from __future__ import annotations
 
+import secrets
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
-from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.buffer_pool import BufferPool
+from ucxx_transport.client.payload import Deduplicator, Payload
+from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
 from ucxx_transport.wire.client_side import Attempt
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ucxx_transport.client.buffer_pool import Bytes
+    from ucxx_transport.client.buffer_pool import Bytes, PageLocker
+    from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.ports import PortKey, Source
-    from ucxx_transport.link.base import Endpoint, Operation
+    from ucxx_transport.config import ClientConfig
     from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offer
     from ucxx_transport.wire.client_side import ClientSession
+
+REMEMBERED_RINGS: Final = 1 << 16
+"""Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
 
 Outcome = Payload | TransportError
 _OWN_CODE: Final = str(Path(__file__).parent)
@@ -32,6 +39,29 @@ Place = Literal["queued", "asked", "paused", "over"]
 
 Takeable: TypeAlias = "SlotRef | SourceRecord"
 """What names a ring and says where it is served."""
+
+
+class ClientBase:
+    """What every part of a client uses.
+
+    Attributes:
+        reader: its random id. delivered: the names of what it has delivered.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        page_locker: PageLocker | None,
+        membership: Membership | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self.reader = secrets.randbits(63) + 1
+        self.counters = ClientCounters()
+        self.pool = BufferPool(config.buffer_pool_bytes, page_locker)
+        self.delivered = Deduplicator(REMEMBERED_RINGS)
+        self.membership = membership
+        self.clock = clock
 
 
 class Call:
@@ -139,7 +169,7 @@ class Errand(Protocol):
     due_s: float
 
     def due(self) -> None: ...
-    def fail(self, error: TransportError, /) -> None: ...
+    def end(self, error: TransportError, /) -> None: ...
 
     def start(self, connection: Carrier, /) -> None:
         """The connection is open."""
@@ -153,15 +183,12 @@ class Carrier(Protocol):
 
     key: PortKey
     session: ClientSession
-    endpoint: Endpoint | None
     queue: deque[Read]
     errands: list[Errand]
     attempts: set[Read]
-    asked_bytes: int
     late: int
     is_open: bool
     closed: bool
-    rested: bool
     used_s: float
 
     @property
@@ -170,12 +197,10 @@ class Carrier(Protocol):
     def ask(self, asked: Asked, on_answer: Callable[[Asked, memoryview], None], /) -> None: ...
     def run(self, errand: Errand) -> None: ...
     def pump(self) -> None: ...
-    def lend(self, nbytes: int, /) -> Bytes: ...
+    def ask_one(self, read: Read, now: float) -> None: ...
     def receive(self, offer: Offer, reads: list[Read]) -> None: ...
-    def came(self, reads: Sequence[Read], operation: Operation) -> None: ...
     def after_answers(self) -> None: ...
     def send_ends(self) -> None: ...
-    def end_one(self, read: Read, *, delivered: bool) -> None: ...
     def end_held(self, read: Read, *, delivered: bool) -> None: ...
     def fail(self, error: TransportError) -> None: ...
     def close(self) -> None: ...

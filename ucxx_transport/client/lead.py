@@ -145,7 +145,7 @@ class Lead:
             core.abandon(call)
             core.damaged = False
         else:
-            core.forget(call)
+            call.done = True  # nothing is done for it any more
 
     def _wake_next(self) -> None:
         """Have one of those that follow take the lead, if it is free."""

@@ -1,6 +1,6 @@
 """A line: one endpoint to a server's port and the client's half of its protocol, opened and greeted.
 
-Everything here runs in the thread that runs the reactor.
+It is open once the schema of the ring behind it is known. Everything here runs in the thread that runs the reactor.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.client.ports import PortKey
-from ucxx_transport.errors import PeerLostError, TransportError
+from ucxx_transport.errors import PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.base import DATA_PORT_SILENT, loopback_hint
+from ucxx_transport.schema import Schema
 from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
@@ -37,10 +38,14 @@ class Line(ABC):
         is_open: whether the handshake is over.
         closed: whether it is.
         rested: whether it has lain idle, and nothing has been answered since.
+        schemas: by fingerprint, those of the rings behind all lines so far.
     """
 
-    def __init__(self, config: ClientConfig, reactor: Reactor, reader: int, key: PortKey) -> None:
+    def __init__(
+        self, config: ClientConfig, reactor: Reactor, reader: int, schemas: dict[int, Schema | None], key: PortKey
+    ) -> None:
         self.key = key
+        self.schemas = schemas
         self.session = ClientSession(reader=reader, nonce=secrets.token_bytes(NONCE_BYTES), token=config.token_bytes)
         self.endpoint: Endpoint | None = None
         self.is_open = False
@@ -144,6 +149,21 @@ class Line(ABC):
         self._greeted()
 
     def _greeted(self) -> None:
+        session = self.session
+        if session.fingerprint not in self.schemas:  # once a schema
+            self.ask(session.describe(session.ring_id), self._described)
+            return
         self.stop_timer()
         self.is_open = True
         self.opened()
+
+    def _described(self, asked: Asked, answer: memoryview) -> None:
+        schema, expected = Schema.from_bytes(self.session.answered(asked.attempt, answer)), self.session.fingerprint
+        if schema.fingerprint != expected:
+            raise ProtocolError(
+                "the server's schema is not the one that its ring names",
+                expected=f"{expected:#018x}",
+                found=f"{schema.fingerprint:#018x}",
+            )
+        self.schemas[expected] = schema
+        self._greeted()

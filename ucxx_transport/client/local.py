@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 from typing_extensions import Buffer
 
-from ucxx_transport.client.jobs import Job, Takeable, clear_traceback
-from ucxx_transport.client.payload import Deduplicator, Payload
+from ucxx_transport.client.jobs import ClientBase, Job, Takeable, clear_traceback
+from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import (
     BusyError,
     ChecksumError,
@@ -32,10 +32,8 @@ from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import BufferPool, Bytes
+    from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.errands import Discard, Take
-    from ucxx_transport.client.statistics import ClientCounters
-    from ucxx_transport.config import ClientConfig
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.schema import SlotRef
 
@@ -49,7 +47,7 @@ Begun: TypeAlias = "tuple[SharedRingBuffer, ReadLease, Bytes | None]"
 
 LOCK_TURN_S: Final = 0.003
 """How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
-takes longer is stopped, or without a core."""
+takes longer is stopped, or without a base."""
 
 _LISTENING: Final = "0A"  # in /proc/net/tcp (proc(5))
 
@@ -78,41 +76,35 @@ class LocalReader:
     With `local="auto"` it falls back to UCX where a ring cannot be attached, or has lost its name and is served.
 
     Args:
-        config: the client's.
+        base: the client's.
         in_place: of which rings payloads stay in their slots with `local="auto"`; of others they are copied out, and
             the slots are free at once.
 
     Attributes:
-        is_off: whether nothing is read locally. host_id: of this host.
+        host_id: of this host. reads_host: whose rings it reads: this host's, or None.
     """
 
     def __init__(
         self,
-        config: ClientConfig,
+        base: ClientBase,
         in_place: bool | Callable[[SharedRingBuffer], bool],  # noqa: FBT001 - or a function
-        *,
-        reader: int,
-        pool: BufferPool,
-        counters: ClientCounters,
-        delivered: Deduplicator,
-        clock: Callable[[], float],
     ) -> None:
-        self.is_off = config.local == "off"
-        self._config = config
+        self._config = config = base.config
         self._in_place = in_place if config.local == "auto" else config.local == "view"
         self._verify = config.verify_checksum
-        self._reader = reader
-        self._pool = pool
-        self._counters = counters
-        self._delivered = delivered
-        self._claim = delivered.claim
-        self._clock = clock
+        self._reader = base.reader
+        self._pool = base.pool
+        self._counters = base.counters
+        self._delivered = base.delivered
+        self._claim = base.delivered.claim
+        self._clock = base.clock
         self._folder = segment_folder()
         self.host_id = host_id(self._folder)
+        self.reads_host = None if config.local == "off" else self.host_id
         self._lock = threading.Lock()
         self._rings: OrderedDict[bytes, SharedRingBuffer] = OrderedDict()
         self._unreachable: set[bytes] = set()
-        self._prune_at_s = clock() + PRUNE_INTERVAL_S
+        self._prune_at_s = base.clock() + PRUNE_INTERVAL_S
 
     def ring_of(self, ref: Takeable) -> SharedRingBuffer | None:
         """The attached ring of a reference or a source, or None when it is to be read over UCX.
@@ -121,7 +113,7 @@ class LocalReader:
             StaleSlotError: the ring was on this host and is gone.
             ConfigError: it is on this host but cannot be attached, and the mode is not "auto".
         """
-        if self.is_off or ref.host_id != self.host_id:
+        if ref.host_id != self.reads_host:
             return None
         ring = self._rings.get(ref.ring_id)
         if ring is not None and self._clock() < self._prune_at_s:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.client.jobs import removed
-
 if TYPE_CHECKING:
-    from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceChange, SourceRecord
 
@@ -56,25 +53,11 @@ class Membership:
         if end is not None:
             end()
 
-    def apply(self, reads: Dispatch) -> None:
-        """Pass on what was reported; before a read begins, which a report from before it does not concern."""
+    def take_news(self) -> Iterable[tuple[SourceRecord, bool]]:
+        """The news, which are none then: whose, and whether it is there."""
         with self._lock:
             news, self.news = self.news, {}
-        for record, is_there in news.values():
-            keys = [] if record.host is None else [(record.host, port) for port in record.ports]
-            if is_there:
-                for key in keys:  # worth a try
-                    reads.forgive(key)
-                continue
-            for read in [read for job in reads.jobs for read in job.reads.values()]:
-                if read.ref.ring_id == record.ring_id:
-                    reads.fail(read, removed(read.ref))
-            for errand in tuple(reads.errands):
-                if errand.source.ring_id == record.ring_id:
-                    errand.fail(removed(record))
-            for key in keys:
-                reads.connections.evict(key)
-        reads.settle()
+        return news.values()
 
     def _report(self, change: SourceChange) -> None:
         if change.kind == "update":

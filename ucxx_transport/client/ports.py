@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
-from ucxx_transport.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES, Window
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
+    from ucxx_transport.wire.client_side import ClientSession
 
 REMEMBERED_SOURCES: Final = 4096
 """Sources whose position is remembered; beyond it the longest unused starts again at its first port."""
@@ -201,28 +202,15 @@ class Queued(Protocol):
     def ref(self) -> SlotRef: ...
 
 
-class Windows(Protocol):
-    """What a session may have in flight, and has; see `ClientSession`."""
-
-    @property
-    def window(self) -> Window: ...
-    @property
-    def named(self) -> int: ...
-    @property
-    def named_bytes(self) -> int: ...
-
-
 ReadT = TypeVar("ReadT", bound=Queued)
 
 
-def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, session: Windows) -> tuple[list[ReadT], int]:
+def next_request(queue: deque[ReadT], session: ClientSession) -> tuple[list[ReadT], int]:
     """Take from the queue what the next frame asks for; no reads when there is no room.
 
     Args:
         queue: of one connection; reads that are over are dropped.
-        asked: attempts in flight there.
-        asked_bytes: their payloads.
-        session: the server's window. One name alone may exceed its bytes.
+        session: what is named there, and the server's window. One name alone may exceed its bytes.
 
     Returns:
         The reads, in order, and the length of the message that all answers share; 0 when each has its own.
@@ -230,8 +218,9 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, session: Win
     named = session.named
     names = min(MAX_NAMES, session.window.attempts - named)
     # One alone there may exceed the server's bytes, and two alone the client's.
-    server_bytes, own_bytes = session.window.nbytes - session.named_bytes, OWN_WINDOW_BYTES - asked_bytes
-    limit = min(server_bytes if named else MAX_BODY_BYTES, own_bytes if asked > 1 else MAX_BODY_BYTES)
+    server_bytes = session.window.nbytes - session.named_bytes
+    own_bytes = OWN_WINDOW_BYTES - session.named_bytes
+    limit = min(server_bytes if named else MAX_BODY_BYTES, own_bytes if named > 1 else MAX_BODY_BYTES)
     reads: list[ReadT] = []
     ring_id = b""
     total = shared_bytes = count = 0
@@ -250,7 +239,7 @@ def next_request(queue: deque[ReadT], asked: int, asked_bytes: int, session: Win
             break
         if not count:
             ring_id, is_shared = ref.ring_id, is_small
-            limit = min(server_bytes, own_bytes if asked else MAX_BODY_BYTES)
+            limit = min(server_bytes, own_bytes if named else MAX_BODY_BYTES)
         elif ref.ring_id != ring_id or is_small is not is_shared or shared_bytes + whole * is_small > PACK_BYTES:
             break  # it begins the next frame
         else:

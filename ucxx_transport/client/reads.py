@@ -17,179 +17,52 @@ delivered. The policy is in `ports`, how a connection is used in `connection`.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
-from ucxx_transport.client.dispatch import Claim, Dispatch
+from ucxx_transport.client.dispatch import Dispatch
 from ucxx_transport.client.jobs import Job, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
 from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError, TransportError
-from ucxx_transport.wire.codec import clear_trailer, seal_of
-from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES
+from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import BufferPool
-    from ucxx_transport.client.errands import SourceCall
-    from ucxx_transport.client.jobs import Carrier
-    from ucxx_transport.client.membership import Membership
-    from ucxx_transport.client.statistics import ClientCounters
-    from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import Operation
+    from ucxx_transport.client.errands import SourceErrand
+    from ucxx_transport.client.jobs import Carrier, ClientBase
     from ucxx_transport.link.reactor import Reactor
 
 
-class LoneRead(Read):
-    """The one payload of a job, asked for while nothing else is under way on its connection, in few steps.
-
-    The request leaves before anything is made ready for its answer: the server works meanwhile, and nothing that comes
-    is taken in before the reactor's next turn. An answer that is the whole payload, while there still is nothing else
-    to do on the connection, needs no queue, no settling and no list of ends: what `Connection.came` and `Reads.arrived`
-    do of it is done here in one step. Whatever else comes, or was asked meanwhile, is theirs.
-
-    Attributes:
-        at: the connection that it was asked on first; `connection` is where it may have gone on since.
-    """
-
-    def __init__(self, job: Job, source: Source, at: Carrier, engine: Dispatch) -> None:
-        self.job = job
-        self.index = 0
-        self.ref = job.refs[0]
-        self.source = source
-        self.limit_s = job.until_s
-        self.connection = self.at = at
-        self._engine = engine
-
-    def ask(self, now: float) -> None:
-        """Ask for it, by a request that brings the ends along that wait."""
-        at, engine, due_s, unsent = self.at, self._engine, self.limit_s, None
-        endpoint = at.endpoint
-        assert endpoint is not None
-        try:
-            endpoint.post_send(at.session.fetch_one(self))
-        except TransportError as error:
-            unsent = error
-        self.alternate = alternate = self.source.alternate
-        if engine.read_attempts > 1 or alternate is not None:
-            due_s = (now + due_s) / 2  # as `Dispatch.asked`
-        self.place, self.due_s = "asked", due_s
-        if due_s < engine.look_s:
-            engine.look_at(due_s)
-        at.used_s = now
-        at.attempts.add(self)
-        at.asked_bytes += self.ref.nbytes
-        self.seal = seal_of(self.ref)
-        _, _, end, whole = self.seal
-        try:
-            self.message = message = at.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
-        except TransportError as error:
-            engine.fail(self, error)
-            at.fail(error)
-            return
-        self.view = view = message.data
-        clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
-        try:
-            if unsent is not None:
-                raise unsent
-            endpoint.post_receive(view, self.came, channel=self.number & MAX_CHANNEL)
-        except TransportError as error:
-            at.fail(error)
-
-    def came(self, operation: Operation) -> None:
-        """Its receive is over."""
-        at, engine, job, ref, view = self.at, self._engine, self.job, self.ref, self.view
-        assert self.seal is not None
-        header, trailer, end, whole = self.seal
-        if (
-            operation.error is not None
-            or at.closed
-            or self.place != "asked"
-            or ref.checksum is not None
-            or len(at.attempts) > 1
-            or at.queue
-            or engine.connections.waiting
-            or engine.wary
-            or view[:HEADER_BYTES] != header
-            or view[end:whole] != trailer
-            or job is None
-            or not (job.is_held or self._is_claimed(job))
-        ):
-            at.came((self,), operation)
-            return
-        content = self.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
-        job.outcomes[0] = Payload(ref, content, engine.connections.schemas[ref.fingerprint], "ucx")
-        self.place, self.job = "over", None
-        self.source.under_way -= 1
-        at.rested = True
-        at.asked_bytes = 0
-        at.attempts.clear()
-        job.reads.clear()
-        job.left = 0
-        if job.is_held:
-            job.held = self
-        else:
-            way = engine.delivered
-            way.reads += 1
-            way.nbytes += ref.nbytes
-            way.recent_s.append(time.perf_counter() - job.began_s)
-            at.end_one(self, delivered=True)
-        job.done = True
-        engine.jobs.discard(job)  # not before: an interrupt must not lose it
-        if job.on_done is not None:
-            job.finish()
-
-    def _is_claimed(self, job: Job) -> bool:
-        """Whether it is the caller's as it lies, and no duplicate."""
-        if job.into is not None or job.on_payload is not None:
-            return False
-        try:
-            self._engine.claim(self.ref)  # while the slot is held: no newer payload of it can have been delivered yet
-        except StaleSlotError:
-            return False
-        return True
-
-
 class Reads(Dispatch):
-    """All jobs of a client that read over the link, and its connections.
+    """All jobs of a client that read over the link, and its connections, to any port of any source."""
 
-    Attributes:
-        connections: to any port of any source.
-    """
-
-    def __init__(
-        self,
-        config: ClientConfig,
-        reactor: Reactor,
-        reader: int,
-        counters: ClientCounters,
-        claim: Claim,
-        *,
-        pool: BufferPool,
-        membership: Membership | None,
-    ) -> None:
-        super().__init__(config, reactor, reader, counters, claim)
-        self.connections = Connections(
-            config, reactor, counters, pool.lend, lambda key: Connection(self.connections, self, key)
-        )
+    def __init__(self, base: ClientBase, reactor: Reactor) -> None:
+        super().__init__(base, reactor)
+        self.connections = Connections(base, reactor, lambda key: Connection(self.connections, self, key))
         self._schemas = self.connections.schemas
-        self._membership = membership
-        self._gone: Collection[bytes] = () if membership is None else membership.gone
-        self._verify_checksum = config.verify_checksum
-
-    @property
-    def in_flight(self) -> int:
-        """Jobs that are not done."""
-        return len(self.jobs)
+        self._membership = membership = base.membership
+        self._gone = {} if membership is None else membership.gone
+        self._verify_checksum = base.config.verify_checksum
+        if membership is not None:
+            membership.bind(reactor, self.hear)
 
     # --- Calls ---
 
     def hear(self) -> None:
-        """Take in what a watcher has reported."""
-        if self._membership is not None and self._membership.news:
-            self._membership.apply(self)
+        """Take in what a watcher has reported; before a read begins, which a report from before does not concern."""
+        membership = self._membership
+        for record, is_there in () if membership is None or not membership.news else membership.take_news():
+            keys = [] if record.host is None else [(record.host, port) for port in record.ports]
+            if is_there:
+                for key in keys:  # worth a try
+                    self.forgive(key)
+                continue
+            self.fail_all(removed(record), record.ring_id)
+            for key in keys:
+                self.connections.evict(key)
 
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
@@ -237,8 +110,8 @@ class Reads(Dispatch):
         ):
             source.under_way = 1
             self.jobs.add(job)
-            job.reads[0] = read = LoneRead(job, source, connection, self)
-            read.ask(now)
+            job.reads[0] = read = Read(job, 0, ref, source, job.until_s)
+            connection.ask_one(read, now)
             if self.again or self.finished:
                 self.settle()
         else:
@@ -250,25 +123,27 @@ class Reads(Dispatch):
             self.finished.append(job)
             self.settle()
 
-    def begin(self, errand: SourceCall) -> None:
+    def begin(self, errand: SourceErrand) -> None:
         """Have payloads taken, or discarded."""
         self.hear()
         errand.bind(self)
         if errand.source.ring_id in self._gone:
-            errand.fail(removed(errand.source))
+            errand.end(removed(errand.source))
         else:
             errand.ask()
 
-    def fail_all(self, error: TransportError) -> None:
-        """Fail every job."""
+    def fail_all(self, error: TransportError, ring_id: bytes | None = None) -> None:
+        """Fail whatever is under way, or only what is asked for of one ring over the link."""
         for job in tuple(self.jobs):
             for read in tuple(job.reads.values()):
-                self.fail(read, copy_of(error))
+                if ring_id in (None, read.ref.ring_id):
+                    self.fail(read, copy_of(error))
             for index, outcome in enumerate(job.outcomes):
-                if outcome is None:  # it waits for the lock of a ring of this host
+                if outcome is None and ring_id is None:  # it waits for the lock of a ring of this host
                     self._fail_at(job, index, copy_of(error))
         for errand in tuple(self.errands):
-            errand.fail(copy_of(error))
+            if ring_id in (None, errand.source.ring_id):
+                errand.end(copy_of(error))
         self.settle()
 
     def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
@@ -325,7 +200,7 @@ class Reads(Dispatch):
             return payload if job.on_payload is None else job.on_payload(index, payload)
         except TransportError as error:
             error.__traceback__ = None  # its frames hold the payload
-            self._counters.failed(error)
+            self.counters.failed(error)
             return error
 
     def deliver(self, job: Job) -> None:
@@ -337,17 +212,17 @@ class Reads(Dispatch):
         try:
             self.claim(payload.ref)
         except StaleSlotError as error:
-            self._counters.failed(error)
+            self.counters.failed(error)
             job.outcomes[0] = error
         else:
-            self._counters.delivered("ucx", payload.nbytes, time.perf_counter() - job.began_s)
+            self.counters.delivered("ucx", payload.nbytes, time.perf_counter() - job.began_s)
             if job.into is not None:
                 job.outcomes[0] = self._passed_on(job, 0, payload)
         read.connection.end_held(read, delivered=True)
 
     def _fail_at(self, job: Job, index: int, error: TransportError) -> None:
         """Fail what is no read yet."""
-        self._counters.failed(error)
+        self.counters.failed(error)
         job.outcomes[index] = error
         job.left -= 1
         if not job.left:

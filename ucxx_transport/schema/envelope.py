@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.schema.wire_form import describe, pack, refuse, unpack, untrusted
+from ucxx_transport.schema.wire_form import describe, pack, refuse, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -37,14 +37,22 @@ def unpack_envelope(raw: Buffer) -> dict[str, object] | None:
     Raises:
         ProtocolError: it is too long, or no mapping of plain values.
     """
+    return record_and_meta(raw)[0]
+
+
+def record_and_meta(raw: Buffer) -> tuple[dict[str, object] | None, Mapping[str, object]]:
+    """`unpack_envelope`, and the `meta` of the reference to its payload, read-only; errors as of both."""
     if not memoryview(raw):
-        return None
+        return None, NO_META
     form = unpack(raw, "envelope", max_bytes=MAX_ENVELOPE_BYTES)
     if not isinstance(form, dict):
         raise ProtocolError(f"an envelope must be a mapping, not {describe(form)}", field="envelope")
-    with untrusted():
-        said: dict[str, object] = plain(form)
-    return said
+    try:
+        record: dict[str, object] = plain(form)
+    except ConfigError as exc:
+        raise ProtocolError(exc.message, **exc.facts) from exc
+    meta = meta_of(form)  # which nothing else refers to
+    return record, MappingProxyType(meta) if meta else NO_META
 
 
 def meta_of(envelope: Mapping[str, object] | None) -> Mapping[str, object]:

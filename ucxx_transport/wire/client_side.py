@@ -64,7 +64,7 @@ class ClientSession:
         is_open: the handshake is over. broken: an answer was not as the protocol has it: close the connection.
         window: what the server lets this connection have in flight. named, named_bytes: of it, by name.
         ends: those that wait for a frame.
-        ring_id: of the ring behind it, once it is open.
+        ring_id, fingerprint: of the ring behind it, once it is open.
     """
 
     def __init__(self, *, reader: int, nonce: bytes, token: bytes | None) -> None:
@@ -84,6 +84,7 @@ class ClientSession:
         self.is_open = self.broken = False
         self.window = Window(0, 0)
         self.ring_id = bytes(frames.RING_ID_BYTES)
+        self.fingerprint = 0
 
     # --- Handshake ---
 
@@ -103,7 +104,7 @@ class ClientSession:
         """
         header, body = self._body_of(1, message)
         server_nonce, self.window = unpack_welcome(body)
-        self.ring_id = header.ring_id
+        self.ring_id, self.fingerprint = header.ring_id, header.fingerprint
         token = self._token
         if token is None:
             if header.token_required:

@@ -145,7 +145,7 @@ def test_a_payload_that_had_come_when_its_task_was_cancelled_can_be_read_again()
                 hold.set()
                 rig.faults.hold = None
                 core = client._core  # noqa: SLF001 - the moment between the answer and the task's turn
-                while core.reads.in_flight:
+                while core.reads.jobs:
                     core.reactor.poll(0.01)
                 reading.cancel()
                 with pytest.raises(asyncio.CancelledError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from ucxx_transport.client.ports import (
     next_request,
     shares,
 )
+from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.frames import PACK_BYTES, Window
 
 HOST = "10.0.0.1"
@@ -165,13 +165,11 @@ def test_whether_any_port_is_avoided_is_known_until_the_last_one_is_not() -> Non
 # --- What one frame asks for ---
 
 
-@dataclass
-class Windows:
-    """What a session may have in flight, and has."""
-
-    window: Window = field(default_factory=lambda: Window(64, 1 << 40))
-    named: int = 0
-    named_bytes: int = 0
+def session(attempts: int = 64, nbytes: int = 1 << 40, named: int = 0, named_bytes: int = 0) -> ClientSession:
+    """One whose server has this window, of which so much is in use."""
+    made = ClientSession(reader=1, nonce=bytes(32), token=None)
+    made.window, made.named, made.named_bytes = Window(attempts, nbytes), named, named_bytes
+    return made
 
 
 class Queued:
@@ -184,30 +182,30 @@ class Queued:
         self.ref = ref_to(ring_id, 0, 1, nbytes)
 
 
-def asked_for(sizes: list[int], session: Windows, asked: int = 0, asked_bytes: int = 0) -> tuple[list[int], int]:
+def asked_for(sizes: list[int], *window: int) -> tuple[list[int], int]:
     """The sizes of what the next frame names, and the length of the message that its answers share."""
     queue = deque(map(Queued, sizes))
-    reads, shared = next_request(queue, asked, asked_bytes, session)
+    reads, shared = next_request(queue, session(*window))
     assert [read.ref.nbytes for read in (*reads, *queue)] == sizes
     return [read.ref.nbytes for read in reads], shared
 
 
 def test_the_server_s_window_bounds_attempts_and_bytes_but_never_one_alone() -> None:
-    rows: list[tuple[Windows, list[int], int]] = [
-        (Windows(Window(3, 1000)), [1000], 1),
-        (Windows(Window(3, 1000)), [1001], 1),
-        (Windows(Window(3, 1000)), [1 << 40], 1),
-        (Windows(Window(3, 1000)), [500, 300, 200], 3),
-        (Windows(Window(3, 1000)), [500, 501], 1),
-        (Windows(Window(3, 1000)), [0, 0, 0, 0], 3),
-        (Windows(Window(3, 1000), 1, 600), [400], 1),
-        (Windows(Window(3, 1000), 1, 600), [401], 0),
-        (Windows(Window(3, 1000), 1, 600), [200, 200], 2),
-        (Windows(Window(3, 1000), 1, 600), [0, 0, 0], 2),
+    rows: list[tuple[tuple[int, ...], list[int], int]] = [
+        ((3, 1000), [1000], 1),
+        ((3, 1000), [1001], 1),
+        ((3, 1000), [1 << 40], 1),
+        ((3, 1000), [500, 300, 200], 3),
+        ((3, 1000), [500, 501], 1),
+        ((3, 1000), [0, 0, 0, 0], 3),
+        ((3, 1000, 1, 600), [400], 1),
+        ((3, 1000, 1, 600), [401], 0),
+        ((3, 1000, 1, 600), [200, 200], 2),
+        ((3, 1000, 1, 600), [0, 0, 0], 2),
     ]
-    for session, sizes, fits in rows:
-        with row(session=session, sizes=sizes):
-            assert asked_for(sizes, session)[0] == sizes[:fits]
+    for window, sizes, fits in rows:
+        with row(window=window, sizes=sizes):
+            assert asked_for(sizes, *window)[0] == sizes[:fits]
 
 
 def test_the_client_s_own_window_bounds_the_bytes_of_all_but_two() -> None:
@@ -216,9 +214,9 @@ def test_the_client_s_own_window_bounds_the_bytes_of_all_but_two() -> None:
         ([half, half, 1], 0, 0, 2), ([more, more, 1], 0, 0, 2), ([more], 1, more, 1), ([1], 2, OWN_WINDOW_BYTES, 0),
         ([half, 1], 2, half, 1),
     ]  # fmt: skip
-    for sizes, asked, asked_bytes, fits in rows:
-        with row(sizes=sizes, asked=asked, asked_bytes=asked_bytes):
-            assert asked_for(sizes, Windows(), asked, asked_bytes)[0] == sizes[:fits]
+    for sizes, named, named_bytes, fits in rows:
+        with row(sizes=sizes, named=named, named_bytes=named_bytes):
+            assert asked_for(sizes, 64, 1 << 40, named, named_bytes)[0] == sizes[:fits]
 
 
 def test_small_answers_share_a_message_and_others_have_each_its_own() -> None:
@@ -230,10 +228,10 @@ def test_small_answers_share_a_message_and_others_have_each_its_own() -> None:
     ]  # fmt: skip
     for sizes, count, shared in rows:
         with row(sizes=sizes):
-            assert asked_for(sizes, Windows()) == (sizes[:count], shared)
+            assert asked_for(sizes) == (sizes[:count], shared)
 
 
 def test_a_frame_is_of_one_ring_and_names_nothing_that_is_over() -> None:
     queue = deque([Queued(1, job=None), Queued(2), Queued(3, job=None), Queued(4), Queued(5, b"S" * 16)])
-    frames = [next_request(queue, 0, 0, Windows())[0] for _ in range(3)]
+    frames = [next_request(queue, session())[0] for _ in range(3)]
     assert [[read.ref.nbytes for read in reads] for reads in frames] == [[2, 4], [5], []]

@@ -35,7 +35,11 @@ from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status
 
 EPISODE = bytes(range(256)) * 16
 _BODY = struct.pack("<32sIIQ", bytes(NONCE_BYTES), 64, 0, 1 << 30)
-WELCOME = encode_reply(ReplyHeader(status=Status.OK, nbytes=len(_BODY)), _BODY)
+
+
+def welcome(fingerprint: int = 0) -> bytes:
+    """Of a server whose ring has this schema."""
+    return encode_reply(ReplyHeader(status=Status.OK, nbytes=len(_BODY), fingerprint=fingerprint), _BODY)
 
 
 def nothing_is_held(rig: ExchangeRig, *refs: SlotRef) -> bool:
@@ -334,7 +338,8 @@ def test_a_foreign_server_behind_the_port_is_a_protocol_error_in_time() -> None:
 
 def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
     schema, other = (Schema([TensorSpec(name, (10,), "uint8")]) for name in "ab")
-    lies = {
+    lies: dict[str, bytes | None] = {
+        "raw bytes": None,
         "another schema": other.to_bytes(),
         "no schema": b"\xc0",
         "garbage": b"\xff" * 1000,
@@ -351,12 +356,13 @@ def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
             header = ReplyHeader(
                 Status.OK, ref.nbytes, ref.ring_id, ref.slot, ref.generation, ref.checksum, ref.fingerprint
             )
-            answers = [
-                WELCOME,
-                encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body),
-                encode_reply(header, bytes(ref.nbytes)),
-            ]
-            rig.impostor(port, partial(Impostor, messages=answers))
+            answers = [welcome()]
+            if body is not None:
+                answers = [
+                    welcome(ref.fingerprint),
+                    encode_reply(ReplyHeader(status=Status.OK, nbytes=len(body)), body),
+                ]
+            rig.impostor(port, partial(Impostor, messages=[*answers, encode_reply(header, bytes(ref.nbytes))]))
             with row(lie=lie):
                 with pytest.raises(ProtocolError):
                     client.read(ref)

@@ -217,6 +217,7 @@ def test_an_abandoned_take_gives_back_what_was_picked_for_it(*, is_offered: bool
         assert rig.states(*refs[1:]) == [SlotState.READING] * 2
         assert client.counts.lent_buffers == 2 * is_offered
         client.core.abandon(take)
+        assert not client.core.reads.errands
         hold.set()
         rig.faults_of(1).hold = None
         rig.advance(30.0 * is_offered)
@@ -254,7 +255,7 @@ def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next()
         client = rig.client()
         take = offered(rig, client, 3)
         client.core.damaged = True
-        client.core.forget(take)
+        take.done = True
         client.core.repair()
         rig.advance(30.0)
         assert rig.ring.statistics().ready == 3
