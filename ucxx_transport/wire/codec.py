@@ -314,7 +314,8 @@ def decode_offer(body: Message) -> list[frames.OfferedPayload]:
     if not 0 < count <= frames.MAX_NAMES or len(body) < end:
         raise ProtocolError("an offer has more or fewer payloads than it may", count=count)
     payloads = []
-    rows = _OFFERED.iter_unpack(memoryview(body)[_OFFER.size : end])
+    # All at once: an iterator over a view, in the frames of an error that is garbage in a cycle, crashes CPython.
+    rows = tuple(_OFFERED.iter_unpack(memoryview(body)[_OFFER.size : end]))
     for slot, length, generation, nbytes, checksum, flags, time_ns in rows:
         start, end = end, end + length
         if generation == 0 or nbytes > frames.MAX_BODY_BYTES or length > frames.MAX_ENVELOPE_BYTES or len(body) < end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 
 import pytest
@@ -296,3 +297,13 @@ def test_a_refusal_in_a_shared_message_keeps_to_its_room() -> None:
         with row(nbytes=nbytes):
             assert len(message) <= room
             assert error_text(message, decode_header(message)) == "x" * min(ERROR_TEXT_BYTES, room - HEADER_BYTES)
+
+
+def test_the_error_of_an_offer_may_be_garbage_in_a_cycle() -> None:
+    body = bytearray(encode_offer([OfferedPayload(3, 4, 100, None, 5, b"envelope")] * 2))
+    struct.pack_into("<Q", body, 16, 0)  # no generation
+    with pytest.raises(ProtocolError) as raised:
+        decode_offer(bytes(body))
+    raised.value.facts["itself"] = raised.value
+    del raised
+    assert gc.collect() > 0, "and the interpreter has not crashed"
