@@ -319,8 +319,7 @@ class Dispatch(ABC):
     def refused(self, read: Read, error: TransportError) -> None:
         """The server has answered without a payload, or with something that is none."""
         key = read.connection.key
-        if self.wary:
-            self.forgive(key)
+        self.forgive(key)
         read.place = "over"
         if read.job is None or read.late:
             self.orphans.discard(read)

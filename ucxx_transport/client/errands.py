@@ -26,7 +26,7 @@ from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.envelope import record_and_meta
-from ucxx_transport.schema.slot_ref import common_of, renumbered
+from ucxx_transport.schema.slot_ref import Common, common_of, renumbered
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
@@ -220,36 +220,41 @@ class Take(Job, SourceErrand):
 
     def _receive(self, connection: Carrier, offer: Offer, job: Take | None) -> None:
         """Payloads are on their way: they are the reads of this job, or of none, and are given back."""
+        engine = self._engine
+        source = engine.ports.source(connection.key[0], tuple(self.source.ports))
+        alternate = next((key for key in source.keys if key != connection.key), None)
+        reads: list[Read] = []
+        records = []
         try:
-            noted = [record_and_meta(each.envelope) for each in offer.payloads]
-            refs = self._references(offer, [meta for _, meta in noted])
+            common = self._common(offer)
+            for index, (slot, generation, nbytes, checksum, _, envelope) in enumerate(offer.payloads):
+                record, meta = record_and_meta(envelope)
+                ref = renumbered(common, slot, generation, nbytes, checksum, meta)
+                read = Read(job, index, ref, source, self.until_s)
+                read.alternate = alternate
+                reads.append(read)
+                records.append(record)
         except TransportError as error:
             if job is not None:
                 self.end(error)
             connection.fail(error)
             return
-        engine, until_s = self._engine, self.until_s
-        source = engine.ports.source(connection.key[0], refs[0].ports)
-        reads = [Read(job, index, ref, source, until_s) for index, ref in enumerate(refs)]
         if job is not None:
-            others = [key for key in source.keys if key != connection.key]
-            for read in reads:
-                read.alternate = others[0] if others else None
             self._connection, self.due_s = None, math.inf
-            self.refs, self.reads, self._records = refs, dict(enumerate(reads)), [record for record, _ in noted]
-            self.outcomes, self.left, self.began_s = [None] * len(refs), len(refs), time.perf_counter()
-            source.under_way += len(refs)
+            self._records, self.reads, self.refs = records, dict(enumerate(reads)), [read.ref for read in reads]
+            self.outcomes, self.left, self.began_s = [None] * len(reads), len(reads), time.perf_counter()
+            source.under_way += len(reads)
             engine.jobs.add(self)
             engine.errands.discard(self)
         connection.receive(offer, reads)
 
-    def _references(self, offer: Offer, metas: Sequence[Mapping[str, object]]) -> list[SlotRef]:
-        """What was picked, by reference."""
+    def _common(self, offer: Offer) -> Common:
+        """What the references of what was picked have in common."""
         source = self.source
         if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (offer.ring_id, offer.fingerprint):
-            template = source
-        else:
-            template = SlotRef(
+            return common_of(source)
+        return common_of(
+            SlotRef(
                 ring_id=offer.ring_id,
                 ring_name=source.ring_name,
                 slot=0,
@@ -260,11 +265,7 @@ class Take(Job, SourceErrand):
                 ports=tuple(source.ports),
                 fingerprint=offer.fingerprint,
             )
-        common = common_of(template)
-        return [
-            renumbered(common, each.slot, each.generation, each.nbytes, each.checksum, meta)
-            for each, meta in zip(offer.payloads, metas, strict=True)
-        ]
+        )
 
 
 class RingDiscard(SourceErrand):

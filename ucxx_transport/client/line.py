@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.client.ports import PortKey
@@ -54,7 +55,6 @@ class Line(ABC):
         self._connect_timeout_s = config.connect_timeout_s
         self._reactor = reactor
         self._timer: Timer | None = None
-        self._due_s = 0.0
 
     @abstractmethod
     def opened(self) -> None:
@@ -102,8 +102,8 @@ class Line(ABC):
             self.fail(error)
 
     def _start_timer(self) -> None:
-        self._due_s = self._reactor.now() + self._connect_timeout_s
-        self._timer = self._reactor.call_at(self._due_s, self._too_slow_to_open)
+        due_s = self._reactor.now() + self._connect_timeout_s
+        self._timer = self._reactor.call_at(due_s, partial(self._too_slow_to_open, due_s))
 
     def stop_timer(self) -> None:
         """It is open, or closed: connecting takes no more time."""
@@ -124,8 +124,8 @@ class Line(ABC):
             return
         self.ask(self.session.hello(), self._welcomed)
 
-    def _too_slow_to_open(self) -> None:
-        if self._reactor.now() - self._due_s > OWN_DELAY_S:
+    def _too_slow_to_open(self, due_s: float) -> None:
+        if self._reactor.now() - due_s > OWN_DELAY_S:
             self._start_timer()  # this client has not looked meanwhile, and may have its answer
             return
         endpoint = self.endpoint
