@@ -263,6 +263,9 @@ class ClientCore(ClientBase):
             job.reads.clear()
             if not job.done:
                 missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
+                for ref in reads.claimed:
+                    if any(job.refs[index] is ref for index in missing):
+                        self.delivered.forget(ref)
                 job.left = len(missing)
                 self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
         reads.jobs.clear()

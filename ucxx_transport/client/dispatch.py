@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport import errors
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.jobs import Carrier, ClientBase, Errand, Job, Read
     from ucxx_transport.link.reactor import Reactor, Timer
+    from ucxx_transport.schema import SlotRef
 
 LATE_GRACE_S: Final = 1.0
 """A connection on which everything in flight is late for so long is closed."""
@@ -53,7 +55,8 @@ class Dispatch(ABC):
     """See the module; what begins and ends reads is in `reads`.
 
     Attributes:
-        reader, counters: the client's. claim: see `Deduplicator`. delivered: counts what came over the link.
+        reader, counters: the client's. delivered: counts what came over the link.
+        claim: see `Deduplicator`. claimed: the last that was.
         now, call_at: the reactor's.
         ports: of all sources. connections: to them.
         jobs: those with reads that have no outcome.
@@ -70,7 +73,8 @@ class Dispatch(ABC):
     def __init__(self, base: ClientBase, reactor: Reactor) -> None:
         self.reader = base.reader
         self.counters = base.counters
-        self.claim = base.delivered.claim
+        self.claimed: list[SlotRef] = []
+        self.claim = partial(base.delivered.claim, note=self.claimed)
         self.delivered = base.counters.ways["ucx"]
         self.ports = Ports(base.config.port_quarantine_s, base.reader)
         self.now = reactor.now

@@ -151,10 +151,14 @@ class Deduplicator:
                 delivered=slots[ref.slot],
             )
 
-    def claim(self, ref: SlotRef) -> None:
+    def claim(self, ref: SlotRef, note: list[SlotRef] | None = None) -> None:
         """Deliver a payload, once: of several reads of it that came this far, one gets it. Errors as `check`.
 
         Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
+
+        Args:
+            ref: the payload.
+            note: has it and nothing else afterwards, for `forget`.
         """
         with self._lock:
             slots = self.rings.get(ref.ring_id)
@@ -166,7 +170,16 @@ class Deduplicator:
                     self.rings.popitem(last=False)
             else:
                 self.rings.move_to_end(ref.ring_id)
+            if note is not None:
+                note[:] = (ref,)
             slots[ref.slot] = ref.generation
+
+    def forget(self, ref: SlotRef) -> None:
+        """A payload was claimed, and an interrupt came before it was delivered."""
+        with self._lock:
+            slots = self.rings.get(ref.ring_id, {})
+            if slots.get(ref.slot) == ref.generation:
+                del slots[ref.slot]
 
 
 def writable_bytes(into: Buffer, nbytes: int) -> npt.NDArray[np.uint8]:

@@ -524,3 +524,25 @@ def test_errors_of_a_batch_are_each_their_own() -> None:
         errors = client.read_many(refs)
         assert all(isinstance(error, TransportError) for error in errors)
         assert len(set(map(id, errors))) == 3
+
+
+def test_a_payload_that_an_interrupt_has_kept_from_its_call_is_delivered_after_all() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        interrupts = [KeyboardInterrupt]
+
+        def on_payload(_index: int, payload: Payload) -> Payload:
+            if interrupts:
+                raise interrupts.pop()
+            return payload
+
+        job = client.core.begin((ref,), on_payload=on_payload)
+        with pytest.raises(KeyboardInterrupt):
+            rig.settle()
+        client.core.repair()
+        [outcome] = client.outcomes(job)
+        assert isinstance(outcome, Payload)
+        assert bytes(outcome.buffer) == EPISODE
+        with pytest.raises(StaleSlotError):
+            client.read(ref)
