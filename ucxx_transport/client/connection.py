@@ -313,9 +313,11 @@ class Connection(Line):
                 self.pool.owe((read.ref,))
         elif read.has_arrived:
             self.session.end(read, delivered=delivered)
+            self.pump()  # what there was no room for meanwhile
             self.send_ends()
         else:
             self._end_one(read, delivered=delivered)
+            self.pump()
 
     def _end_one(self, read: Read, *, delivered: bool) -> None:
         """End an attempt that was found whole without the session."""

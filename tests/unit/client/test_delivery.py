@@ -546,3 +546,21 @@ def test_a_payload_that_an_interrupt_has_kept_from_its_call_is_delivered_after_a
         assert bytes(outcome.buffer) == EPISODE
         with pytest.raises(StaleSlotError):
             client.read(ref)
+
+
+def test_payloads_that_wait_to_be_delivered_hold_up_what_waits_behind_them_no_longer_than_that() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=4, slot_bytes=2 << 20, prefault=False)) as rig:
+        client = rig.client()
+        client.consume(rig.write(EPISODE))
+        jobs = [Job([rig.write(bytes(2 << 20))], rig.now_s + 60.0) for _ in range(3)]
+        for job in jobs:
+            job.is_held = True
+            client.core.reads.start_one(job)
+        rig.settle()
+        assert [job.done for job in jobs] == [True, True, False]
+        for job in jobs[:2]:
+            client.core.reads.deliver(job)
+        rig.settle()
+        assert jobs[2].done
+        client.core.reads.deliver(jobs[2])
+        assert all(isinstance(job.outcomes[0], Payload) for job in jobs)
