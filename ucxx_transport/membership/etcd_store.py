@@ -13,8 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Final
 
@@ -167,7 +166,7 @@ class EtcdWatch(Watch):
         self._first, self._last = store.namespace.bounds(prefix)
         self._after = self._revision = after
         self._identity = identity
-        self._connections: set[Connection] = set()
+        self._newest: Connection | None = None
         self._in_use = threading.Lock()
         self._stream: Connection | None = None
         self._held = ExitStack()  # the stream
@@ -177,8 +176,9 @@ class EtcdWatch(Watch):
         if self._pid != os.getpid():
             return  # the connections are the parent's
         super().close()
-        for connection in tuple(self._connections):
-            connection.abort()
+        for connection in (self._stream, self._newest):
+            if connection is not None:
+                connection.abort()
         if self._in_use.acquire(blocking=False):  # else `_fetch` does this at its end
             self._drop()
             self._in_use.release()
@@ -222,7 +222,7 @@ class EtcdWatch(Watch):
 
         def begin(token: Secret) -> None:
             with ExitStack() as held:
-                stream = held.enter_context(self._connected(endpoint))
+                stream = held.enter_context(closing(self._connect(endpoint)))
                 stream.ask("watch", request, token, until=until, streams=True)
                 self._probe(endpoint)
                 self._stream, self._held = stream, held.pop_all()
@@ -233,23 +233,17 @@ class EtcdWatch(Watch):
         until = time.monotonic() + self._store.timeout_s
 
         def ask(token: Secret) -> Json:
-            with self._connected(endpoint) as connection:
+            with closing(self._connect(endpoint)) as connection:
                 return connection.ask(path, body, token, until=until)
 
         return self._client.as_user(ask, until)
 
-    @contextmanager
-    def _connected(self, endpoint: str) -> Iterator[Connection]:
-        """A connection that `close` ends, too."""
-        connection = Connection(endpoint, self._client.tls)
-        self._connections.add(connection)
+    def _connect(self, endpoint: str) -> Connection:
+        """A connection that `close` ends, too: of two that are open the newest is the one that is waited for."""
+        self._newest = connection = Connection(endpoint, self._client.tls)
         if self._closing.is_set():
             connection.abort()
-        try:
-            yield connection
-        finally:
-            self._connections.discard(connection)
-            connection.close()
+        return connection
 
     def _take(self, stream: Connection) -> None:
         for message in stream.read():
