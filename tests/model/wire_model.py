@@ -17,7 +17,15 @@ from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Asked, Attempt, Reply, Serve, Settle, Take
-from ucxx_transport.wire.frames import FRAME_BYTES, OfferedPayload, Status, Window, message_bytes, receive_bytes
+from ucxx_transport.wire.frames import (
+    FRAME_BYTES,
+    MAX_CHANNEL,
+    OfferedPayload,
+    Status,
+    Window,
+    message_bytes,
+    receive_bytes,
+)
 from ucxx_transport.wire.server_side import Phase, ServerSession, SessionSource
 
 
@@ -242,7 +250,7 @@ class Port:
         """The next frame of a connection is handled."""
         if connection.server_knows or not connection.frames:
             return
-        posted = bytearray(connection.frames.popleft())
+        posted = connection.frames.popleft().ljust(FRAME_BYTES, b"\0")
         for action in connection.server.receive(posted, self.now):
             match action:
                 case Attempt() as attempt:
@@ -277,7 +285,7 @@ class Port:
             acquired.append(attempt)
             parts.append(lease.message)
             if not shared:
-                self._put(connection, attempt.channel, Sending(lease.message, [attempt]))
+                self._put(connection, attempt.number & MAX_CHANNEL, Sending(lease.message, [attempt]))
         if shared:  # copied at once
             message = b"".join(part() for part in parts)
             self._put(connection, shared, Sending(lambda: message, acquired, is_shared=True))
@@ -307,7 +315,7 @@ class Port:
         connection.taken.update(attempts)
         for attempt, (_, lease) in zip(attempts, picked, strict=True):
             self._hold(connection, attempt, lease)
-            self._put(connection, attempt.channel, Sending(lease.message, [attempt]))
+            self._put(connection, attempt.number & MAX_CHANNEL, Sending(lease.message, [attempt]))
 
     def give_up(self, connection: Connection, take: Take) -> None:
         self._reply(connection, connection.server.nothing(take))

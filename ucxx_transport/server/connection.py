@@ -90,14 +90,6 @@ class Connection:
         self._turn = -1
         self._arrived = self._copied_bytes = 0  # the first: frames that are not handled yet
 
-    def open(self) -> None:
-        """Begin to take frames."""
-        try:
-            for _ in range(FRAMES_POSTED):
-                self._post_frame()
-        except TransportError as error:
-            self.fail(error)
-
     def connected(self) -> None:
         """The endpoint's hello has come: nothing to do, the client speaks first."""
 
@@ -107,19 +99,16 @@ class Connection:
 
     # --- Frames ---
 
-    def _post_frame(self) -> None:
-        frame = bytearray(FRAME_BYTES)
-        message = self._reactor.link.message(frame)
-        self._receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
-
-    def _take_in(self) -> None:
-        """The client is ahead of the port by all that was posted: UCX would keep its frames, however many there are."""
+    def take_in(self) -> None:
+        """Post receives, ahead of the client: what goes beyond all that were posted UCX would keep, without bound."""
         receives = self._receives
         try:
-            while receives[-1][0].completed:
+            while len(receives) < FRAMES_POSTED or receives[-1][0].completed:
                 if len(receives) >= MAX_FRAMES:
                     raise ProtocolError("the client sends on and on without its answers", frames=len(receives))
-                self._post_frame()
+                frame = bytearray(FRAME_BYTES)
+                message = self._reactor.link.message(frame)
+                receives.append((self._endpoint.post_receive(message, self._on_frame), message, frame))
         except TransportError as error:
             self.fail(error)
 
@@ -131,7 +120,7 @@ class Connection:
             return
         self._arrived += 1
         if self._arrived == len(self._receives) and not self.is_closing:
-            self._take_in()
+            self.take_in()
         if self.is_closing:
             self._hear_out()
         elif not self._is_deferred:
@@ -141,9 +130,9 @@ class Connection:
                 self._serve_next()
 
     def _serve_next(self) -> None:
-        """Handle the next frame, if it has arrived; unless it brings ends alone, the one behind it has a later turn."""
+        """Handle the next frame; unless it brings ends alone, the one behind it has a later turn."""
         receives, session = self._receives, self.session
-        if self._copied_bytes >= MAX_COPIED_BYTES or self.is_closing or not self._arrived or session.phase is _CLOSING:
+        if self._copied_bytes >= MAX_COPIED_BYTES or session.phase is _CLOSING:
             return
         _, message, frame = receives.popleft()
         self._arrived -= 1
@@ -192,7 +181,8 @@ class Connection:
 
     def _serve_deferred(self) -> None:
         self._is_deferred = False
-        self._serve_next()
+        if self._arrived and not self.is_closing:
+            self._serve_next()
 
     # --- Attempts ---
 

@@ -155,7 +155,7 @@ class Port:
         connection = Connection(self.slots, session, endpoint, self._wait, self._forget)
         self._connections[connection] = None
         self._counters.words[CONNECTIONS] = len(self._connections)
-        connection.open()
+        connection.take_in()
         return connection
 
     def _forget(self, connection: Connection) -> None:

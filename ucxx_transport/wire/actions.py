@@ -1,21 +1,11 @@
-"""What the two sessions ask of the shells around them, and the values that pass between.
-
-| made by         | value     | the shell                                                                           |
-|-----------------|-----------|-------------------------------------------------------------------------------------|
-| `ClientSession` | `Asked`   | posts a receive on the attempt's channel, and sends the frame                       |
-| `ClientSession` | `Offer`   | posts a receive for each payload                                                    |
-| `ServerSession` | `Attempt` | it has ended: finalises its lease, at once or when its message has left             |
-| `ServerSession` | `Serve`   | acquires the slots and sends them                                                   |
-| `ServerSession` | `Take`    | picks payloads and sends them, now or a little later                                |
-| `ServerSession` | `Settle`  | consumes what is named, if it is still there                                        |
-| `ServerSession` | `Reply`   | sends the bytes                                                                     |
-"""
+"""The values that pass between the two sessions and the shells around them, which send, receive and hold the ring."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from ucxx_transport.wire.frames import MAX_CHANNEL, OfferedPayload, Status
+from ucxx_transport.wire.frames import OfferedPayload, Status
 
 
 class Asked(NamedTuple):
@@ -51,15 +41,15 @@ class Send(Protocol):
     def completed(self) -> bool: ...
 
 
+@dataclass(slots=True)
 class Load:
     """What of a connection's window is in use: by what was named, or by what was taken."""
 
-    __slots__ = ("attempts", "nbytes")
-
-    def __init__(self) -> None:
-        self.attempts = self.nbytes = 0
+    attempts: int = 0
+    nbytes: int = 0
 
 
+@dataclass(eq=False)
 class Attempt:
     """One payload under way to the client, as the server knows it.
 
@@ -72,26 +62,17 @@ class Attempt:
         lease, send, is_recorded: the shell's.
     """
 
-    is_recorded = False
-    sent_s: float | None = None
-    delivered: bool | None = None
-    lease: Lease | None = None
-    send: Send | None = None
-
-    def __init__(  # noqa: PLR0917 - the words of its name, in their order
-        self, number: int, slot: int, generation: int, nbytes: int, since_s: float, load: Load
-    ) -> None:
-        self.number = number
-        self.slot = slot
-        self.generation = generation
-        self.nbytes = nbytes
-        self.since_s = since_s
-        self.load = load
-
-    @property
-    def channel(self) -> int:
-        """Where its message goes, unless it shares one."""
-        return self.number & MAX_CHANNEL
+    number: int
+    slot: int
+    generation: int
+    nbytes: int
+    since_s: float
+    load: Load
+    sent_s: float | None = field(default=None, init=False)
+    delivered: bool | None = field(default=None, init=False)
+    lease: Lease | None = field(default=None, init=False)
+    send: Send | None = field(default=None, init=False)
+    is_recorded: bool = field(default=False, init=False)
 
 
 class Reply(NamedTuple):

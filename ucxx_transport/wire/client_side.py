@@ -93,10 +93,7 @@ class ClientSession:
         return self._ask(Frame(Kind.HELLO, word=self._reader, secret=self._nonce))
 
     def on_welcome(self, message: Message) -> Asked | None:
-        """Judge the answer to HELLO.
-
-        Returns:
-            The AUTH frame to send next, or None when the connection is open.
+        """Judge the answer to HELLO; the AUTH frame to send next, or None when the connection is open.
 
         Raises:
             AuthenticationError: only one of the two sides has a token.
@@ -125,16 +122,11 @@ class ClientSession:
     # --- Payloads by name ---
 
     def fetch(self, attempts: Sequence[Attempt], *, packed: bool = False) -> bytes:
-        """Ask for payloads of one ring, for which the window has room; each attempt has a `number` afterwards.
+        """Ask for 1 to 64 payloads of one ring, for which the window has room; each attempt has a `number` afterwards.
 
-        Args:
-            attempts: 1 to 64 of them, none of them under way.
-            packed: one message brings all, on the channel of their `shared`; they are at least two, of at most
-                PACK_BYTES with their headers.
-
-        Returns:
-            The frame. In the turn that sends it a receive is posted for each attempt (`receive_bytes(nbytes)`), or one
-            for the shared message, of exactly the sum of `message_bytes(nbytes)`; `clear_trailer` goes before each.
+        In the turn that sends the frame a receive is posted for each (`receive_bytes(nbytes)`). If they are `packed`,
+        at least two of at most PACK_BYTES, one message brings all, on the channel of their `shared`: its receive has
+        exactly the sum of `message_bytes(nbytes)`. `clear_trailer` goes before each.
         """
         self._sequence = sequence = self._sequence + 1
         awaited = self._awaited

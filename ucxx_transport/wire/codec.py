@@ -51,9 +51,7 @@ pack_one_name: Final = partial(struct.Struct("<IHHQ16sHH60xI4xQQQQ").pack, frame
 """A FETCH of one name: sequence, ring_id, 1, 0, slot, generation, attempt, nbytes, end mark."""
 pack_one_end: Final = partial(struct.Struct("<IHHQ16sHH60xQQ").pack, frames.REQUEST_MAGIC, VERSION, _FETCH)
 """A FETCH of one end: sequence, ring_id, 0, 1, end, end mark."""
-_GLANCE: Final = struct.Struct("<QQ16sQ56x5Q")
-GLANCE_BYTES: Final = _GLANCE.size
-glance: Final = _GLANCE.unpack_from
+glance: Final = struct.Struct("<QQ16sQ56x5Q").unpack_from
 """Such frames at the server: `FETCH_HEAD`, sequence, ring_id, `ONE_NAME`, slot, generation, attempt, nbytes, end mark;
 or `FETCH_HEAD`, sequence, ring_id, `ONE_END`, end, end mark, and nothing."""
 FETCH_HEAD: Final = frames.REQUEST_MAGIC | VERSION << 32 | _FETCH << 48
@@ -142,10 +140,14 @@ def _check_words(frame: Frame) -> None:
     ranges = _RANGES.get(kind)
     if ranges is None:
         raise ProtocolError("unknown kind of frame", kind=kind)
-    words = (len(names), flags, frame.word, frame.max_payloads, frame.wait_ms)
-    for word, value, allowed in zip(_Ranges._fields, words, ranges, strict=True):
-        if value not in allowed:
-            raise ProtocolError(f"{word} of a frame: {value} is not {allowed[0]} to {allowed[-1]}", kind=kind)
+    if not (
+        len(names) in ranges.names
+        and flags in ranges.flags
+        and frame.word in ranges.word
+        and frame.max_payloads in ranges.max_payloads
+        and frame.wait_ms in ranges.wait_ms
+    ):
+        raise ProtocolError("a frame has words that its kind may not have", kind=kind, names=len(names), flags=flags)
     last = attempt + frame.max_payloads if kind == _TAKE else attempt
     if not 0 < attempt <= last <= frames.MAX_ATTEMPT or attempt >> 16 != last >> 16 or not attempt & frames.MAX_CHANNEL:
         raise ProtocolError("an attempt is out of range, or of no channel", attempt=attempt, last=last)
@@ -156,14 +158,11 @@ def _check_words(frame: Frame) -> None:
 
 def answer_channel(buffer: Message) -> int:
     """Where the client of a faulty frame may listen: on its attempt's or first name's channel, else on 1, a HELLO's."""
-    if len(buffer) < frames.FRAME_HEAD_BYTES:
-        return 1
     magic, version, kind, _, _, named, _, flags, attempt, *_ = _HEAD.unpack_from(buffer)
     if magic != frames.REQUEST_MAGIC or version != VERSION:
         return 1
     if kind == _FETCH and not flags:
-        is_named = named and len(buffer) >= frames.FRAME_HEAD_BYTES + frames.NAME_BYTES
-        attempt = _NAME.unpack_from(buffer, frames.FRAME_HEAD_BYTES)[3] if is_named else 0
+        attempt = named and glance(buffer)[6]
     return attempt & frames.MAX_CHANNEL or 1
 
 

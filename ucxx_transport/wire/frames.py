@@ -157,16 +157,11 @@ class Frame(NamedTuple):
 
 
 class ReplyHeader(NamedTuple):
-    """The header of an answer.
+    """The header of an answer, as the table says.
 
     Attributes:
-        status: OK, or why there is no body.
-        nbytes: length of the body after OK; of the error text otherwise.
-        ring_id: 16 bytes of the payload's name; zeros when the answer is about none, as the next two.
-        slot: of its name.
-        generation: of its name.
-        checksum: xxh3_64 of the body, None when the ring keeps none.
-        fingerprint: the schema's, 0 for raw bytes.
+        ring_id, slot, generation: the payload's name; zeros when the answer is about none.
+        checksum: None when the ring keeps none.
         token_required: in the answer to HELLO: an AUTH must follow.
     """
 
@@ -188,13 +183,7 @@ class Window(NamedTuple):
 
 
 class OfferedPayload(NamedTuple):
-    """One payload of an offer.
-
-    Attributes:
-        slot, generation, nbytes, checksum: its name and length, as in a reference.
-        commit_time_ns: when its writer committed it, ns of the Unix epoch.
-        envelope: what the writer said about it, at most 1024 bytes.
-    """
+    """One payload of an offer. `commit_time_ns`: of the Unix epoch. `envelope`: what its writer noted of it."""
 
     slot: int
     generation: int

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ucxx_transport.errors import AuthenticationError, BusyError, ProtocolError, TransportError
 from ucxx_transport.wire import codec, frames
 from ucxx_transport.wire.actions import Action, Attempt, Load, Reply, Serve, Settle, Take
-from ucxx_transport.wire.codec import FETCH_HEAD, GLANCE_BYTES, ONE_END, ONE_NAME, glance
+from ucxx_transport.wire.codec import FETCH_HEAD, ONE_END, ONE_NAME, glance
 from ucxx_transport.wire.frames import END_MARK, MAX_ATTEMPT, MAX_CHANNEL, MAX_NAMES, Frame, Kind, Status, Window
 from ucxx_transport.wire.handshake import pack_welcome, token_mac
 
@@ -58,7 +58,8 @@ class Phase(Enum):
 _OPEN: Final = Phase.OPEN
 _new: Final = tuple.__new__  # a named tuple in one call that is none in Python
 _MAX_SLOT: Final = (1 << 32) - 1
-_DUE: Final = {Phase.GREETING: Kind.HELLO, Phase.CHALLENGED: Kind.AUTH}
+_HELLO, _AUTH, _FETCH, _TAKE, _CONFIRM, _, _BYE = map(int, Kind)
+_DUE: Final = {Phase.GREETING: _HELLO, Phase.CHALLENGED: _AUTH}
 _FAULTS: Final[dict[type[TransportError], Status]] = {
     AuthenticationError: Status.UNAUTHORIZED,
     BusyError: Status.BUSY,
@@ -132,14 +133,14 @@ class ServerSession:
     # --- Frames ---
 
     def receive(self, frame: codec.Message, now: float) -> list[Action]:
-        """What to do about the client's next frame; never longer than what is posted for one.
+        """What to do about the client's next frame, in the FRAME_BYTES that it came in.
 
         After a fault nothing more is read, but what came before it counts.
         """
         actions: list[Action] = []
         try:
             # What a client says that reads one by one, on a straight path: each call more makes a lone read longer.
-            if self.phase is _OPEN and len(frame) >= GLANCE_BYTES:
+            if self.phase is _OPEN:
                 head, sequence, ring_id, counts, slot, generation, number, nbytes, mark = glance(frame)
                 if head != FETCH_HEAD or sequence != self._sequence + 1:
                     pass
@@ -188,7 +189,7 @@ class ServerSession:
             actions.append(self._end(word))
         if len(self.leaving) > MAX_UNSENT or self._unsent > MAX_UNSENT:
             raise ProtocolError("answers are not read")
-        if decoded.kind != Kind.FETCH:
+        if decoded.kind != _FETCH:
             actions.append(self._answer(decoded, now))
         elif decoded.names:
             actions += self._fetch(decoded, now)
@@ -230,23 +231,23 @@ class ServerSession:
 
     def _answer(self, frame: Frame, now: float) -> Action:
         """What comes on an open connection and is no FETCH."""
-        kind, attempt = Kind(frame.kind), frame.attempt
-        if kind in (Kind.HELLO, Kind.AUTH):
-            raise ProtocolError(f"{kind.name} out of turn, while {self.phase.value}")
+        kind, attempt = frame.kind, frame.attempt
+        if kind in {_HELLO, _AUTH}:
+            raise ProtocolError(f"{Kind(kind).name} out of turn, while {self.phase.value}")
         if attempt <= self._last:
             raise ProtocolError(f"attempt {attempt} is not new")
-        self._last = attempt + (frame.max_payloads if kind is Kind.TAKE else 0)
-        if kind is Kind.BYE:
+        self._last = attempt + (frame.max_payloads if kind == _TAKE else 0)
+        if kind == _BYE:
             self.phase = Phase.CLOSING
             return self._ok(attempt)
         is_foreign = frame.ring_id != self._source.ring_id
-        if kind is Kind.CONFIRM:
+        if kind == _CONFIRM:
             if is_foreign:
                 return self._ok(attempt, bytes([Status.STALE]) * len(frame.names))
             return Settle([(name[0], name[2]) for name in frame.names], attempt)
         if is_foreign:
             return self._error(Status.STALE, _FOREIGN, attempt)
-        if kind is Kind.TAKE:
+        if kind == _TAKE:
             if len(self.takes) >= MAX_TAKES:
                 return self._error(Status.BUSY, f"{MAX_TAKES} TAKEs wait on this connection already", attempt)
             newest, until_s = frame.flags == frames.FLAG_NEWEST, now + frame.wait_ms / 1000
@@ -331,15 +332,15 @@ class ServerSession:
     # --- Handshake ---
 
     def _greet(self, frame: Frame, now: float) -> Reply:
-        kind, attempt, token = Kind(frame.kind), frame.attempt, self._settings.token_bytes
-        if kind is Kind.HELLO and self.phase is not Phase.GREETING:
+        kind, attempt, token = frame.kind, frame.attempt, self._settings.token_bytes
+        if kind == _HELLO and self.phase is not Phase.GREETING:
             raise ProtocolError(f"HELLO out of turn, while {self.phase.value}")
-        if kind is not _DUE[self.phase]:
-            raise AuthenticationError(f"{kind.name} before the handshake")
+        if kind != _DUE[self.phase]:
+            raise AuthenticationError(f"{Kind(kind).name} before the handshake")
         if frame.ends or attempt <= self._last:
             raise ProtocolError("ends, or an old attempt, before the first payload")
         self._last = attempt
-        if kind is Kind.HELLO:
+        if kind == _HELLO:
             self.reader, self._nonces = frame.word, (frame.secret, self._nonces[1])
             body = pack_welcome(self._nonces[1], self._window)
             if token is not None:

@@ -42,7 +42,7 @@ def test_one_read_and_its_end_cost_at_most_six_calls_at_the_client_and_five_at_t
     fetched: list[Asked] = []
     client += calls_of(lambda: fetched.append(pair.client.ask_one(named)))
     frame, number, _ = fetched[0]
-    server += calls_of(lambda: pair.server.receive(frame, 1.0))
+    server += calls_of(lambda: pair.server.receive(frame.ljust(FRAME_BYTES, b"\0"), 1.0))
     attempt = pair.server.in_flight[number]
     server += calls_of(lambda: pair.server.sent(attempt, 1.0))
     client += calls_of(lambda: pair.client.judge(number, message))
@@ -62,5 +62,5 @@ def test_names_of_a_batch_add_one_call_each_at_the_server_and_none_at_the_client
     assert len(calls_of(lambda: pair.client.fetch(attempts))) == 2
     pair = Pair().open()
     fetch = pair.client.ask(names)
-    calls = calls_of(lambda: pair.server.receive(fetch.frame, 1.0))
+    calls = calls_of(lambda: pair.server.receive(fetch.frame.ljust(FRAME_BYTES, b"\0"), 1.0))
     assert len(calls) <= 4 + len(names), calls

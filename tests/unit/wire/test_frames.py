@@ -212,12 +212,12 @@ def test_what_shares_a_message_is_at_least_two_and_fits_it() -> None:
             if fine:
                 assert decode_frame(encoded).names == names
             else:
-                with pytest.raises(ProtocolError, match=r"share a message|names of a frame: 1 is not 2"):
+                with pytest.raises(ProtocolError, match="share a message" if len(sizes) > 1 else "its kind"):
                     decode_frame(encoded)
 
 
 def test_a_confirm_names_something() -> None:
-    with pytest.raises(ProtocolError, match="names of a frame: 0 is not 1 to 64"):
+    with pytest.raises(ProtocolError, match="words that its kind may not have"):
         decode_frame(encode_frame(CONFIRM._replace(names=())))
 
 

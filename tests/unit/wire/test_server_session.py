@@ -142,7 +142,7 @@ def test_a_fetch_is_served_as_it_names_it() -> None:
         (2, 6, 128, fetch.attempts[0]),
         (7, 9, 0, fetch.attempts[1]),
     ]
-    assert [one.channel for one in served.attempts] == fetch.attempts
+    assert [one.number for one in served.attempts] == fetch.attempts
     assert list(pair.server.in_flight) == fetch.attempts
 
 
