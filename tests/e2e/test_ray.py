@@ -78,10 +78,12 @@ class Trainer:
 def cluster() -> Iterator[None]:
     """A cluster of its own, whose files, sockets and logs lie in one folder; nothing of it is left."""
     before = leaks.snapshot()
-    with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray-") as folder:
+    # a short name: Ray's sockets lie in it, whose paths have at most 107 bytes
+    with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         environment.setenv("PYTHONPATH", PATH)  # by which an actor's process finds this module
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
+            address="local",
             num_cpus=4,
             object_store_memory=100 << 20,
             include_dashboard=False,
