@@ -38,6 +38,8 @@ from ucxx_transport.membership.entries import Batch
 from ucxx_transport.membership.etcd_store import EtcdStore
 from ucxx_transport.membership.store import Store, Watch
 
+pytestmark = pytest.mark.usefixtures("etcd_binary")
+
 DEADLINE_S = 20.0
 PASSWORD = "correct horse"
 Open = Callable[..., Store]
@@ -50,7 +52,7 @@ def namespace() -> str:
 
 
 @pytest.fixture
-def opened(etcd_binary: None, namespace: str) -> Iterator[Open]:  # noqa: ARG001 - skips where no etcd is
+def opened(namespace: str) -> Iterator[Open]:
     """Opens stores that are closed at the end."""
     with ExitStack() as stack:
 
@@ -93,7 +95,7 @@ def batches_until(watch: Watch, last: str) -> list[Batch]:
 
 
 @pytest.fixture(scope="module")
-def guarding_server(etcd_binary: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:  # noqa: ARG001
+def guarding_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     """A server with the users `root`, `worker`, `trainer` and `stranger`, who have no rights but root."""
     with EtcdServer(tmp_path_factory.mktemp("guarded")) as server:
         for name in ("root", "worker", "trainer", "stranger"):

@@ -8,6 +8,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -30,6 +31,10 @@ from ucxx_transport import (
 EPISODE = bytes(range(256)) * 16
 
 
+def are_free(served: ServedRing, refs: list[SlotRef]) -> bool:
+    return all(served.ring.slot_state(ref.slot) is SlotState.FREE for ref in refs)
+
+
 def test_a_stopped_source_costs_the_others_of_its_batch_nothing() -> None:
     with (
         served_ring(mode="process", stall_timeout_s=600.0) as stopped,
@@ -47,11 +52,7 @@ def test_a_stopped_source_costs_the_others_of_its_batch_nothing() -> None:
                 lost = [stopped.ring.write_raw(EPISODE) for _ in range(2)]
                 had = [healthy.ring.write_raw(EPISODE) for _ in range(4)]
                 reading = threads.submit(client.read_many, [*lost, *had])
-                wait_until(
-                    lambda had=had: [healthy.ring.slot_state(ref.slot) for ref in had] == [SlotState.FREE] * 4,  # type: ignore[misc]
-                    60,
-                    what="the others are read",
-                )
+                wait_until(partial(are_free, healthy, had), 60, what="the others are read")
                 outcomes = reading.result(timeout=60)
                 assert [isinstance(outcome, DeadlineExceededError | PeerLostError) for outcome in outcomes[:2]] == [
                     True,

@@ -405,30 +405,25 @@ def test_a_reference_to_a_dead_worker_is_stale_at_another_one_on_its_port(host: 
 
 
 def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: StoreRig, heard: Heard) -> None:
-    with worker(host, serve="0") as running, SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client:
+    with (
+        ThreadPoolExecutor(1) as threads,
+        worker(host, serve="0") as running,
+        SyncUCXXClient(OVER_UCX, watcher=heard.watcher) as client,
+    ):
         running.ask(published=MINUTE)
         heard.watcher.wait_for(1, MINUTE)
         first, ref = ref_of(running.ask(write="one")), ref_of(running.ask(write="two"))
         assert bytes(client.read(first, deadline_s=MINUTE).buffer) == b"one"
         server = running.ask(server_pid=True)["server"]
         stop_process(server)  # so that it neither answers nor breaks the connection
-        errors: list[BaseException] = []
-
-        def read() -> None:
-            try:
-                client.read(ref, deadline_s=10 * MINUTE)
-            except BaseException as error:  # noqa: BLE001 - looked at below
-                errors.append(error)
-
-        reading = threading.Thread(target=read)
-        reading.start()
+        reading = threads.submit(client.read, ref, deadline_s=10 * MINUTE)
         wait_until(lambda: client.statistics().lent_buffers > 0, MINUTE, what="the read is on its way")
         stop_process(running.pid)
-        reading.join(MINUTE)
+        with pytest.raises(PeerLostError) as lost:
+            reading.result(MINUTE)
         os.kill(server, signal.SIGCONT)
         running.signal(signal.SIGKILL)
-        assert [type(error) for error in errors] == [PeerLostError]
-        assert errors[0].facts["reason"] == "removed"  # type: ignore[attr-defined]  # the class was checked above
+        assert lost.value.facts["reason"] == "removed"
         assert client.statistics().pooled_endpoints == 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from tests.model.plain_ring import Key, ModelLease, ModelRing, key_of
 from tests.support.numbered_session import NumberedSession
@@ -277,7 +278,7 @@ class Port:
                 status = Status.STALE if isinstance(error, StaleSlotError) else Status.BUSY
                 if shared:
                     part = connection.server.refused_part(attempt, status, str(error))
-                    parts.append(lambda part=part: part)  # type: ignore[misc]
+                    parts.append(partial(bytes, part))
                 else:
                     self._reply(connection, connection.server.refused(attempt, status, str(error)))
                 continue

@@ -34,7 +34,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -96,19 +96,10 @@ class Job:
 
     def served(self) -> Uses:
         """By threads; a worker's ring is served by a process."""
-        ring = SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=1000))
-        server = UCXXServer(ring, ServerConfig(ports=1, host="127.0.0.1", mode="thread"))
-
-        def close() -> None:
-            server.stop()
-            ring.close()
-
-        try:
-            server.start()
-        except BaseException:
-            close()
-            raise
-        return server.statistics, close
+        with ExitStack() as made:
+            ring = made.enter_context(SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=1000)))
+            server = made.enter_context(UCXXServer(ring, ServerConfig(ports=1, host="127.0.0.1", mode="thread")))
+            return server.statistics, made.pop_all().close
 
     def client(self) -> Uses:
         client = SyncUCXXClient(ClientConfig(local="off"))

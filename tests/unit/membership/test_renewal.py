@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_sidecar_that_has_other_work_renews_all_leases_that_it_is_given(store:
     host.start()
     try:
         for keeper in (first, second):
-            wait_until(lambda keeper=keeper: keeper.keeps, MINUTE, what="it is renewed")  # type: ignore[misc]  # bound
+            wait_until(partial(getattr, keeper, "keeps"), MINUTE, what="it is renewed")
         first.close()
         assert host.pid is not None, "it is its owner's to stop"
         host.kept.clear()

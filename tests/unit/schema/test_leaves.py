@@ -128,9 +128,9 @@ class Broken(UserDict[str, object]):
         raise IndexError("rows differ")
 
 
-def refusal(call: Callable[[], object]) -> ConfigError:
+def refusal(call: Callable[..., object], *arguments: object) -> ConfigError:
     with pytest.raises(ConfigError) as refused:
-        call()
+        call(*arguments)
     return refused.value
 
 
@@ -161,10 +161,11 @@ def test_each_refusal_of_a_leaf_names_its_field_and_a_way_that_works() -> None:
         ({"x": [2**70]}, "x", "numbers of 64 bits at most"),
         (Broken(x=image), "data", "IndexError: rows differ.*; give a dict of its arrays"),
     ]
+    cases: list[tuple[Callable[..., object], object, str, str]]
     cases = [*((IDS.arrange, *case) for case in with_schema), *((Schema.from_example, *case) for case in without)]
     for call, tree, field, words in cases:
         with row(tree=tree):
-            error = refusal(lambda call=call, tree=tree: call(tree))  # type: ignore[misc]
+            error = refusal(call, tree)
             assert error.facts["field"] == field
             assert re.search(words, error.message), error.message
     lacking = refusal(lambda: Schema.from_example({"ids": [1]}, varlen={"ids": 8, "image": 4}))
@@ -188,6 +189,6 @@ def test_each_tensor_that_is_no_array_is_refused_with_what_makes_one_of_it() -> 
     for make, words in rows:
         with row(words=words), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its prototypes
-            error = refusal(lambda make=make: Schema.from_example({"x": make()}))  # type: ignore[misc]
+            error = refusal(Schema.from_example, {"x": make()})
             assert error.facts["field"] == "x"
             assert words in error.message
