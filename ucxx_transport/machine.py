@@ -39,16 +39,25 @@ _V1_FILES: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 _STREAMS: Final = ("standard input", "standard output", "standard error")
 
 
-class Part(NamedTuple):
-    """One part: what was found, and where it is missing, what that costs and how much it matters."""
+Verdict = Literal["ok", "note", "warning", "failure"]
+"""Good to know; something will hurt; the transport cannot work."""
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at, what was found, and what it costs or what to do about it."""
 
     name: str
-    found: str
-    cost: str = ""
-    matters: Literal["note", "warning", "failure"] = "note"
+    value: str
+    verdict: Verdict = "ok"
+    remedy: str = ""
+
+    @classmethod
+    def judged(cls, name: str, value: str, verdict: Verdict, remedy: str) -> Finding:
+        """One of that verdict where there is a remedy, of `ok` where there is none."""
+        return cls(name, value, verdict if remedy else "ok", remedy)
 
 
-def parts() -> list[Part]:
+def parts() -> list[Finding]:
     """Look at each; nothing of them is used or kept."""
     has_sqlite = find_spec("sqlite3") is not None and find_spec("_sqlite3") is not None
     unchecked = "a ring is not checked against a memory limit: see that its container has room for it"
@@ -65,13 +74,13 @@ def parts() -> list[Part]:
         _part("memfd", hasattr(os, "memfd_create"), "a temporary file takes its place: TMPDIR must be writable"),
         _part("pidfd", hasattr(os, "pidfd_open"), "nothing: a sidecar watches its worker by polling"),
         _part("CUDA driver", os.path.exists("/dev/nvidiactl"), "no arrays on a GPU; all else works"),
-        Part("encoding", encoding, "" if is_utf8 else replaced),
-        Part("streams", f"closed: {closed}" if closed else "open", unheard if closed else ""),
+        Finding.judged("encoding", encoding, "note", "" if is_utf8 else replaced),
+        Finding.judged("streams", f"closed: {closed}" if closed else "open", "note", unheard if closed else ""),
     ]
 
 
-def _part(name: str, is_there: bool, cost: str, matters: Literal["note", "warning", "failure"] = "note") -> Part:  # noqa: FBT001 - a row
-    return Part(name, "there", matters=matters) if is_there else Part(name, "missing", cost, matters)
+def _part(name: str, is_there: bool, cost: str, verdict: Verdict = "note") -> Finding:  # noqa: FBT001 - a row
+    return Finding(name, "there") if is_there else Finding(name, "missing", verdict, cost)
 
 
 def has_proc() -> bool:

@@ -187,8 +187,7 @@ class GroupMachine(RuleBasedStateMachine):
             one.participant.reset()
             return one.store.reachable
         except (MembershipEndedError, LeaseLostError) as over:
-            event = over.event if isinstance(over, MembershipEndedError) else RankEvent.LOSE
-            self.drop_out(one, event)
+            self.drop_out(one, left=isinstance(over, MembershipEndedError) and over.left)
             return True
         finally:
             self.judge()
@@ -208,8 +207,8 @@ class GroupMachine(RuleBasedStateMachine):
         participant.step(one.snapshot)
         return is_new or self.data.revision != revision
 
-    def drop_out(self, one: Process, event: RankEvent) -> None:
-        one.shared.end(event, NotReadyError("over"))
+    def drop_out(self, one: Process, *, left: bool) -> None:
+        one.shared.end(NotReadyError("over"), left=left)
         one.participant = None
         lease_id, one.lease = one.lease_id, None
         self.admin.revoke(lease_id)
@@ -322,7 +321,7 @@ class GroupMachine(RuleBasedStateMachine):
         with suppress(DeadlineExceededError):  # it is cut off, and its lease is given back by other means
             change_view(self.retrying(one), RankEvent.LEAVE, [rank], incarnation=one.incarnation)
         self.judge()
-        self.drop_out(one, RankEvent.LEAVE)
+        self.drop_out(one, left=True)
 
     # rules
 

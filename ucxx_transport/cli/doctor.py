@@ -9,11 +9,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from itertools import chain
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -26,15 +24,12 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
-from ucxx_transport.machine import MemoryLimit, has_proc, memory_limit, parts
+from ucxx_transport.machine import Finding, MemoryLimit, Verdict, has_proc, memory_limit, parts
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
 from ucxx_transport.ring.segment import SegmentInfo, list_segments
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.units import format_bytes, format_duration
-
-Verdict = Literal["ok", "note", "warning", "failure"]
-"""Good to know; something will hurt; the transport cannot work."""
 
 _UNLIMITED: Final = "unlimited"
 _PAYLOAD_BYTES: Final = 1 << 20
@@ -54,22 +49,6 @@ _OPTIONAL: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at, what was found, and what to do about it."""
-
-    topic: str
-    name: str
-    value: str
-    verdict: Verdict = "ok"
-    remedy: str = ""
-
-    @classmethod
-    def judged(cls, topic: str, name: str, value: str, verdict: Verdict, remedy: str) -> Finding:
-        """One of that verdict where there is a remedy, of `ok` where there is none."""
-        return cls(topic, name, value, verdict if remedy else "ok", remedy)
-
-
 def doctor(
     *,
     loopback: Annotated[bool, typer.Option(help="Also move payloads through a ring, a server and a client.")] = True,
@@ -77,61 +56,57 @@ def doctor(
 ) -> None:
     """Look at Python, UCX, network, shared memory and limits, and try the whole way once on this machine."""
     logs_to_stderr("error")
-    looks = [_software_findings(), _machine_findings(), _ucx_findings(), _network_findings(), _host_findings()]
-    looks += [_loopback_findings()] if loopback else []
-    findings = []
-    for finding in chain.from_iterable(looks):
-        findings.append(finding)
-        if not as_json:
-            _print(finding)
-    failures = [finding for finding in findings if finding.verdict == "failure"]
+    looks: dict[str, Callable[[], Iterable[Finding]]]
+    looks = {"software": _software, "machine": parts, "ucx": _ucx, "network": _network, "host": _host}
+    looks |= {"loopback": _loopback} if loopback else {}
+    findings: list[dict[str, object]] = []
+    for topic, look in looks.items():
+        for finding in look():
+            findings.append({"topic": topic, **finding._asdict()})
+            if not as_json:
+                _print(topic, finding)
+    failed = sum(finding["verdict"] == "failure" for finding in findings)
     if as_json:
-        print_json({"ok": not failures, "findings": findings})
-    elif not failures:
-        console().print("[green]The transport can work here.[/green]")
+        print_json({"ok": not failed, "findings": findings})
+    elif failed:
+        console().print(f"[bold red]{failed} of {len(findings)} failed.[/bold red]")
     else:
-        console().print(f"[bold red]{len(failures)} of {len(findings)} failed.[/bold red]")
-    if failures:
+        console().print("[green]The transport can work here.[/green]")
+    if failed:
         raise typer.Exit(1)
 
 
-def _print(finding: Finding) -> None:
+def _print(topic: str, finding: Finding) -> None:
     from rich.markup import escape
 
     colour, padding = _COLOURS[finding.verdict], " " * (8 - len(finding.verdict))
-    sign, looked_at = f"[{colour}]{finding.verdict}[/{colour}]", f"{finding.topic} {finding.name}"
+    sign, looked_at = f"[{colour}]{finding.verdict}[/{colour}]", f"{topic} {finding.name}"
     terminal = console()
     terminal.print(f"{sign}{padding}{looked_at:28} {escape(finding.value)}", soft_wrap=True)
     if finding.remedy:
         terminal.print(f"{'':37}[dim]{escape(finding.remedy)}[/dim]", soft_wrap=True)
 
 
-def _software_findings() -> Iterator[Finding]:
+def _software() -> Iterator[Finding]:
     """What is installed; nothing of it is imported."""
-    yield Finding("software", "ucxx_transport", __version__)
-    yield Finding("software", "python", f"{platform.python_version()} at {sys.executable}")
+    yield Finding("ucxx_transport", __version__)
+    yield Finding("python", f"{platform.python_version()} at {sys.executable}")
     if sys.platform != "linux":
-        yield Finding("software", "system", sys.platform, "failure", "ucxx_transport runs on Linux only")
+        yield Finding("system", sys.platform, "failure", "ucxx_transport runs on Linux only")
     if find_spec("ucxx") is None:
         remedy = "only this host's rings can be read; else: pip install 'ucxx_transport[cpu]' (GPU: cu12, cu13)"
-        yield Finding("software", "ucxx", "not installed", "warning", remedy)
+        yield Finding("ucxx", "not installed", "warning", remedy)
     else:
         found = installed_version("ucxx-cu12", "ucxx-cu13", "ucxx") or "installed, of unknown version"
         both = installed_version("ucxx-cu12") and installed_version("ucxx-cu13")
         remedy = "ucxx-cu12 and ucxx-cu13 overwrite each other: uninstall both, install one" if both else ""
-        yield Finding.judged("software", "ucxx", found, "warning", remedy)
+        yield Finding.judged("ucxx", found, "warning", remedy)
     for module, distributions, purpose in _OPTIONAL:
         version = installed_version(*distributions)
-        yield Finding.judged("software", module, version or "not installed", "note", "" if version else purpose)
+        yield Finding.judged(module, version or "not installed", "note", "" if version else purpose)
 
 
-def _machine_findings() -> Iterator[Finding]:
-    """What Python or the machine may have been built or started without, and what it costs."""
-    for part in parts():
-        yield Finding.judged("machine", part.name, part.found, part.matters, part.cost)
-
-
-def _ucx_findings() -> Iterator[Finding]:
+def _ucx() -> Iterator[Finding]:
     """What UCX says of itself, in a process of its own: one that cannot start may end its process."""
     if find_spec("ucxx") is None or not has_proc():
         return
@@ -142,14 +117,14 @@ def _ucx_findings() -> Iterator[Finding]:
     except subprocess.SubprocessError as error:
         lines = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
         remedy = "UCX itself does not start: try without your UCX_* settings, or UCX_LOG_LEVEL=info"
-        yield Finding("ucx", "start", lines[-1] if lines else str(error), "failure", remedy)
+        yield Finding("start", lines[-1] if lines else str(error), "failure", remedy)
     else:
         facts = json.loads(done.stdout.strip().splitlines()[-1])
-        yield Finding("ucx", "version", f"{facts['version']} at {facts['library']}")
+        yield Finding("version", f"{facts['version']} at {facts['library']}")
         yield from transport_findings(facts, rdma_devices=rdma_devices(), environment=os.environ)
     for name, value in sorted(os.environ.items()):
         if name.startswith(("UCX_", "UCXPY_", "RAPIDS_LIBUCX_")):
-            yield Finding("ucx", name, value, "note", "set by you; it wins over the transport's own")
+            yield Finding(name, value, "note", "set by you; it wins over the transport's own")
 
 
 def describe_ucx() -> dict[str, object]:
@@ -162,7 +137,6 @@ def describe_ucx() -> dict[str, object]:
         "version": ".".join(str(part) for part in ucx.get_ucx_version()),
         "library": str(library_in_use()),
         "resources": resources_of(context.info),
-        "cuda": bool(context.cuda_support),
     }
 
 
@@ -173,9 +147,9 @@ def transport_findings(
     ways = sorted({f"{transport}/{device}" for transport, device in facts["resources"]})
     limits = limits_in_words({}, environment) or "this host"
     remedy = "" if networks_of(facts["resources"]) else f"{limits} leaves no network transport: remove it, or add tcp"
-    yield Finding.judged("ucx", "transports", ", ".join(ways) or "none", "failure", remedy)
+    yield Finding.judged("transports", ", ".join(ways) or "none", "failure", remedy)
     if _RDMA & {transport for transport, _ in facts["resources"]}:
-        yield Finding("ucx", "rdma", "available")
+        yield Finding("rdma", "available")
         return
     devices = f"{', '.join(rdma_devices)} in this host, but not usable by this UCX" if rdma_devices else ""
     is_asked_for = environment.get(PREFER_SYSTEM, "").lower() == "true"
@@ -183,25 +157,25 @@ def transport_findings(
         "the UCX of the wheel has no verbs: where there is RDMA install a UCX that has, and set "
         f"{PREFER_SYSTEM}=true{' (it is set; is there such a UCX?)' if is_asked_for else ''}"
     )
-    yield Finding("ucx", "rdma", devices or "no device here", "warning" if devices else "note", remedy)
+    yield Finding("rdma", devices or "no device here", "warning" if devices else "note", remedy)
 
 
-def _network_findings() -> Iterator[Finding]:
+def _network() -> Iterator[Finding]:
     listed = [
         f"{one.name} {one.address}{f' ({one.rdma_device})' if one.rdma_device else ''}{'' if one.up else ' down'}"
         for one in list_interfaces()
     ]
-    yield Finding("network", "interfaces", ", ".join(listed) or "none")
+    yield Finding("interfaces", ", ".join(listed) or "none")
     try:
         chosen = choose_address(None)
     except ConfigError as error:
-        yield Finding("network", "published address", error.message, "failure")
+        yield Finding("published address", error.message, "failure")
         return
     yield _ports()
     is_local = chosen.startswith("127.")
     remedy = "only this host reaches it; another: server.host or UCXX_TRANSPORT_SERVER__HOST" if is_local else ""
     value = f"{chosen} (listening is on all interfaces)"
-    yield Finding.judged("network", "published address", value, "warning", remedy)
+    yield Finding.judged("published address", value, "warning", remedy)
 
 
 def _ports() -> Finding:
@@ -209,7 +183,7 @@ def _ports() -> Finding:
     try:
         server, client = ServerConfig(), ClientConfig()
     except ConfigError as error:
-        return Finding("network", "ports", error.message, "failure")
+        return Finding("ports", error.message, "failure")
     pinned = os.environ.get("UCX_TCP_PORT_RANGE")
     serving, reading = (
         pinned or ("any free" if one.data_ports is None else "-".join(map(str, one.data_ports)))
@@ -223,26 +197,26 @@ def _ports() -> Finding:
         "UCX connects both ways. Behind a firewall set server.base_port and data_ports of both sides, and open: "
         "trainer to worker, listening and data ports; worker to trainer, data ports"
     )
-    return Finding("network", "ports", value, "note", remedy)
+    return Finding("ports", value, "note", remedy)
 
 
-def _host_findings() -> Iterator[Finding]:
+def _host() -> Iterator[Finding]:
     yield _shared_memory()
     yield memory_limit_finding(memory_limit())
     yield segments_finding(list_segments())
     soft, hard = (_limit(one, str) for one in resource.getrlimit(resource.RLIMIT_NOFILE))
     few = soft.isdecimal() and int(soft) < _FEW_DESCRIPTORS
     remedy = "each connection takes one: ulimit -n 65536 for a server of many trainers" if few else ""
-    yield Finding.judged("host", "open files", f"{soft} (at most {hard})", "note", remedy)
+    yield Finding.judged("open files", f"{soft} (at most {hard})", "note", remedy)
     locked = _limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], format_bytes)
     matters = rdma_devices() and locked != _UNLIMITED
     remedy = "RDMA locks the memory it sends from: ulimit -l unlimited" if matters else ""
-    yield Finding.judged("host", "locked memory", locked, "warning", remedy)
-    yield Finding("host", "cores", str(len(os.sched_getaffinity(0))))
+    yield Finding.judged("locked memory", locked, "warning", remedy)
+    yield Finding("cores", str(len(os.sched_getaffinity(0))))
     if not has_proc():
         return
     remedy = "containers that show the same one read each other's rings in place: share the folder and pids"
-    yield Finding("host", "host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
+    yield Finding("host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
 
 
 def _limit(value: int, words: Callable[[int], str]) -> str:
@@ -256,19 +230,19 @@ def _shared_memory() -> Finding:
     value = f"{format_bytes(free)} free of {format_bytes(total)}"
     remedy = f"docker: --shm-size=8g; else: mount -o remount,size=8g {folder}"
     if not os.access(folder, os.W_OK):
-        return Finding("host", str(folder), f"{value}, not writable", "failure", remedy)
+        return Finding(str(folder), f"{value}, not writable", "failure", remedy)
     is_small = 0 < free < _SMALL_SHARED_MEMORY_BYTES
-    return Finding.judged("host", str(folder), value, "warning", remedy if is_small else "")
+    return Finding.judged(str(folder), value, "warning", remedy if is_small else "")
 
 
 def memory_limit_finding(limit: MemoryLimit | None) -> Finding:
     """What the cgroup leaves for rings, which count as its memory wherever they lie in /dev/shm."""
     if limit is None:
-        return Finding("host", "memory limit", "none")
+        return Finding("memory limit", "none")
     value = f"{format_bytes(limit.room_bytes)} left of {format_bytes(limit.limit_bytes)} ({limit.folder})"
     remedy = "a ring is memory of its worker: raise it (docker: --memory; Kubernetes: resources.limits.memory)"
     is_small = limit.room_bytes < _SMALL_SHARED_MEMORY_BYTES
-    return Finding.judged("host", "memory limit", value, "warning", remedy if is_small else "")
+    return Finding.judged("memory limit", value, "warning", remedy if is_small else "")
 
 
 def segments_finding(segments: Sequence[SegmentInfo]) -> Finding:
@@ -277,10 +251,10 @@ def segments_finding(segments: Sequence[SegmentInfo]) -> Finding:
     value = f"{len(segments) - len(orphans)} in use, {len(orphans)} left by dead processes"
     held = format_bytes(sum(info.nbytes for info in orphans))
     remedy = f"ucxx-transport clean frees {held}; so does the next ring made here" if orphans else ""
-    return Finding.judged("host", "rings", value, "warning", remedy)
+    return Finding.judged("rings", value, "warning", remedy)
 
 
-def _loopback_findings() -> Iterator[Finding]:
+def _loopback() -> Iterator[Finding]:
     """Read payloads in place and, where ucxx is installed, over UCX; bytes are compared."""
     # What is set for this machine's own rings, such as a name or a token for one side, is not what is tried here.
     ring_config = RingConfig(slots=4, slot_bytes=_PAYLOAD_BYTES, name=None, readers=1, checksum=True)
@@ -293,7 +267,7 @@ def _loopback_findings() -> Iterator[Finding]:
                     over_ucx = ClientConfig(local="off", token=None, shm_lanes=False, deadline_s=10.0)
                     yield _reads(ring, over_ucx, "over UCX")
     except TransportError as error:
-        yield Finding("loopback", "ring, server and client", str(error), "failure")
+        yield Finding("ring, server and client", str(error), "failure")
 
 
 def _reads(ring: SharedRingBuffer, settings: ClientConfig, name: str) -> Finding:
@@ -306,10 +280,10 @@ def _reads(ring: SharedRingBuffer, settings: ClientConfig, name: str) -> Finding
             with client.read(ref) as payload:
                 took_s.append(time.perf_counter() - start)
                 if bytes(payload.buffer) != sent:
-                    return Finding("loopback", name, "other bytes came than were written", "failure")
+                    return Finding(name, "other bytes came than were written", "failure")
         lanes = [lane for lane in client.statistics().transports if lane != "unknown"]
     typical = sorted(took_s)[_READS // 2]
     through = f" through {', '.join(lanes)}" if lanes else ""
     speed = f"{_PAYLOAD_BYTES / typical / 1e9:.1f} GB/s" if name != "in place" else "nothing copied"
     size = format_bytes(_PAYLOAD_BYTES)
-    return Finding("loopback", name, f"{_READS} × {size} intact, {format_duration(typical)} each, {speed}{through}")
+    return Finding(name, f"{_READS} × {size} intact, {format_duration(typical)} each, {speed}{through}")

@@ -24,6 +24,15 @@ def print_json(document: object) -> None:
     sys.stdout.flush()
 
 
+def say(document: object, *lines: str, as_json: bool) -> None:
+    """Print a verb's answer: the document for programs, or the lines for people."""
+    if as_json:
+        print_json(document)
+        return
+    for line in lines:
+        typer.echo(line)
+
+
 def print_error(message: str, facts: Mapping[str, object]) -> None:
     """Write what went wrong to stderr, its facts indented below."""
     lines = [f"error: {message}", *(f"  {name} = {value}" for name, value in facts.items())]
@@ -46,14 +55,14 @@ def logs_to_stderr(level: str = "warning") -> None:
 
     std, dev = structlog.stdlib, structlog.dev
     shown = dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=dev.plain_traceback)
-    first: list[structlog.typing.Processor] = [
-        std.add_log_level,
-        std.ExtraAdder(),
-        structlog.processors.TimeStamper(fmt="iso", utc=False),
-    ]
-    last: list[structlog.typing.Processor] = [std.ProcessorFormatter.remove_processors_meta, shown]
+    time = structlog.processors.TimeStamper(fmt="iso", utc=False)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(std.ProcessorFormatter(foreign_pre_chain=first, processors=last))
+    handler.setFormatter(
+        std.ProcessorFormatter(
+            foreign_pre_chain=[std.add_log_level, std.ExtraAdder(), time],
+            processors=[std.ProcessorFormatter.remove_processors_meta, shown],
+        )
+    )
     logger = logging.getLogger("ucxx_transport")
     logger.addHandler(handler)
     logger.setLevel(level.upper())

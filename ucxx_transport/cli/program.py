@@ -33,7 +33,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 import ucxx_transport
-from ucxx_transport.cli.output import AsJson, console, print_error, print_json
+from ucxx_transport.cli.output import AsJson, console, print_error, print_json, say
 from ucxx_transport.errors import ConfigError, TransportError
 
 VERBS: Final[Mapping[str, str]] = {
@@ -184,11 +184,7 @@ def version(*, as_json: AsJson = False) -> None:
         "ucxx": installed_version("ucxx-cu12", "ucxx-cu13", "ucxx"),
         "libucx": installed_version("libucx-cu12", "libucx-cu13", "libucx"),
     }
-    if as_json:
-        print_json(found)
-        return
-    for name, value in found.items():
-        typer.echo(f"{name:15} {value or 'not installed'}")
+    say(found, *(f"{name:15} {value or 'not installed'}" for name, value in found.items()), as_json=as_json)
 
 
 def installed_version(*distributions: str) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.cli.output import AsJson, console, print_json, say
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.membership import SourceRecord, SourceWatcher, Store, open_store
@@ -78,20 +79,13 @@ def _list(store: Store, *, as_json: bool) -> None:
 
 def _follow(store: Store, *, as_json: bool) -> None:
     def report(change: str, source: SourceRecord) -> None:
-        if as_json:
-            print_json({"change": change, "source": source.to_dict()})
-            return
         now = datetime.now(UTC).astimezone().strftime("%H:%M:%S")
         where = f"{source.host}:{','.join(map(str, source.ports))}" if source.host else source.ring_name
-        typer.echo(f"{now} {change:<6} {source.worker_id} epoch {source.epoch} {source.status.value} {where}")
+        line = f"{now} {change:<6} {source.worker_id} epoch {source.epoch} {source.status.value} {where}"
+        say({"change": change, "source": source.to_dict()}, line, as_json=as_json)
 
-    watcher = SourceWatcher(
-        store,
-        on_add=lambda source: report("add", source),
-        on_update=lambda source: report("update", source),
-        on_remove=lambda source: report("remove", source),
-    )
-    with watcher:
+    callbacks: dict[str, Any] = {f"on_{change}": partial(report, change) for change in ("add", "update", "remove")}
+    with SourceWatcher(store, **callbacks):
         threading.Event().wait()  # until it is interrupted
 
 
@@ -109,12 +103,8 @@ def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:
         else:
             store.delete(source_key(worker_id), expected=entry.revision)
         reaped.append(worker_id)
-    if as_json:
-        print_json({"reaped": reaped, "missing": missing})
-    else:
-        for worker_id in reaped:
-            typer.echo(f"reaped {worker_id}")
-        for worker_id in missing:
-            typer.echo(f"no source {worker_id!r} in {store.url}", err=True)
+    say({"reaped": reaped, "missing": missing}, *(f"reaped {worker_id}" for worker_id in reaped), as_json=as_json)
+    for worker_id in missing:
+        typer.echo(f"no source {worker_id!r} in {store.url}", err=True)
     if missing:
         raise typer.Exit(1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
+from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json, say
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.ring import SharedRingBuffer
@@ -56,24 +56,22 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show the rings on this host as they fill and empty, until interrupted."""
-    if as_json or once:
-        while True:
-            segments = _described()
-            if as_json:
-                print_json({"segments": segments})
-            else:
-                console().print(_table_of(segments))
-            if once:
-                return
-            time.sleep(interval_s)
     from rich.live import Live
 
     before: dict[str, dict[str, Any]] = {}
-    with Live(console=console(), auto_refresh=False) as live:
+    terminal = console()
+    with nullcontext() if as_json or once else Live(console=terminal, auto_refresh=False) as live:
         while True:
             now = {segment["name"]: segment for segment in _described()}
             rates = {name: _rate(before.get(name), segment, interval_s) for name, segment in now.items()}
-            live.update(_table_of(list(now.values()), rates), refresh=True)
+            if as_json:
+                print_json({"segments": list(now.values())})
+            elif live is None:
+                terminal.print(_table_of(list(now.values())))
+            else:
+                live.update(_table_of(list(now.values()), rates), refresh=True)
+            if once:
+                return
             before = now
             time.sleep(interval_s)
 
@@ -99,16 +97,13 @@ def clean(
     removed = list(orphans) if dry_run else sweep_orphans()
     left = [] if dry_run else [info.name for info in list_segments() if not info.creator_alive]
     freed = sum(orphans.get(name, 0) for name in removed)
-    if as_json:
-        in_use = [info.name for info in before if info.creator_alive]
-        print_json({"dry_run": dry_run, "removed": removed, "freed_bytes": freed, "left": left, "in_use": in_use})
-    else:
-        for name in removed:
-            typer.echo(f"{'would remove' if dry_run else 'removed'} {name} ({format_bytes(orphans.get(name, 0))})")
-        done, used = "to remove" if dry_run else "removed", len(before) - len(orphans)
-        typer.echo(f"{len(removed)} {done}, {format_bytes(freed)}; {used} in use")
-        for name in left:
-            typer.echo(f"could not remove {name}: it belongs to another user", err=True)
+    in_use = [info.name for info in before if info.creator_alive]
+    document = {"dry_run": dry_run, "removed": removed, "freed_bytes": freed, "left": left, "in_use": in_use}
+    verb, done = ("would remove", "to remove") if dry_run else ("removed", "removed")
+    lines = [f"{verb} {name} ({format_bytes(orphans.get(name, 0))})" for name in removed]
+    say(document, *lines, f"{len(removed)} {done}, {format_bytes(freed)}; {len(in_use)} in use", as_json=as_json)
+    for name in left:
+        typer.echo(f"could not remove {name}: it belongs to another user", err=True)
     if left:
         raise typer.Exit(1)
 
@@ -231,23 +226,15 @@ def serve(
                 f"ring     {ring.name}: {ring.slots} slots of {format_bytes(ring.slot_bytes)}, {len(refs)} filled\n"
                 f"serving  {server.address} ports {', '.join(map(str, server.ports))}; Ctrl-C ends it"
             )
-            _say(document, words, as_json=as_json)
+            say(document, words, as_json=as_json)
             while True:
                 time.sleep(3600)
         finally:
             counts = server.statistics()
             delivered, sent = counts.total("delivered"), format_bytes(counts.total("bytes_sent"))
             words = f"stopping: {delivered} payloads delivered, {sent}; {counts.restarts} restarts of its ports"
-            _say({"event": "stopping", "server": counts, "ring": ring.statistics()}, words, as_json=as_json)
+            say({"event": "stopping", "server": counts, "ring": ring.statistics()}, words, as_json=as_json)
 
 
 def _given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _say(document: dict[str, Any], words: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        typer.echo(words)
-        sys.stdout.flush()

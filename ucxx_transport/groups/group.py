@@ -15,7 +15,7 @@ from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant
-from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, SharedState
+from ucxx_transport.groups.state import GONE, NOT_SEEN, GroupState, GroupStatistics, Member, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view, put_policy_version
 from ucxx_transport.logs import get_logger
@@ -134,7 +134,7 @@ class RankGroup:
             text = "an isolated rank knows no others: join_group() first"
             raise errors.NotReadyError(text, group=now.group, rank=rank)
         seat = now.view.seat_of(rank)
-        record = None if now.snapshot is None else now.snapshot.members.get(rank)
+        record = now.snapshot.members.get(rank)
         if seat.state.is_seated or record is None or record.incarnation == seat.incarnation:
             return seat.state
         return RankState.JOINING  # it has published itself: to be admitted
@@ -163,7 +163,7 @@ class RankGroup:
         self._shared.listeners.refuse_in_callback("join_group()")
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
         while not self._joining.acquire(timeout=retrying.left_s):
-            retrying.check_deadline("another join_group() of this rank")
+            retrying.check("another join_group() of this rank")
         try:
             self._cancelled.clear()
             if self._participant is not None:
@@ -254,11 +254,7 @@ class RankGroup:
         retrying = Retrying(self._context, timeout_s, "setting the policy version")
         revision = put_policy_version(retrying, version, rewind=rewind)
         if not self._shared.listeners.is_calling_back():
-            self._shared.wait(
-                lambda now: now.snapshot is not None and now.snapshot.revision >= revision,
-                retrying,
-                lambda _: f"revision {revision}",
-            )
+            self._shared.wait(lambda now: now.snapshot.revision >= revision, retrying, lambda _: f"revision {revision}")
 
     def wait_for_view(self, min_epoch: int, timeout_s: float | str) -> GroupView:
         """The group's view once it is of `min_epoch` or later, and the callbacks of `on_view` have had it.
@@ -323,14 +319,14 @@ class RankGroup:
 
         def waiting_for(now: GroupState) -> str | tuple[int, ...]:
             seen = now.snapshot
-            return "store" if seen is None else awaited_ranks(seen.view, seen.members, self.rank)
+            return "store" if seen is NOT_SEEN else awaited_ranks(seen.view, seen.members, self.rank)
 
         try:
             participant.start()
             return self._shared.wait(joined, retrying, waiting_for)
         except BaseException:
             self._stop(participant)
-            self._shared.end(RankEvent.LEAVE, errors.RegistryError("joining was cancelled", **self._context.keys))
+            self._shared.end(errors.RegistryError("joining was cancelled", **self._context.keys), left=True)
             self._participant = None
             raise
 
@@ -343,7 +339,7 @@ class RankGroup:
             change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=incarnation)
             teardown.step("view", change, until_s)
         if leaves:
-            self._shared.end(RankEvent.LEAVE, errors.NotReadyError("this rank has left", **self._context.keys))
+            self._shared.end(errors.NotReadyError("this rank has left", **self._context.keys), left=True)
         participant.stop(teardown, until_s)
 
     def _member(self) -> None:

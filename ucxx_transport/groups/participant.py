@@ -53,11 +53,11 @@ TICK_S: Final = 0.05
 
 
 class MembershipEndedError(Exception):
-    """This rank is not in the group any more; `error` is for waiting calls, and for `on_gone`."""
+    """This rank is not in the group any more, and whether it `left`; `error` is for waiting calls and `on_gone`."""
 
-    def __init__(self, event: RankEvent, error: errors.RegistryError) -> None:
+    def __init__(self, error: errors.RegistryError, *, left: bool = False) -> None:
         super().__init__(str(error))
-        self.event, self.error = event, error
+        self.error, self.left = error, left
 
 
 class Participant:
@@ -149,13 +149,13 @@ class Participant:
             self._was_seated = True
         elif is_own or self._was_seated:  # else it is not admitted yet
             ended_by = (seat.ended_by if is_own else None) or RankEvent.LOSE
-            text = "the group goes on without this rank"
-            raise self._ended(errors.LeaseLostError, text, ended_by, epoch=view.epoch, ended_by=ended_by.value)
+            text, left = "the group goes on without this rank", ended_by is RankEvent.LEAVE
+            raise self._ended(errors.LeaseLostError, text, left=left, epoch=view.epoch, ended_by=ended_by.value)
 
     def _ended(
-        self, error: type[errors.RegistryError], text: str, event: RankEvent = RankEvent.LOSE, /, **facts: object
+        self, error: type[errors.RegistryError], text: str, *, left: bool = False, **facts: object
     ) -> MembershipEndedError:
-        return MembershipEndedError(event, error(f"{text}: join_group() again", **facts, **self._context.keys))
+        return MembershipEndedError(error(f"{text}: join_group() again", **facts, **self._context.keys), left=left)
 
     def _write(self, snapshot: GroupSnapshot) -> float | None:
         """Write the view that should follow, at this rank's turn."""
@@ -208,9 +208,9 @@ class Participant:
                         _log.warning("group_store_away", reason=str(error), **keys)
                     self._away = type(error)
             except MembershipEndedError as ended:
-                return self._end(ended.event, ended.error)
+                return self._end(ended.error, left=ended.left)
             except errors.LeaseLostError as error:
-                return self._end(RankEvent.LOSE, error)
+                return self._end(error)
             except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
                 _log.exception("group_thread_failed", **keys)
             self._ending.wait(PAUSE_S)
@@ -253,13 +253,13 @@ class Participant:
         if not self._lease_lost.is_set():
             self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
-    def _end(self, event: RankEvent, error: errors.RegistryError) -> None:
-        if event is not RankEvent.LEAVE:  # which is this rank's own: its thread may see it before `leave` has ended it
+    def _end(self, error: errors.RegistryError, *, left: bool = False) -> None:
+        if not left:  # by `leave`, which may just be about to end it itself
             _log.warning("membership_lost", reason=str(error), **self._context.keys)
         try:  # before anything else hears of it: the next `join_group` finds the rank free
             self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
         except errors.RegistryError as failure:
             _log.warning("lease_not_revoked", lease=self._lease_id, reason=str(failure))
-        self._shared.end(event, error)
+        self._shared.end(error, left=left)
         while self._shared.listeners.retry() and not self._ending.wait(PAUSE_S):
             pass  # `on_gone` waits for a thread, and this one has nothing else to do

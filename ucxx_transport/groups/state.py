@@ -7,16 +7,15 @@ a view without the counts of what it changed.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Final, TypeVar
 
 from ucxx_transport.errors import TransportError
 from ucxx_transport.groups.view import (
     NO_VIEW,
-    TRANSITIONS,
     GroupSnapshot,
     GroupView,
     RankEvent,
@@ -34,6 +33,8 @@ _log = get_logger(__name__)
 T = TypeVar("T")
 
 ViewCallback = Callable[[GroupView], object]
+
+NOT_SEEN: Final = GroupSnapshot(group="", revision=0)
 
 GONE: Final = "gone"
 """To listeners: this rank is a member no longer, without having left."""
@@ -109,7 +110,7 @@ class GroupState:
         statistics: counts up to this view: a rank that has gone from it has been counted.
         ended: why this rank is a member no longer; None: it is one, or never was.
         notified_epoch: of the last view that all callbacks of `on_view` have had.
-        snapshot: the store's content as seen last; None: not seen since this rank joined.
+        snapshot: the store's content as seen last; `NOT_SEEN`: not since this rank joined.
     """
 
     group: str
@@ -120,7 +121,7 @@ class GroupState:
     statistics: GroupStatistics = field(default_factory=GroupStatistics)
     ended: TransportError | None = field(default=None, compare=False)
     notified_epoch: int = field(default=0, compare=False)
-    snapshot: GroupSnapshot | None = field(default=None, compare=False, repr=False)
+    snapshot: GroupSnapshot = field(default=NOT_SEEN, compare=False, repr=False)
 
     @property
     def epoch(self) -> int:
@@ -139,7 +140,7 @@ class GroupState:
 
     def _member(self, seat: Seat) -> Member:
         member = Member(rank=seat.rank, state=seat.state, incarnation=seat.incarnation)
-        record = None if self.snapshot is None else self.snapshot.members.get(seat.rank)
+        record = self.snapshot.members.get(seat.rank)
         if record is None or record.incarnation != seat.incarnation:
             return member
         return replace(member, address=record.address, meta=record.meta)
@@ -168,8 +169,9 @@ class SharedState:
         self._changed = threading.Condition()
         self._incarnation = ""
         self._has_joined = False
-        self._view_callbacks: tuple[ViewCallback, ...] = ()
-        self.listeners = Listeners(_identity, self._count_callback, keys={"group": group, "rank": rank})
+        self._view_callbacks: dict[object, ViewCallback] = {}
+        self._keys = {"group": group, "rank": rank}
+        self.listeners = Listeners(_identity, lambda what: self.count(**{f"callback_{what}": 1}), keys=self._keys)
 
     def wait(
         self,
@@ -185,23 +187,22 @@ class SharedState:
             while not (answer := find(self.now)):
                 if self.now.ended is not None:
                     raise copy(self.now.ended)  # several may wait, and come back
-                problems = {} if self.now.snapshot is None else dict(self.now.snapshot.problems)
-                retrying.check_deadline(waiting_for(self.now), epoch=self.now.epoch, problems=problems)
-                retrying.check()
+                problems = dict(self.now.snapshot.problems)
+                retrying.check(waiting_for(self.now), epoch=self.now.epoch, problems=problems)
                 self._changed.wait(min(retrying.left_s, POLL_S))
             return answer
 
     def on_view(self, callback: ViewCallback) -> Callable[[], None]:
         """Call `callback` with each view from now on, in the thread of `apply`, until what is returned is called."""
-        once = partial(callback)  # to be told from another registration of the same
+        registration = object()
 
         @not_in_forks
         def end() -> None:
             with self._changed:
-                self._view_callbacks = tuple(other for other in self._view_callbacks if other is not once)
+                self._view_callbacks.pop(registration, None)
 
         with self._changed:
-            self._view_callbacks += (once,)
+            self._view_callbacks[registration] = callback
         return end
 
     def count(self, **more: int) -> None:
@@ -214,7 +215,7 @@ class SharedState:
         with self._changed:
             state = advance(self.now.state, RankEvent.ADMIT)
             self._incarnation, self._has_joined = incarnation, False
-            self.now = replace(self.now, state=state, snapshot=None, ended=None)
+            self.now = replace(self.now, state=state, snapshot=NOT_SEEN, ended=None)
 
     def show(self, snapshot: GroupSnapshot) -> None:
         """The store's present content, whether its view is applied or not."""
@@ -226,47 +227,41 @@ class SharedState:
     def apply(self, view: GroupView) -> None:
         """Take a newer view with its counts, call back for it, and only then wake waiting calls; for one thread."""
         with self._changed:
-            before, callbacks = self.now, self._view_callbacks
+            before, callbacks = self.now, list(self._view_callbacks.values())
             after = replace(before, view=view)
             if view.seats_incarnation(before.rank, self._incarnation):
                 after = replace(after, state=view.state_of(before.rank))
                 self._has_joined = self._has_joined or after.state is not RankState.JOINING
             removed, added = before.not_in(view), after.not_in(before.view)
             activated = set(view.active_ranks) - set(before.active_ranks)
-            statistics = before.statistics.plus(views=1, admitted=len(added), activated=len(activated))
-            for member in removed:
-                statistics = statistics.plus(**{_reason_gone(view, member): 1})
-            self.now = replace(after, statistics=statistics)
+            reasons = [_reason_gone(view, member) for member in removed]
+            counts = {"views": 1, "admitted": len(added), "activated": len(activated), **Counter(reasons)}
+            self.now = replace(after, statistics=before.statistics.plus(**counts))
             self.listeners.put([(REMOVE, member) for member in removed] + [(ADD, member) for member in added])
-        for member in removed:
-            if (reason := _reason_gone(view, member)) != "left":
-                keys = {"group": before.group, "rank": before.rank, "epoch": view.epoch}
-                _log.warning("group_member_gone", member=member.rank, reason=reason, **keys)
+        for member, reason in zip(removed, reasons, strict=True):
+            if reason != "left":
+                _log.warning("group_member_gone", member=member.rank, reason=reason, epoch=view.epoch, **self._keys)
         for callback in callbacks:
             try:
                 with self.listeners.calling_back():
                     callback(view)
             except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
-                self._count_callback("errors")
+                self.count(callback_errors=1)
                 _log.exception("group_callback_failed", group=before.group, rank=before.rank, epoch=view.epoch)
         with self._changed:
             self.now = replace(self.now, notified_epoch=view.epoch)
             self._changed.notify_all()
 
-    def end(self, event: RankEvent, error: TransportError) -> None:
-        """This rank is a member no more: waiting calls raise `error`; `on_gone`, if it had joined and did not leave."""
+    def end(self, error: TransportError, *, left: bool = False) -> None:
+        """This rank is a member no more: waiting calls raise `error`; `on_gone`, if it had joined and has not left."""
         with self._changed:
             if not self.now.state.is_seated:
                 return
-            is_known = (self.now.state, event) in TRANSITIONS  # not so if views were skipped that were soon outdated
-            state = advance(self.now.state, event if is_known else RankEvent.LOSE)
+            state = advance(self.now.state, RankEvent.LEAVE if left else RankEvent.LOSE)
             self.now = replace(self.now, state=state, ended=error)
-            if self._has_joined and event is not RankEvent.LEAVE:
+            if self._has_joined and not left:
                 self.listeners.put([(GONE, error)])
             self._changed.notify_all()
-
-    def _count_callback(self, what: str) -> None:
-        self.count(**{f"callback_{what}": 1})
 
 
 def _identity(fact: Member | TransportError) -> tuple[int, str]:

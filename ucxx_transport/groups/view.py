@@ -34,7 +34,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Snapshot, policy_key, rank_of, view_key
@@ -45,6 +45,7 @@ from ucxx_transport.schema.wire_form import (
     describe,
     is_unsigned,
     pack_json,
+    refuse,
     take_fields,
     unpack_json,
     untrusted,
@@ -109,6 +110,16 @@ def advance(state: RankState, event: RankEvent) -> RankState:
     return after
 
 
+def _check(value: object, *counts: str, **texts: int) -> None:
+    """Refuse fields that are no numbers from 0 on, and those that are no texts of at most so many characters."""
+    for name in counts:
+        if not is_unsigned(count := getattr(value, name), 63):
+            refuse(name, count, "a number from 0 on")
+    for name, max_chars in texts.items():
+        if not isinstance(text := getattr(value, name), str) or len(text) > max_chars:
+            refuse(name, text, f"text of at most {max_chars} characters")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
     """A rank's place in a view; it stays, GONE, until a new incarnation of the rank is admitted.
@@ -127,6 +138,12 @@ class Seat:
     awaited_epoch: int = 0
     ended_by: RankEvent | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no rank can have, by a ConfigError, as all values here do: a store has what others wrote."""
+        _check(self, "rank", "awaited_epoch", incarnation=MAX_INCARNATION_CHARS)
+        if self.ended_by not in (_ENDS if self.state is RankState.GONE else (None,)):
+            refuse("ended_by", str(self.ended_by), f"what ends a seat that is {self.state.value}")
+
     def after(self, event: RankEvent, *, epoch: int, incarnation: str | None = None) -> Seat:
         """The seat after an event, in the view of `epoch`; an ADMIT names the new incarnation.
 
@@ -144,23 +161,14 @@ class Seat:
     @classmethod
     def from_form(cls, data: object) -> Seat:
         """From its stored form; a ProtocolError where that is malformed."""
-        form = take_fields(data, "seat", required=("rank", "incarnation", "state", "awaited", "ended_by"))
+        form = dict(take_fields(data, "seat", required=("rank", "incarnation", "state", "awaited", "ended_by")))
+        form["awaited_epoch"], state, ended_by = form.pop("awaited"), form["state"], form["ended_by"]
         try:
-            state = RankState(form["state"])
-            ended_by = None if form["ended_by"] is None else RankEvent(form["ended_by"])
+            form |= {"state": RankState(state), "ended_by": None if ended_by is None else RankEvent(ended_by)}
         except ValueError as exc:
-            raise ProtocolError(f"a seat of no known state: {describe(form['state'])}", field="state") from exc
-        is_sound = ended_by in _ENDS if state is RankState.GONE else ended_by is None
-        if state is RankState.ISOLATED or not is_sound:
-            text = f"a seat that contradicts itself: {state.value}, {describe(form['ended_by'])}"
-            raise ProtocolError(text, field="state")
-        return cls(
-            rank=_count(form, "rank"),
-            incarnation=_text(form, "incarnation", MAX_INCARNATION_CHARS),
-            state=state,
-            awaited_epoch=_count(form, "awaited"),
-            ended_by=ended_by,
-        )
+            raise ProtocolError(f"a seat of no known state: {describe(state)}", field="state") from exc
+        with untrusted():
+            return cls(**form)
 
     def to_form(self) -> dict[str, object]:
         """For the store."""
@@ -184,6 +192,13 @@ class GroupView:
 
     epoch: int
     seats: tuple[Seat, ...] = ()
+
+    def __post_init__(self) -> None:
+        """As a seat's."""
+        _check(self, "epoch")
+        ranks = [seat.rank for seat in self.seats if seat.state is not RankState.ISOLATED]
+        if ranks != sorted({seat.rank for seat in self.seats}):
+            raise ConfigError("seats must be of admitted ranks, in order, one a rank", field="seats")
 
     @property
     def active_ranks(self) -> tuple[int, ...]:
@@ -224,11 +239,8 @@ class GroupView:
         form = _form(raw, "group view", ("epoch", "seats"))
         if not isinstance(form["seats"], list):
             raise ProtocolError(f"seats must be a list, not {describe(form['seats'])}", field="seats")
-        seats = tuple(Seat.from_form(one) for one in form["seats"])
-        ranks = [seat.rank for seat in seats]
-        if ranks != sorted(set(ranks)):
-            raise ProtocolError("seats must be in order, one a rank", field="seats")
-        return cls(epoch=_count(form, "epoch"), seats=seats)
+        with untrusted():
+            return cls(epoch=form["epoch"], seats=tuple(map(Seat.from_form, form["seats"])))
 
 
 NO_VIEW: Final = GroupView(epoch=0)
@@ -261,9 +273,10 @@ class MemberRecord:
     revision: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        """Check what the caller chose; a ConfigError where `address` or `meta` cannot be stored."""
-        if len(self.address) > MAX_ADDRESS_CHARS:
-            raise ConfigError(f"address must be text of at most {MAX_ADDRESS_CHARS} characters", field="address")
+        """As a seat's; the caller chose `address` and `meta`."""
+        _check(self, "rank", "epoch", incarnation=MAX_INCARNATION_CHARS, address=MAX_ADDRESS_CHARS)
+        if type(self.ttl_s) not in (int, float):
+            refuse("ttl_s", self.ttl_s, "a number of seconds")
         object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
     def having_applied(self, epoch: int) -> MemberRecord:
@@ -279,21 +292,11 @@ class MemberRecord:
     def from_bytes(cls, raw: bytes, *, rank: int | None = None, revision: int = 0) -> MemberRecord:
         """From the store; a ProtocolError where it is malformed, of another version, or of another rank."""
         form = _form(raw, "member record", _RECORD_KEYS)
-        if rank not in {None, form["rank"]}:
-            raise ProtocolError(f"the record of rank {describe(form['rank'])}", field="rank")
-        ttl_s = form["ttl_s"]
-        if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float):
-            raise ProtocolError("a member record without a TTL", field="ttl_s")
         with untrusted():
-            return cls(
-                rank=_count(form, "rank"),
-                incarnation=_text(form, "incarnation", MAX_INCARNATION_CHARS),
-                epoch=_count(form, "epoch"),
-                ttl_s=float(ttl_s),
-                address=_text(form, "address", MAX_ADDRESS_CHARS),
-                meta=form["meta"],  # type: ignore[arg-type]  # checked
-                revision=revision,
-            )
+            record = cls(**form, revision=revision)
+        if rank not in {None, record.rank}:
+            raise ProtocolError(f"the record of rank {record.rank}", field="rank")
+        return record
 
 
 def parse_policy_version(value: bytes) -> int:
@@ -359,20 +362,7 @@ class GroupSnapshot:
         )
 
 
-def _form(raw: bytes, what: str, keys: tuple[str, ...]) -> Mapping[str, object]:
-    form = take_fields(unpack_json(raw, what, max_bytes=MAX_VALUE_BYTES), what, required=("version", *keys))
-    check_version(form["version"], what)
+def _form(raw: bytes, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    form = dict(take_fields(unpack_json(raw, what, max_bytes=MAX_VALUE_BYTES), what, required=("version", *keys)))
+    check_version(form.pop("version"), what)
     return form
-
-
-def _count(form: Mapping[str, object], field: str) -> int:
-    if not is_unsigned(value := form[field], 63):
-        raise ProtocolError(f"{field} must be a number from 0 on, not {describe(value)}", field=field)
-    return value
-
-
-def _text(form: Mapping[str, object], field: str, max_chars: int) -> str:
-    if not isinstance(value := form[field], str) or len(value) > max_chars:
-        text = f"{field} must be text of at most {max_chars} characters, not {describe(value)}"
-        raise ProtocolError(text, field=field)
-    return value

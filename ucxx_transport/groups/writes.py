@@ -52,10 +52,7 @@ class RankContext:
 
 
 class Retrying:
-    """Calls of a store for one purpose: under one deadline, with growing pauses while it does not answer.
-
-    The purpose, such as "joining", is for the errors; `cancelled` is set when the result is no longer wanted.
-    """
+    """Calls of a store for one purpose, such as "joining", under one deadline, until `cancelled` is set."""
 
     def __init__(
         self, context: RankContext, timeout_s: float | str, purpose: str, *, cancelled: threading.Event | None = None
@@ -73,18 +70,15 @@ class Retrying:
         return max(0.0, self._deadline - self.context.clock())
 
     def call(self, method: Callable[..., T], *args: object, **settings: object) -> T:
-        """What a method of the store answers; it is called until then. An error that is an answer is raised.
-
-        A DeadlineExceededError: the store did not answer until the deadline. A RegistryError: it was cancelled.
-        """
+        """What a method of the store answers, or raises as its answer; it is called until then. Errors as `check`."""
         config = self.context.config
-        self.check_deadline("store")
+        self.check("store")
         for attempt in count(1):
             try:
                 return method(*args, **settings, timeout_s=min(self.left_s, CALL_S))
             except errors.StoreUnavailableError as error:
                 self.pause(random_pause_s(attempt, first_s=config.backoff_s, longest_s=config.max_backoff_s))
-                self.check_deadline("store", reason=str(error))
+                self.check("store", reason=str(error))
         raise AssertionError
 
     def swap(self, key: str, value: bytes, expected: int) -> int | None:
@@ -96,21 +90,17 @@ class Retrying:
             return None
 
     def pause(self, seconds: float) -> None:
-        """Wait, at most until the deadline; a RegistryError when it was cancelled."""
+        """Wait, at most until the deadline."""
         self._cancelled.wait(min(seconds, self.left_s))
-        self.check()
 
-    def check_deadline(self, waiting_for: str | Sequence[int], **facts: object) -> None:
-        """Raise a DeadlineExceededError, with what was waited for, a name or ranks, once the deadline has passed."""
+    def check(self, waiting_for: str | Sequence[int], **facts: object) -> None:
+        """Raise a RegistryError when it was cancelled; a DeadlineExceededError, with what was waited for, when late."""
+        if self._cancelled.is_set():
+            raise errors.RegistryError(f"{self._purpose}: cancelled by leave()")
         if self.left_s <= 0:
             what = waiting_for if isinstance(waiting_for, str) else f"ranks {list(waiting_for)}"
             text = f"{self._purpose}: the deadline passed, waiting for {what}"
             raise errors.DeadlineExceededError(text, waiting_for=waiting_for, **facts, **self.context.keys)
-
-    def check(self) -> None:
-        """Raise a RegistryError when the result is no longer wanted."""
-        if self._cancelled.is_set():
-            raise errors.RegistryError(f"{self._purpose}: cancelled by leave()")
 
 
 def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
@@ -142,7 +132,7 @@ def acquire_rank(retrying: Retrying, wanted: MemberRecord) -> Lease:
             raise errors.DuplicateSourceError(text, **facts, **context.keys)
         else:
             retrying.pause(POLL_S)
-            retrying.check_deadline("the rank's holder")  # whose lease may still end
+            retrying.check("the rank's holder")  # whose lease may still end
     raise AssertionError
 
 

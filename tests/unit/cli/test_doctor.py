@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import call
-from ucxx_transport.cli.doctor import Finding, memory_limit_finding, segments_finding, transport_findings
-from ucxx_transport.machine import MemoryLimit
+from ucxx_transport.cli.doctor import memory_limit_finding, segments_finding, transport_findings
+from ucxx_transport.machine import Finding, MemoryLimit
 from ucxx_transport.ring.owner import segment_folder
 from ucxx_transport.ring.segment import SegmentInfo, segment_path
 
 Capture = pytest.CaptureFixture[str]
 
-WHEEL: dict[str, Any] = {"version": "1.21.0", "resources": [["tcp", "eth0"], ["posix", "memory"]], "cuda": False}
+WHEEL: dict[str, Any] = {"version": "1.21.0", "resources": [["tcp", "eth0"], ["posix", "memory"]]}
 SYSTEM: dict[str, Any] = {**WHEEL, "resources": [*WHEEL["resources"], ["rc_mlx5", "mlx5_0:1"]]}
 
 

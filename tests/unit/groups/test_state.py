@@ -108,8 +108,8 @@ def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: Sh
     shared.listeners.subscribe({GONE: lambda error: gone.append((error, shared.now.state, shared.now.ended))})
     shared.apply(view(1))
     error = LeaseLostError("it has ended")
-    shared.end(RankEvent.LOSE, error)
-    shared.end(RankEvent.LOSE, NotReadyError("a second end changes nothing"))
+    shared.end(error)
+    shared.end(NotReadyError("a second end changes nothing"))
     shared.listeners.wait_idle()
     assert gone == [(error, RankState.GONE, error)]
     assert shared.now.view == view(1), "what was known stays known"
