@@ -32,11 +32,7 @@ _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU an
 
 
 def checked_seconds(value: float | str, field: str) -> float:
-    """A time limit that a call was given, in seconds: a number, or text such as `"250ms"`.
-
-    Args:
-        value: what the caller passed.
-        field: the argument's name, for the error.
+    """A time limit that a call was given as its argument `field`, in seconds.
 
     Raises:
         ConfigError: no finite duration, or a negative one.
@@ -50,27 +46,19 @@ def checked_seconds(value: float | str, field: str) -> float:
 
 
 def checked_count(value: int, field: str, *, at_least: int, unset: str | None = None) -> int:
-    """A number that a call was given.
-
-    Args:
-        value: what the caller passed.
-        field: the argument's name, for the error.
-        at_least: its bound.
-        unset: what None stands for, for the error, where the argument may be None.
+    """A number that a call was given as its argument `field`; `unset` is what None stands for, where it may be None.
 
     Raises:
         ConfigError: no whole number, or less than `at_least`.
     """
-    choice = "" if unset is None else f", or None for {unset}"
     try:
         count = operator.index(value)
     except TypeError:
-        count = None
-    if count is None or isinstance(value, bool):
+        count = at_least - 1
+    if count < at_least or isinstance(value, bool):
+        choice = "" if unset is None else f", or None for {unset}"
         message = f"{field} must be a whole number, at least {at_least}{choice}, not {value!r}"
         raise ConfigError(message, field=field, value=value)
-    if count < at_least:
-        raise ConfigError(f"{field} must be at least {at_least}{choice}, not {value!r}", field=field, value=value)
     return count
 
 
@@ -264,12 +252,13 @@ class StoreConfig:
         return None if self.password is None else self.password.reveal().decode()
 
     def __post_init__(self) -> None:
-        if (self.cert_file is None) != (self.key_file is None):
-            missing = "key_file" if self.key_file is None else "cert_file"
-            raise ConfigError(f"store.{missing} is missing: set both, a certificate and its key", field=missing)
-        if (self.user is None) != (self.password is None):
-            missing = "password" if self.password is None else "user"
-            raise ConfigError(f"store.{missing} is missing: set both, a user and a password", field=missing)
+        for pair, words in (
+            (("cert_file", "key_file"), "a certificate and its key"),
+            (("user", "password"), "a user and a password"),
+        ):
+            missing = [name for name in pair if getattr(self, name) is None]
+            if len(missing) == 1:
+                raise ConfigError(f"store.{missing[0]} is missing: set both, {words}", field=missing[0])
 
 
 @section("publisher")

@@ -54,14 +54,6 @@ class TransportError(Exception):
         words = " ".join(f"{key}={value}" for key, value in self.facts.items())
         return f"{self.message} [{words}]"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Rebuild from message and facts, so that an error survives a trip through a process pool."""
-        return (_rebuild, (type(self), self.message, self.facts))
-
-
-def _rebuild(cls: type[TransportError], message: str, facts: dict[str, object]) -> TransportError:
-    return cls(message, **facts)
-
 
 FOREIGN_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, BufferError, ImportError, LookupError),

@@ -84,13 +84,10 @@ def setting(description: str, *, default: object, **declared: Any) -> Any:  # `A
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
 def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[type[SectionT]], type[SectionT]]:
-    """Make a class a section: a frozen dataclass whose constructor fills in the other sources and validates.
+    """Make a class the section `name`: a frozen dataclass whose constructor fills in the other sources and validates.
 
     `dataclasses.replace` validates the copy; `copy` and `pickle` restore the values without reading a source again.
-
-    Args:
-        name: the section's name in the environment and in TOML.
-        choice: fields of which one excludes the others: set in code, it replaces what the weaker sources chose.
+    Of the fields of a `choice` one excludes the others: set in code, it replaces what the weaker sources chose.
     """
 
     def decorate(cls: type[SectionT]) -> type[SectionT]:
@@ -129,11 +126,7 @@ def effective(section: str) -> dict[str, Given]:
 
 
 def gather(section: str, arguments: Mapping[str, object]) -> dict[str, Given]:
-    """What the three sources say about `section`, the stronger one winning; not validated.
-
-    Raises:
-        ConfigError: an unknown name in any source, or a TOML file that cannot be read.
-    """
+    """What the three sources say, the stronger one winning, not validated; a ConfigError: an unknown name in one."""
     found: dict[str, Given] = {}
     in_code = [(name, Given(value, "keyword argument")) for name, value in arguments.items()]
     for name, given in (*_from_toml(section), *_from_environment(section), *in_code):
@@ -200,11 +193,7 @@ def _rule_of(section: str, field: str, source: str) -> Rule:
 
 
 def made_of(kind: type[SectionT], given: SectionT | Mapping[str, Any] | None, field: str) -> SectionT:
-    """Settings as a caller gave them: made, or a dict of them, or None for those of the other sources.
-
-    Raises:
-        ConfigError: something else, or a setting is wrong; names `field`, the caller's argument.
-    """
+    """Settings as a caller gave them for `field`: made, a dict of them, or None; a ConfigError for anything else."""
     if isinstance(given, kind):
         return given
     if given is not None and not isinstance(given, Mapping):

@@ -24,9 +24,10 @@ import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import NoneType
-from typing import Annotated, Any, Final, Literal, Protocol, SupportsIndex, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, cast, get_args, get_origin
 
 MAX_PORTS: Final = 64
 """As many ports as a segment's published address holds."""
@@ -159,13 +160,14 @@ class Secret:
         return hash(self._value)
 
 
-def _count(value: object) -> int:
+def _count(value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)
+    with suppress(TypeError):  # of an array, too, though it has an `__index__`
+        if not isinstance(value, bool):
+            return operator.index(value)
     raise ValueError("expected a whole number")
 
 

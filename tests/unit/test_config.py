@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.rows import row
@@ -136,6 +137,7 @@ class TestRing:
             ("slots", 65537),
             ("slots", True),
             ("slots", 1.5),
+            ("slots", np.array([1, 2])),
             ("readers", 0),
             ("readers", 65),
             ("slot_bytes", 0),

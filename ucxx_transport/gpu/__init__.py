@@ -47,11 +47,7 @@ _BY_INTERFACE: Final = ("cupy", "torch")
 
 
 def runtime_of(leaf: object, field: str) -> Runtime:
-    """The library that works with a leaf on a GPU: its own, else one that this process has, else one installed.
-
-    Raises:
-        ConfigError: neither torch nor cupy is installed.
-    """
+    """The library that works with a leaf on a GPU, as in the table; a ConfigError: neither is installed."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(leaf, torch.Tensor):  # a subclass too, wherever that is from
         own = "torch"

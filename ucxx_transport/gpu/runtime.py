@@ -87,17 +87,11 @@ class Runtime(ABC):
     def page_lock(self, memory: Bytes, device: int, *, what: str, remedy: str) -> Callable[[], object]:
         """Lock the pages of `memory`, for copies to and from `device`, for as long as this very array lives.
 
-        Args:
-            memory: contiguous, of a base that has the memory; not a view that is dropped before the memory is.
-            device: the number of the GPU.
-            what: what the memory is, for the error.
-            remedy: what makes it smaller, for the error.
-
-        Returns:
-            What unlocks it before: unregisters the memory, if this call registered it and it still is. Idempotent.
+        It is contiguous and of a base that has the memory: not a view that is dropped before the memory is. Returned is
+        what unlocks it before: unregisters the memory, if this call registered it and it still is. Idempotent.
 
         Raises:
-            PageLockError: CUDA refuses.
+            PageLockError: CUDA refuses; it calls the memory `what`, and `remedy` is what makes it smaller.
         """
         address: int = memory.__array_interface__["data"][0]
         status = self.call(device, "HostRegister", address, memory.nbytes, _PORTABLE)
@@ -123,11 +117,7 @@ class Runtime(ABC):
             _log.warning("page_unlock_failed", status=status, reason=self.error_words(status))
 
     def adopt(self, leaf: object, field: str) -> DeviceArray:
-        """A leaf as an array of this library, without a copy; the current stream waits for who produces it.
-
-        Raises:
-            ConfigError: no array of this library, or of a dtype that cannot be a payload; the message names the field.
-        """
+        """A leaf as an array of this library, without a copy, for the current stream; a ConfigError: there is none."""
         try:
             array, dtype, device = self.seen(leaf, field)
         except ConfigError:
@@ -193,11 +183,7 @@ class Receiver(ABC):
     out_of_memory: type[Exception]
 
     def upload(self, source: Bytes) -> Upload:
-        """Begin one copy of all of `source`, which must stay as it is until the copy is done; does not wait for it.
-
-        Raises:
-            ConfigError: the GPU has no memory for it.
-        """
+        """`begin`; a ConfigError: the GPU has no memory for it."""
         try:
             return self.begin(source)
         except self.out_of_memory as exc:
@@ -209,15 +195,12 @@ class Receiver(ABC):
             ) from exc
 
     @abstractmethod
-    def begin(self, source: Bytes) -> Upload: ...
+    def begin(self, source: Bytes) -> Upload:
+        """Begin one copy of all of `source`, which must stay as it is until the copy is done; does not wait for it."""
 
 
 def check_index(device: str, index: int | None, count: int, current: Callable[[], int]) -> int:
-    """The number of the GPU that `device` names, `current()` where `index` is None.
-
-    Raises:
-        ConfigError: there is no such GPU among the `count` that there are.
-    """
+    """The number of the GPU that `device` names, `current()` where `index` is None; a ConfigError: there is none."""
     if index is None:
         return current()
     if index >= count:

@@ -32,11 +32,7 @@ NO_META: Final[Mapping[str, object]] = MappingProxyType({})
 
 
 def unpack_envelope(raw: Buffer) -> dict[str, object] | None:
-    """What an envelope says, which is not trusted; None for an empty one: the writer said nothing.
-
-    Raises:
-        ProtocolError: it is too long, or no mapping of plain values.
-    """
+    """What an envelope says, None for an empty one; a ProtocolError: it is too long, or no mapping of plain values."""
     return record_and_meta(raw)[0]
 
 
@@ -56,14 +52,8 @@ def record_and_meta(raw: Buffer) -> tuple[dict[str, object] | None, Mapping[str,
 
 
 def meta_of(envelope: Mapping[str, object] | None) -> Mapping[str, object]:
-    """The `meta` of the reference to a payload with this envelope.
-
-    Raises:
-        ProtocolError: the envelope is a record's, but has something else in the place of it.
-    """
-    if envelope is None:
-        return NO_META
-    meta = envelope["ref"] if MARK in envelope and "ref" in envelope else envelope
+    """The `meta` of the reference to a payload with this envelope; a ProtocolError: a record's has something else."""
+    meta = envelope["ref"] if envelope and MARK in envelope and "ref" in envelope else envelope
     if meta is None:
         return NO_META
     if not isinstance(meta, Mapping):

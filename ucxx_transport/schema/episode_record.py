@@ -24,8 +24,6 @@ from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, is_plai
 MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
 
-_KEYS = (MARK, "worker_id", "sequence", "ref", "dropped", "episode_length", "rewards", "policy_version")
-_FIELDS = len(_KEYS)
 _SIGNS = (0, -1)
 """What is left of an int of 64 bits but its sign."""
 _MAX_DOUBLE: Final = sys.float_info.max
@@ -55,23 +53,22 @@ class RewardSummary(NamedTuple):
     def from_dict(cls, data: Any) -> RewardSummary:
         """Rebuild from `to_dict`'s form; a ProtocolError where it is malformed."""
         try:
-            total, mean, least, most = data["sum"], data["mean"], data["min"], data["max"]
-            if (
-                type(total) is type(mean) is type(least) is type(most) is float
-                and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
-                and len(data) == _SUMMARY_FIELDS
-            ):
-                return _make(cls, (total, mean, least, most))
+            values = _rewards_of(data if len(data) == len(_REWARDS) else ())
         except (KeyError, TypeError, IndexError):
-            pass
-        form = wire_form.take_fields(data, "reward summary", required=_REWARDS)
-        if all(type(form[name]) in (int, float) and abs(form[name]) <= _MAX_DOUBLE for name in _REWARDS):
-            return cls(*(float(form[name]) for name in _REWARDS))  # in many languages 6.0 is written as 6
+            values = _rewards_of(wire_form.take_fields(data, "reward summary", required=_REWARDS))
+        total, mean, least, most = values
+        if (
+            type(total) is type(mean) is type(least) is type(most) is float
+            and (total + mean + least + most) * 0.0 == 0.0  # where one is not finite, that is no number
+        ):
+            return _make(cls, values)
+        if all(type(value) in (int, float) and abs(value) <= _MAX_DOUBLE for value in values):
+            return cls(*map(float, values))  # in many languages 6.0 is written as 6
         raise ProtocolError("rewards must be finite floats", field="rewards")
 
 
 _REWARDS: Final = ("sum", "mean", "min", "max")
-_SUMMARY_FIELDS: Final = len(_REWARDS)
+_rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_REWARDS)
 _make: Final[Callable[..., RewardSummary]] = tuple.__new__
 
 
@@ -140,11 +137,7 @@ class EpisodeRecord:
 
     @classmethod
     def from_envelope(cls, envelope: Mapping[str, object], ref: SlotRef) -> EpisodeRecord:
-        """The record of a payload that was taken, from its envelope, which is not trusted, and its reference.
-
-        Raises:
-            ProtocolError: the envelope is no record's.
-        """
+        """The record of a payload that was taken, from its reference and its envelope; errors as `from_dict`."""
         return cls.from_dict({**envelope, "ref": ref, "dropped": None})
 
     @classmethod
@@ -166,12 +159,10 @@ class EpisodeRecord:
             ref = _slot_ref_of(ref)
         if rewards is not None:
             rewards = _summary_of(rewards)
-        try:
-            is_known = worker_id in _workers
-        except TypeError:
-            is_known = False
         if (
-            is_known
+            type(worker_id) is str
+            and 0 < len(worker_id) <= MAX_WORKER_ID_CHARS
+            and worker_id.isprintable()
             and type(sequence) is int
             and not sequence >> 64  # of a negative number all bits are left
             and (steps is None or (type(steps) is int and not steps >> 64))
@@ -188,17 +179,11 @@ class EpisodeRecord:
             return made
         values = (worker_id, sequence, ref, dropped, steps, rewards, version)
         with wire_form.untrusted():  # takes it, or names what is wrong
-            rebuilt = cls(**dict(zip(cls.__slots__, values, strict=True)))
-        if len(_workers) >= _MOST_WORKERS:
-            _workers.clear()
-        _workers.add(worker_id)
-        return rebuilt
+            return cls(**dict(zip(cls.__slots__, values, strict=True)))
 
 
-_MOST_WORKERS: Final = 1024
-_workers: set[str] = set()
-"""Ids that have been checked."""
-
+_KEYS: Final = (MARK, *EpisodeRecord.__slots__)
+_FIELDS: Final = len(_KEYS)
 # Made of checked values, not by the constructor: that takes three times as long. A draft is not frozen.
 _Draft: Any = wire_form.draft_of(EpisodeRecord)
 # Bound once: that takes as long as a call.
@@ -216,18 +201,14 @@ def record_envelope(
     policy_version: int | None = None,
     meta: Mapping[str, object] | None = None,
 ) -> bytes:
-    """The envelope of a payload that a rollout worker is to write: its record, with the reference's meta as `ref`.
-
-    Raises:
-        ConfigError: no reference can have this `meta`.
-    """
+    """The envelope of a payload that a rollout worker is to write; a ConfigError: no reference can have this `meta`."""
     ref, summary = dict(checked_meta(meta)[0]) if meta else None, None if rewards is None else rewards.to_dict()
     values = (WIRE_VERSION, worker_id, sequence, ref, None, episode_length, summary, policy_version)
     return pack(dict(zip(_KEYS, values, strict=True)))
 
 
 def _check_policy_version(version: object) -> None:
-    """Refuse what a record cannot say of its weights, by a ConfigError: neither None nor an int of 64 bits."""
+    """Refuse, by a ConfigError, what is neither None nor an int of 64 bits."""
     if version is not None and (type(version) is not int or version >> 63 not in _SIGNS):
         refuse("policy_version", version, "an i64")
 
@@ -344,11 +325,8 @@ def _packed_record(raw: bytes | bytearray) -> EpisodeRecord:
 
 
 def _refuse_text(text: str) -> Reference:
-    raise ProtocolError(
-        f"{wire_form.describe(text)} is Python's text for a record, which cannot be read back; send the dict itself, "
-        "or json.dumps(record)",
-        field="episode record",
-    )
+    words = "is Python's text for a record, which cannot be read back; send the dict itself, or json.dumps(record)"
+    raise ProtocolError(f"{wire_form.describe(text)} {words}", field="episode record")
 
 
 def _refuse_list(values: Sequence[object]) -> Reference:

@@ -164,21 +164,18 @@ class Schema:
                     field=describe(name),
                 )
         specs = []
-        rows: dict[int | None, dict[str, int]] = {}
         for name, leaf in leaves.items():
             array = as_array(leaf, name)
             spec = TensorSpec(name, array.shape, array.dtype)
             if name in maxima:
-                maximum = maxima[name]
-                most = spec.shape[:1] if maximum is None else (maximum,)
+                most = spec.shape[:1] if maxima[name] is None else (maxima[name],)
                 spec = replace(spec, shape=(*most, *spec.shape[1:]), varlen=True)
-            array = fit(array, spec)
-            if spec.varlen:
-                rows.setdefault(maxima[name], {})[name] = array.shape[0]
             specs.append(spec)
-        for alike in rows.values() if lengths == "equal" else ():
-            _check_equal(alike)
-        return cls(specs, lengths)
+        if lengths == "equal":
+            _check_equal({spec.name: spec.shape[0] for spec in specs if spec.varlen and maxima[spec.name] is None})
+        made = cls(specs, lengths)
+        made.arrange(tree)
+        return made
 
     def to_dict(self) -> dict[str, object]:
         """The schema as plain JSON- and msgpack-safe values, in a fixed order of keys."""

@@ -50,18 +50,13 @@ _REMEDIES = {
 }
 
 
-def _table() -> dict[str, DType]:
-    table: dict[str, DType] = {}
-    for text in _BUILTIN:
-        # On a little-endian machine numpy's own object, so that identity means equality: newbyteorder() makes another.
-        dtype = np.dtype(text) if sys.byteorder == "little" else np.dtype(text).newbyteorder("<")
-        table.setdefault(dtype.name, dtype)
-    for text in _EXTENSION:
-        table[text] = np.dtype(getattr(ml_dtypes, text))
-    return table
+def _of_text(text: str) -> DType:
+    dtype = np.dtype(text if text in _BUILTIN else getattr(ml_dtypes, text))
+    # On a little-endian machine numpy's own object, so that identity means equality: newbyteorder() makes another.
+    return dtype if sys.byteorder == "little" else dtype.newbyteorder("<")
 
 
-DTYPES: dict[str, DType] = _table()
+DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in map(_of_text, (*_BUILTIN, *_EXTENSION))}
 """Every supported dtype by its canonical name."""
 
 

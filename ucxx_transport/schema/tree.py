@@ -15,7 +15,7 @@ is refused, since it would come back as a list; so is an empty container, since 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -34,30 +34,18 @@ class TreeShape:
     __slots__ = ("_fields", "_flat", "_root", "paths")
 
     def __init__(self, fields: Sequence[TensorSpec]) -> None:
-        """Check that the names of the fields make one tree.
-
-        Raises:
-            ConfigError: a path occurs twice or is a prefix of another, or the positions of a list have gaps.
-        """
+        """Nest the fields; a ConfigError: a path is another's or begins it, or the positions of a list have gaps."""
         self._fields = fields
         self.paths = tuple(field.name for field in fields)
-        nested: dict[str, Any] = {}
-        for index, path in enumerate(self.paths):
-            _insert(nested, path, index)
-        if any(key.isdecimal() for key in nested):
+        if positions := [path for path in self.paths if path.partition("/")[0].isdecimal()]:
             raise ConfigError(
-                "the root of a tree is a mapping: a field's name may not begin with a list position",
-                field=self.paths[0],
+                "the root of a tree is a mapping: a field's name may not begin with a list position", field=positions[0]
             )
-        self._root = _with_lists(nested, "")
-        self._flat = all(isinstance(child, int) for child in nested.values())
+        self._root = _nested([(path.split("/"), index) for index, path in enumerate(self.paths)], "")
+        self._flat = not any("/" in path for path in self.paths)
 
     def gather(self, tree: object) -> list[Any]:
-        """The leaves of `tree`, in field order, whatever they are: a new list.
-
-        Raises:
-            ConfigError: fields are missing or unknown; the message names them.
-        """
+        """The leaves of `tree` in field order, as they are; a ConfigError that names fields missing or unknown."""
         try:
             if self._flat and type(tree) is dict and len(tree) == len(self.paths):
                 return [tree[path] for path in self.paths]
@@ -155,7 +143,7 @@ _COMPARED: Final = 20
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 
 
-def is_number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     """Whether `value`, an item of a list, is one number: Python's, numpy's, an array or tensor of 0 dimensions."""
     if type(value) in _NUMBERS or isinstance(value, (bool, int, float, complex)):
         return True
@@ -169,17 +157,17 @@ def is_number(value: object) -> bool:
 
 def _holds_numbers(node: object) -> bool:
     """Whether `node` is nested lists and tuples of numbers alone, and of one at least."""
-    kinds = _kinds_in(node, 0)
+    kinds = are_numbers(node)
     return next(kinds, False) and all(kinds)
 
 
-def _kinds_in(node: object, depth: int) -> Iterator[bool]:
-    """Whether what the lists hold is a number, of one after the other; what is too deep is none."""
+def are_numbers(node: object, depth: int = 0) -> Iterator[bool]:
+    """Of each item of nested lists and tuples, in turn, whether it is a number; what is too deep is none."""
     if isinstance(node, (list, tuple)) and depth <= MAX_NAME_DEPTH:
         for item in node:
-            yield from _kinds_in(item, depth + 1)
+            yield from are_numbers(item, depth + 1)
     else:
-        yield is_number(node)
+        yield _is_number(node)
 
 
 def _check_key(key: object, path: str) -> None:
@@ -196,23 +184,21 @@ def _check_key(key: object, path: str) -> None:
         )
 
 
-def _insert(nested: dict[str, Any], path: str, index: int) -> None:
-    *parents, last = path.split("/")
-    for segment in parents:
-        nested = nested.setdefault(segment, {})
-        if not isinstance(nested, dict):
-            raise ConfigError(f"{path!r} lies below another field of the schema; rename one", field=path)
-    if last in nested:
-        raise ConfigError(f"{path!r} is in the schema twice, or has a field below it; rename one", field=path)
-    nested[last] = index
-
-
-def _with_lists(nested: dict[str, Any], path: str) -> dict[str, Any] | list[Any]:
-    """The same, with lists where the keys are their positions."""
-    children = {
-        key: _with_lists(child, f"{path}/{key}" if path else key) if isinstance(child, dict) else child
-        for key, child in nested.items()
-    }
+def _nested(fields: Iterable[tuple[Sequence[str], int]], path: str) -> Any:
+    """The nesting of the fields below `path`, given the rest of each name, and its index: a leaf."""
+    groups: dict[str, list[tuple[Sequence[str], int]]] = {}
+    for (key, *rest), index in fields:
+        groups.setdefault(key, []).append((rest, index))
+    children: dict[str, Any] = {}
+    for key, group in groups.items():
+        below = f"{path}/{key}" if path else key
+        if all(rest for rest, _ in group):
+            children[key] = _nested(group, below)
+        elif len(group) == 1:
+            children[key] = group[0][1]
+        else:
+            one, other, *_ = sorted("/".join((below, *rest)) for rest, _ in group)
+            raise ConfigError(f"{one!r} and {other!r} cannot both be fields of a schema; rename one", field=other)
     if not any(key.isdecimal() for key in children):
         return children
     positions = [str(i) for i in range(len(children))]

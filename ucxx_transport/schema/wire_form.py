@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from math import isfinite
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeGuard
 
@@ -73,11 +72,7 @@ def untrusted() -> Iterator[None]:
 def take_fields(
     data: object, what: str, *, required: Collection[str], optional: Mapping[str, object] = MappingProxyType({})
 ) -> Mapping[str, Any]:
-    """`data`, the form called `what` in errors, as a mapping of exactly the expected keys, defaults for optional ones.
-
-    Raises:
-        ProtocolError: not a mapping, a missing key or an unknown one; `facts["field"]` names it.
-    """
+    """`data`, called `what` in errors, as a mapping of exactly these keys; a ProtocolError that names a wrong one."""
     if not isinstance(data, Mapping):
         raise ProtocolError(f"{article(what)} must be a mapping, not {describe(data)}", field=what)
     for key in required:
@@ -117,17 +112,10 @@ pack: Callable[[object], bytes] = msgpack.packb
 
 
 def unpack(raw: object, what: str, *, max_bytes: int) -> object:
-    """Decode one msgpack object of bounded size, without extension types; `what` names it in errors.
-
-    Raises:
-        ProtocolError: not bytes, too long, or not exactly one msgpack object.
-    """
-    if type(raw) is bytes:
-        nbytes = len(raw)
-    elif isinstance(raw, (bytes, bytearray, memoryview)):
-        nbytes = memoryview(raw).nbytes
-    else:
+    """Decode one msgpack object of bounded size, without extension types; a ProtocolError for anything else."""
+    if not isinstance(raw, (bytes, bytearray, memoryview)):
         raise ProtocolError(f"{article(what)} must be bytes, not {describe(raw)}", field=what)
+    nbytes = raw.nbytes if isinstance(raw, memoryview) else len(raw)
     if nbytes > max_bytes:
         raise ProtocolError(f"{article(what)} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
     try:
@@ -155,14 +143,10 @@ def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"{article(what)} that is not JSON: {exc}", field=what) from exc
     for key, value in decoded.items() if isinstance(decoded, dict) else ((what, decoded),):
-        if not _is_finite(value):
+        try:
+            pack_json(value)  # which refuses what Python's reader lets through
+        except (ValueError, RecursionError) as exc:
             name = key if is_plain_text(key, _QUOTED_CHARS) else describe(key)
             text = f"{name} of {article(what)} has NaN or an infinity, which is no number of JSON"
-            raise ProtocolError(f"{text}; send null, or leave it out", field=name)
+            raise ProtocolError(f"{text}; send null, or leave it out", field=name) from exc
     return decoded
-
-
-def _is_finite(value: object) -> bool:
-    if isinstance(value, (dict, list)):
-        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or isfinite(value)

@@ -143,7 +143,7 @@ def test_silence_is_never_a_reason_to_stop_where_that_is_said_or_for_an_episode_
     for _ in range(10):
         assert never.batch((episode("a"), UNREACHABLE)) is None
         assert alone.batch((episode("a"), UNREACHABLE), counts=False) is None
-    with pytest.raises(ConfigError, match="unreachable_batches must be at least 1"):
+    with pytest.raises(ConfigError, match="unreachable_batches must be a whole number, at least 1"):
         Sources(0)
 
 

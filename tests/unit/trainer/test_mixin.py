@@ -152,7 +152,10 @@ def test_a_wrong_set_up_is_refused_with_the_remedy(packer: Packer, worker: Local
     for settings, message in (
         ({"device": "tpu"}, "device must be"),
         ({"max_staleness": -1}, "max_staleness"),
-        ({"unreachable_batches": 0}, "unreachable_batches must be at least 1, or None for never, not 0"),
+        (
+            {"unreachable_batches": 0},
+            "unreachable_batches must be a whole number, at least 1, or None for never, not 0",
+        ),
         ({"on_missing": "refil"}, "on_missing must be 'shrink', 'refill' or a function, not 'refil'"),
         ({"deadline": 10}, "Unknown setting of RolloutFeed 'deadline'; did you mean 'deadline_s'?"),
         ({"client": {"locl": "view"}}, "Unknown setting of ClientConfig 'locl'; did you mean 'local'?"),

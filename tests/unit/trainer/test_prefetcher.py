@@ -152,9 +152,13 @@ def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
         ("max_fetch_rounds", True, "max_fetch_rounds must be a whole number, at least 1, not True"),
         ("max_fetch_rounds", None, "max_fetch_rounds must be a whole number, at least 1, not None"),
         ("max_staleness", "3", "max_staleness must be a whole number, at least 0, or None for any, not '3'"),
-        ("max_staleness", -1, "max_staleness must be at least 0, or None for any, not -1"),
+        ("max_staleness", -1, "max_staleness must be a whole number, at least 0, or None for any, not -1"),
         ("unreachable_batches", "3", "unreachable_batches must be a whole number, at least 1, or None for never"),
-        ("unreachable_batches", -1, "unreachable_batches must be at least 1, or None for never, not -1"),
+        (
+            "unreachable_batches",
+            -1,
+            "unreachable_batches must be a whole number, at least 1, or None for never, not -1",
+        ),
         ("deadline_s", 0, "deadline_s must be more than 0, not 0"),
         ("on_loss", "x", "on_loss must be a function of a Loss, or None, not 'x'"),
     )
