@@ -80,12 +80,11 @@ class ClientCore(ClientBase):
         self.pid = os.getpid()
         self._link_factory = link_factory
         self._on_link = on_link
-        self._open()
+        self.reads = self._opened()
+        self.reactor = self.reads.reactor
 
-    def _open(self) -> None:
-        """A reactor, and the reads that it runs."""
-        self.reactor = Reactor(self._open_link, spin_s=self.config.spin_s, clock=self.clock)
-        self.reads = Reads(self, self.reactor)
+    def _opened(self) -> Reads:
+        return Reads(self, Reactor(self._open_link, spin_s=self.config.spin_s, clock=self.clock))
 
     def _open_link(self, timers: Reactor) -> Link:
         if self._link_factory is not None:
@@ -248,31 +247,38 @@ class ClientCore(ClientBase):
             self.reads.abandon(call)
 
     def repair(self) -> None:
-        """After an interrupt that may have cut a step in two: other calls begin again, with a new reactor."""
-        reactor, reads = self.reactor, self.reads
+        """After an interrupt that may have cut a step in two: other calls begin again, with a new reactor.
+
+        Another interrupt loses none of them: those that have not begun again by then do so at the next call of this.
+        """
+        old = self.reads
         with suppress(Exception):
-            reads.connections.close()  # what they owe is known then
+            old.connections.close()  # what they owe is known then
         with suppress(Exception):
-            reactor.close()
-        self._open()
-        self.damaged = False
-        for names in reads.connections.unsettled.values():
-            self.reads.connections.owe(names)
-        jobs = {*reads.jobs, *reads.finished}
+            self.reactor.close()
+        jobs = {*old.jobs, *old.finished}
         for job in jobs:
             job.reads.clear()
-            if not job.done:
-                missing = [index for index, outcome in enumerate(job.outcomes) if outcome is None]
-                for ref in reads.claimed:
-                    if any(job.refs[index] is ref for index in missing):
-                        self.delivered.forget(ref)
-                job.left = len(missing)
-                self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
-        reads.jobs.clear()
-        for errand in reads.errands.difference(jobs):  # a take that has been offered something is a job
-            if isinstance(errand, SourceErrand) and not errand.done:
-                errand.bind(self.reads)
+        unfinished = [job for job in jobs if not job.done]
+        awaited = [job.refs[index] for job in unfinished for index in job.missing]
+        for ref in old.claimed:
+            if any(ref is each for each in awaited):
+                self.delivered.forget(ref)
+        reads = self._opened()
+        reads.jobs.update(unfinished)
+        reads.errands.update(errand for errand in old.errands.difference(jobs) if not errand.done)
+        for names in old.connections.unsettled.values():
+            reads.connections.owe(names)
+        self.reads, self.reactor = reads, reads.reactor
+        for job in unfinished:
+            missing = job.missing
+            job.left = len(missing)
+            self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
+        for errand in tuple(reads.errands):
+            if isinstance(errand, SourceErrand):
+                errand.bind(reads)
                 errand.ask()
+        self.damaged = False
 
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""

@@ -57,7 +57,7 @@ class Dispatch(ABC):
     Attributes:
         reader, counters: the client's. delivered: counts what came over the link.
         claim: see `Deduplicator`. claimed: the last that was.
-        now, call_at: the reactor's.
+        reactor: runs it. now, call_at: the reactor's.
         ports: of all sources. connections: to them.
         jobs: those with reads that have no outcome.
         finished: jobs that have all their outcomes, until `settle` reports them.
@@ -77,6 +77,7 @@ class Dispatch(ABC):
         self.claim = partial(base.delivered.claim, note=self.claimed)
         self.delivered = base.counters.ways["ucx"]
         self.ports = Ports(base.config.port_quarantine_s, base.reader)
+        self.reactor = reactor
         self.now = reactor.now
         self.call_at = reactor.call_at
         self.jobs: set[Job] = set()

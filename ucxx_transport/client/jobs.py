@@ -118,6 +118,11 @@ class Job(Call):
         self.reads: dict[int, Read] = {}
         self.began_s = time.perf_counter()
 
+    @property
+    def missing(self) -> list[int]:
+        """The indices of those that have no outcome."""
+        return [index for index, outcome in enumerate(self.outcomes) if outcome is None]
+
 
 class Read(Attempt):
     """One payload of a job that comes over the link, and its attempt in flight.

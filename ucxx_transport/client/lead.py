@@ -43,12 +43,7 @@ class Lead:
         self._followers: dict[threading.Lock, None] = {}  # each waits for its own to be released
 
     def perform(self, call: Call, start: Callable[..., object], *arguments: object) -> None:
-        """Start a call and run the reactor until it is done, or let the thread that leads do so.
-
-        Args:
-            call: what to wait for.
-            start: starts it, given the core's `Reads` and the arguments, in the thread that leads.
-            arguments: for it.
+        """Start a call by `start(reads, *arguments)` and run the reactor until it is done, or let the leader do so.
 
         Raises:
             ConfigError: it was interrupted by a signal handler that calls this client itself.

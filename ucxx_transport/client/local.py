@@ -75,20 +75,11 @@ class LocalReader:
 
     With `local="auto"` it falls back to UCX where a ring cannot be attached, or has lost its name and is served.
 
-    Args:
-        base: the client's.
-        in_place: of which rings payloads stay in their slots with `local="auto"`; of others they are copied out, and
-            the slots are free at once.
-
     Attributes:
         host_id: of this host. reads_host: whose rings it reads: this host's, or None.
     """
 
-    def __init__(
-        self,
-        base: ClientBase,
-        in_place: bool | Callable[[SharedRingBuffer], bool],  # noqa: FBT001 - or a function
-    ) -> None:
+    def __init__(self, base: ClientBase, in_place: bool | Callable[[SharedRingBuffer], bool]) -> None:  # noqa: FBT001 - or a function
         self._config = config = base.config
         self._in_place = in_place if config.local == "auto" else config.local == "view"
         self._verify = config.verify_checksum

@@ -138,9 +138,8 @@ class Reads(Dispatch):
             for read in tuple(job.reads.values()):
                 if ring_id in (None, read.ref.ring_id):
                     self.fail(read, copy_of(error))
-            for index, outcome in enumerate(job.outcomes):
-                if outcome is None and ring_id is None:  # it waits for the lock of a ring of this host
-                    self._fail_at(job, index, copy_of(error))
+            for index in job.missing if ring_id is None else ():  # they wait for the lock of a ring of this host
+                self._fail_at(job, index, copy_of(error))
         for errand in tuple(self.errands):
             if ring_id in (None, errand.source.ring_id):
                 errand.end(copy_of(error))

@@ -548,6 +548,29 @@ def test_a_payload_that_an_interrupt_has_kept_from_its_call_is_delivered_after_a
             client.read(ref)
 
 
+def test_a_second_interrupt_during_the_repair_costs_no_other_call_either() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=16, slot_bytes=8192, prefault=False)) as rig:
+        client = rig.client()
+        warm(rig, client)
+        hold = rig.faults_of(1).hold = Hold()
+
+        def interrupt(_job: Job) -> None:
+            raise KeyboardInterrupt
+
+        client.core.begin((rig.write(EPISODE),), 1.0, on_done=interrupt)
+        others = [client.core.begin((rig.write(EPISODE),), 60.0) for _ in range(10)]
+        rig.settle()
+        rig.now_s += 2.0
+        client.core.damaged = True
+        with pytest.raises(KeyboardInterrupt):
+            client.core.repair()
+        assert client.core.damaged
+        rig.faults_of(1).hold = None
+        hold.set()
+        client.core.repair()
+        assert [type(outcome) for outcome in client.outcomes(*others)] == [Payload] * 10
+
+
 def test_payloads_that_wait_to_be_delivered_hold_up_what_waits_behind_them_no_longer_than_that() -> None:
     with open_rig(ports=1, ring=RingConfig(slots=4, slot_bytes=2 << 20, prefault=False)) as rig:
         client = rig.client()
