@@ -110,7 +110,7 @@ class Flight:
     """
 
     def __init__(self, worker: int, functions: Sequence[int]) -> None:
-        brief, sleeping = load().brief.library, load().sleeping.library
+        brief, sleeping = load()
         words = brief.flight_words()
         self._memory = memory = (ctypes.c_uint64 * words)(worker, *functions)
         self._words = memoryview(memory).cast("B").cast("Q")

@@ -6,46 +6,29 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Final, NamedTuple
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.native.build import BUILD, LIBRARY, source_hash
 
-__all__ = ["LIBRARY", "Calls", "Library", "load"]
+__all__ = ["LIBRARY", "Library", "load"]
 
-
-class Calls:
-    """The functions of `ring.c`, with their types, of one loading of the library; the source says what each does."""
-
-    library: ctypes.CDLL
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Callable[..., int]: ...
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        memory, word, number, wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
-        for name, types in (
-            ("initialise", ()),
-            ("discard", (word, word, wait_ns)),
-            ("holds", (number, memory, memory, word, memory, wait_ns)),
-            ("take", (memory, memory, wait_ns)),
-            ("count", (number, wait_ns)),
-            ("snapshot", (memory, wait_ns)),
-            ("publish", (memory, wait_ns)),
-            ("wait", (ctypes.c_uint32, wait_ns)),
-            ("wait_ready", (ctypes.c_uint32, wait_ns)),
-        ):
-            function = library[f"ring_{name}"]
-            function.argtypes = (memory, *types)
-            function.restype = ctypes.c_int
-            setattr(self, name, function)
-        for name in ("reserve", "commit", "acquire", "finalise"):
-            # of a hold alone: without argument types an array is passed as it is, in half the time of a call
-            setattr(self, name, library[f"ring_{name}"])
+_memory, _word, _number, _wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
+_ARGUMENTS: Final = {
+    "initialise": (),
+    "discard": (_word, _word, _wait_ns),
+    "holds": (_number, _memory, _memory, _word, _memory, _wait_ns),
+    "take": (_memory, _memory, _wait_ns),
+    "count": (_number, _wait_ns),
+    "snapshot": (_memory, _wait_ns),
+    "publish": (_memory, _wait_ns),
+    "wait": (ctypes.c_uint32, _wait_ns),
+    "wait_ready": (ctypes.c_uint32, _wait_ns),
+}
+"""What the functions `ring_…` take behind the address of their `struct ring`. The others take a hold alone: without
+argument types an array is passed as it is, in half the time of a call."""
 
 
 class Library(NamedTuple):
@@ -56,8 +39,8 @@ class Library(NamedTuple):
         sleeping: releases it: for calls that may sleep.
     """
 
-    brief: Calls
-    sleeping: Calls
+    brief: ctypes.PyDLL
+    sleeping: ctypes.CDLL
 
 
 @cache
@@ -69,11 +52,14 @@ def load(path: Path = LIBRARY) -> Library:
             how to build it.
     """
     try:
-        library = ctypes.PyDLL(str(path))
-        source = library.ring_source
-        source.restype = ctypes.c_uint64
+        library = Library(ctypes.PyDLL(str(path)), ctypes.CDLL(str(path)))
+        source = library.brief.ring_source
+        source.restype = _word
         if (found := source()) == source_hash():
-            return Library(Calls(library), Calls(ctypes.CDLL(str(path))))
+            for way in library:
+                for name, types in _ARGUMENTS.items():
+                    getattr(way, f"ring_{name}").argtypes = (_memory, *types)
+            return library
         why = f"it was compiled from another source, {found:016x}"
     except (OSError, AttributeError) as exc:
         why = str(exc)

@@ -37,7 +37,6 @@ MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
 """Number of ports, bytes of the host, the ports, the host."""
 
-_BankWords = ctypes.c_uint64 * layout.ADDRESS_BANK_WORDS
 _SnapshotWords = ctypes.c_uint64 * (len(layout.COUNTERS) + len(SlotState))
 _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
 
@@ -176,7 +175,7 @@ class RingHandle:
         if len(ports) > MAX_PORTS or (name and not ports) or not all(1 <= port <= 65535 for port in ports):
             raise ConfigError(f"1 to {MAX_PORTS} ports from 1 to 65535", field="ports", value=tuple(ports))
         bank = _BANK.pack(len(ports), len(name), *ports, *[0] * (MAX_PORTS - len(ports)), name)
-        self._transitions.call("publish", _BankWords.from_buffer_copy(bank))
+        self._transitions.call("publish", bank)
 
     def address(self) -> tuple[str | None, tuple[int, ...]]:
         """Host and ports as published last; (None, ()) before, and after a withdrawal."""

@@ -151,12 +151,20 @@ class Hold:
     def __enter__(self) -> Self:
         return self
 
-    # At the end of the process, which is reclaimed, the names of this module may be gone.
+    # Also what an array calls that it was handed over to, to serve `again`. At the end of the process, which is
+    # reclaimed, the names of this module may be gone.
     def __del__(
-        self, _: object = None, known: dict[int, ref[Any]] = live, is_ending: Callable[[], bool] = sys.is_finalizing
+        self,
+        again: list[Any] | None = None,
+        _: object = None,
+        known: dict[int, ref[Any]] = live,
+        is_ending: Callable[[], bool] = sys.is_finalizing,
     ) -> None:
         if self.lease_id in known and not is_ending():
             self.settle(0.0 if unsettled else _LOST_WAIT_S)
+            if again is not None and self.lease_id not in known:
+                self.reason = RELEASED
+                again.append(self)
 
 
 class ReadLease(Hold):
@@ -248,22 +256,8 @@ class ReadLease(Hold):
         start = transitions.first_byte + words[layout.HOLD_SLOT] * transitions.stride
         # An array over a memoryview: numpy bases whatever is derived from it on this very array, not on the memory.
         array = np.frombuffer(transitions.readable, _BYTE, words[layout.HOLD_NBYTES], start)
-        live[self.lease_id] = ref(array, self.__del__ if again is None else partial(self.serve_again, again))
+        live[self.lease_id] = ref(array, partial(self.__del__, again))
         return array
-
-    def serve_again(
-        self,
-        again: list[ReadLease],
-        _: object,
-        known: dict[int, ref[Any]] = live,
-        is_ending: Callable[[], bool] = sys.is_finalizing,
-    ) -> None:
-        """The array that it was handed over to is gone."""
-        if not is_ending():
-            self.settle(0.0 if unsettled else _LOST_WAIT_S)
-            if self.lease_id not in known:
-                self.reason = RELEASED
-                again.append(self)
 
     def __exit__(self, *error: object) -> None:
         """Release the attempt if it was neither finalised nor detached."""

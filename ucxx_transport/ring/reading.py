@@ -22,7 +22,7 @@ from ucxx_transport.ring.handle import RingHandle
 from ucxx_transport.ring.layout import RELEASED
 from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import TakeWords
+from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords
 from ucxx_transport.schema.envelope import meta_of
 from ucxx_transport.schema.episode_record import slot_ref_of
 from ucxx_transport.schema.slot_ref import SlotRef, renumbered, with_meta
@@ -36,9 +36,6 @@ _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
 _READING: Final = layout.STATE_COUNT_WORD + SlotState.READING
 _U32: Final = (1 << 32) - 1
 _NO_LIMIT: Final = (1 << 64) - 1
-
-_LOOK_EVERY_S: Final = 0.1
-"""While waiting: how often signals are looked for, and takers that died with payloads."""
 
 _REMEMBERED_READERS: Final = 1024
 
@@ -163,7 +160,8 @@ class ReadableRing(RingHandle):
             raise ConfigError("take at least one payload", field="max_payloads", value=max_payloads)
         if max_bytes is not None and max_bytes < 0:
             raise ConfigError("max_bytes is 0 or more, or None", field="max_bytes", value=max_bytes)
-        deadline_s = _limit_s(deadline_s)
+        if deadline_s is not None:
+            deadline_s = checked_seconds(deadline_s, "deadline_s")
         self._prepare(reader)
         words = self._words
         there = words[_READY] + (words[_READING] if self.readers > 1 else 0)
@@ -173,15 +171,8 @@ class ReadableRing(RingHandle):
         # registered before their attempts begin, as every hold is
         leases = [ReadLease(self._transitions, 0, 0, reader, RELEASED) for _ in range(room)]
         holds = (ctypes.c_void_p * room)(*[ctypes.addressof(lease.words) for lease in leases])
-        walked, began_s, left_s = 0, monotonic(), deadline_s
         try:
-            # A place that is gone when the walk goes on costs it its beginning again: not without end.
-            while walked <= 2 * self.slots:
-                self._transitions.call("take", holds, asked, wait_s=left_s)
-                if not asked[layout.TAKE_NEXT]:
-                    break
-                walked += asked[layout.TAKE_STEPS]
-                left_s = None if deadline_s is None else max(0.0, began_s + deadline_s - monotonic())
+            self._walk(holds, asked, deadline_s)
         except TransportError:
             if not asked[layout.TAKE_NUMBER]:
                 raise
@@ -202,6 +193,17 @@ class ReadableRing(RingHandle):
                 max_bytes=max_bytes,
             )
         return leases[:number]
+
+    def _walk(self, holds: ctypes.Array[ctypes.c_void_p], asked: Words, limit_s: float | None) -> None:
+        """Enter the attempts of a take, in as many critical sections as it needs."""
+        walked, began_s, left_s = 0, monotonic(), limit_s
+        # A place that is gone when the walk goes on costs it its beginning again: not without end.
+        while walked <= 2 * self.slots:
+            self._transitions.call("take", holds, asked, wait_s=left_s)
+            if not asked[layout.TAKE_NEXT]:
+                break
+            walked += asked[layout.TAKE_STEPS]
+            left_s = None if limit_s is None else max(0.0, began_s + limit_s - monotonic())
 
     def wait_for_ready(self, wait_s: float | str, *, reader: int = 0) -> bool:
         """Wait until something has become READY since `take` left nothing for this reader, through this handle.
@@ -228,8 +230,8 @@ class ReadableRing(RingHandle):
             left_s = started + wait_s - monotonic()
             if left_s <= 0:
                 return False
-            transitions.sleeping.wait_ready(transitions.address, seen, int(min(left_s, _LOOK_EVERY_S) * 1e9))
-            if left_s > _LOOK_EVERY_S and words[_READING] and words[layout.READIED_WORD] & _U32 == seen:
+            transitions.sleep(seen, left_s, for_ready=True)
+            if left_s > LOOK_EVERY_S and words[_READING] and words[layout.READIED_WORD] & _U32 == seen:
                 self._reclaim()  # also of a handle that another thread has closed meanwhile
         return True
 
@@ -315,7 +317,3 @@ class ReadableRing(RingHandle):
             raise ConfigError("a reader's id must be 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if unsettled:
             settle()
-
-
-def _limit_s(deadline_s: float | str | None) -> float | None:
-    return None if deadline_s is None else checked_seconds(deadline_s, "deadline_s")

@@ -132,10 +132,7 @@ class Segment:
         return fd is not None and os.fstat(fd).st_nlink == 0
 
     def duplicate(self) -> int | None:
-        """A descriptor of the file, without its lock, for a process that is to map it whatever its name; to be closed.
-
-        None where this object did not make the file, in this process.
-        """
+        """See `RingHandle.duplicate`."""
         fd = self._creation.descriptor()
         # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
         return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)

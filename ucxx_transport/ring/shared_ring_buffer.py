@@ -25,6 +25,7 @@ from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
+from ucxx_transport.ring.transitions import LOOK_EVERY_S
 from ucxx_transport.schema.envelope import checked_meta
 from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)
-
-_RECLAIM_EVERY_S: Final = 0.1
-"""While waiting for a slot: how often to look for holds of processes that died since."""
 
 _WRITES_A_LOOK: Final = 1024
 """Writes, about, from one look whether the ring still has its name to the next: one takes 0.8 µs."""
@@ -79,8 +77,6 @@ class SharedRingBuffer(ReadableRing):
     def __init__(self, *parts: Any, **seams: Any) -> None:
         super().__init__(*parts, **seams)
         self._bytes = self._segment.memory
-        self._first_byte, self._stride = self._transitions.first_byte, self._transitions.stride
-        self._takes_checksums = self._identity.checksum
         self._overwrites = self._identity.on_full == "overwrite"
         self._targets: dict[int, tuple[Placement, list[Array]]] = {}
         self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
@@ -204,7 +200,7 @@ class SharedRingBuffer(ReadableRing):
                 return unread
             with suppress(TransportError):  # the lock is taken: the next turn looks again
                 self._reclaim()
-            transitions.sleeping.wait(transitions.address, freed, int(min(left_s, _RECLAIM_EVERY_S) * 1e9))
+            transitions.sleep(freed, left_s)
 
     def _write(  # noqa: C901, PLR0917 - all that a write is
         self,
@@ -236,7 +232,7 @@ class SharedRingBuffer(ReadableRing):
                 targets = kept[1] if kept and kept[0] is placement else self._targets_in(hold, placement)
                 copy_fields(targets, content)
             elif nbytes <= _SMALL_BYTES:
-                start = self._first_byte + slot * self._stride
+                start = self._transitions.first_byte + slot * self._transitions.stride
                 self._bytes[start : start + nbytes] = content
             else:  # releases the interpreter's lock
                 np.copyto(self._transitions.payload(hold.words), np.frombuffer(content, np.uint8))
@@ -270,7 +266,7 @@ class SharedRingBuffer(ReadableRing):
         """Make a filled slot readable, whose word `HOLD_NBYTES` says how long the payload is."""
         words = hold.words
         checksum = None
-        if self._takes_checksums:
+        if self._identity.checksum:
             checksum = words[layout.HOLD_CHECKSUM] = xxhash.xxh3_64_intdigest(self._transitions.payload(words).data)
             words[layout.HOLD_HAS_CHECKSUM] = 1
         slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
@@ -322,7 +318,7 @@ class SharedRingBuffer(ReadableRing):
             # tried whatever a look finds: another process may have been the one who took the dead's slots back
             if monotonic() >= reclaim_at:
                 self._reclaim()
-                reclaim_at = monotonic() + _RECLAIM_EVERY_S
+                reclaim_at = monotonic() + LOOK_EVERY_S
             if transitions.reserve(words, overwrites=self._overwrites):
                 return
             left_s = started + (block_s if blocks else 0.0) - monotonic()
@@ -331,9 +327,7 @@ class SharedRingBuffer(ReadableRing):
             if not has_waited:
                 has_waited = True
                 transitions.count("blocked")
-            # in slices: a signal is noticed between two, and so is a reader's death
-            wait_s = min(left_s, _RECLAIM_EVERY_S)
-            transitions.sleeping.wait(transitions.address, words[layout.HOLD_STATE], int(wait_s * 1e9))
+            transitions.sleep(words[layout.HOLD_STATE], left_s)
             self._require_open()
         transitions.count("full")
         text, facts = why_full(self._segment, self._identity)
@@ -351,14 +345,14 @@ class SharedRingBuffer(ReadableRing):
         return targets
 
     def _write_lengths(self, hold: Hold, placement: Placement) -> None:
-        start = self._first_byte + hold.words[layout.HOLD_SLOT] * self._stride
+        start = self._transitions.first_byte + hold.slot * self._transitions.stride
         struct.pack_into(f"<{len(placement.lengths)}Q", self._bytes, start, *placement.lengths)
 
     def _write_envelope(self, hold: Hold, envelope: bytes) -> None:
         nbytes = hold.words[layout.HOLD_ENVELOPE_BYTES] = len(envelope)
         room = self._identity.envelope_bytes
         if nbytes <= room:
-            start = self._transitions.first_envelope + hold.slot * self._stride
+            start = self._transitions.first_envelope + hold.slot * self._transitions.stride
             self._bytes[start : start + nbytes] = envelope
         elif not self._warned_envelope:  # counted by the commit
             self._warned_envelope = True

@@ -35,6 +35,9 @@ _RingWords = ctypes.c_uint64 * 10  # `struct ring` of ring.c
 _HOLDS_A_CALL: Final = 1024
 """Holds listed in one critical section."""
 
+LOOK_EVERY_S: Final = 0.1
+"""While waiting for a slot: how often signals are looked for, and processes that died with slots."""
+
 _THREAD_ID_MASK: Final = 0x3FFFFFFF
 """Of a robust mutex's first word (<linux/futex.h>): who holds it."""
 
@@ -71,9 +74,10 @@ class Transitions:
             *(identity.max_attempts, self.first_byte, self.stride, identity.envelope_bytes),
         )
         self.address = ctypes.addressof(self._struct)
-        self._brief, self.sleeping = library or load()
-        self._reserve, self._commit = self._brief.reserve, self._brief.commit
-        self._acquire, self._finalise = self._brief.acquire, self._brief.finalise
+        brief, self._sleeping = library or load()
+        self._brief = brief
+        self._reserve, self._commit = brief.ring_reserve, brief.ring_commit
+        self._acquire, self._finalise = brief.ring_acquire, brief.ring_finalise
 
     def payload(self, words: Words) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,), writable; they do not keep the hold."""
@@ -82,7 +86,7 @@ class Transitions:
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
-        code = self._brief.initialise(self.address)
+        code = self._brief.ring_initialise(self.address)
         if code:
             raise ConfigError(
                 f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc", errno=code
@@ -149,14 +153,24 @@ class Transitions:
             DeadlineExceededError: the lock was not to be had in time: its holder is stopped.
             SlotError: the lock or a list of slots is damaged.
         """
-        code: int = getattr(self._brief, name)(self.address, *arguments, 0)
+        code: int = getattr(self._brief, f"ring_{name}")(self.address, *arguments, 0)
         if code:
-            code = self._waited(code, wait_s, partial(getattr(self.sleeping, name), self.address, *arguments))
+            code = self._waited(
+                code, wait_s, partial(getattr(self._sleeping, f"ring_{name}"), self.address, *arguments)
+            )
         return code
+
+    def sleep(self, seen: int, left_s: float, *, for_ready: bool = False) -> None:
+        """Sleep until a slot has become FREE, or READY, since its count was `seen`; a slice of `LOOK_EVERY_S` at most.
+
+        Between two slices signals are noticed, and it can be looked for processes that died.
+        """
+        wait = self._sleeping.ring_wait_ready if for_ready else self._sleeping.ring_wait
+        wait(self.address, seen, int(min(left_s, LOOK_EVERY_S) * 1e9))
 
     def _waited_for(self, code: int, wait_s: float | None, name: str, words: Words) -> int:
         """`_waited` for a call with a hold alone."""
-        function = getattr(self.sleeping, name)
+        function = getattr(self._sleeping, f"ring_{name}")
 
         def call(wait_ns: int) -> int:
             words[layout.HOLD_WAIT_NS] = wait_ns

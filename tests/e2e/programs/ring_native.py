@@ -230,7 +230,7 @@ def dies_in(library: Library, stores: int, call: Call) -> bool:
     """Call it in a process that ends after so many stores; whether it did."""
     child = os.fork()
     if child == 0:
-        library.brief.library.ring_cut_after(ctypes.c_long(stores))
+        library.brief.ring_cut_after(ctypes.c_long(stores))
         call()
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

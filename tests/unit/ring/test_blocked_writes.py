@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from tests.unit.ring.conftest import MakeRing
-from ucxx_transport.ring import SharedRingBuffer, SlotState, shared_ring_buffer
+from ucxx_transport.ring import SharedRingBuffer, SlotState, transitions
 from ucxx_transport.ring.layout import SLEEPERS_WORD
 from ucxx_transport.schema import SlotRef
 
@@ -24,7 +24,7 @@ LONG_S = 600.0
 @pytest.fixture(autouse=True)
 def _never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that is not woken sleeps until long after the test has failed."""
-    monkeypatch.setattr(shared_ring_buffer, "_RECLAIM_EVERY_S", LONG_S)
+    monkeypatch.setattr(transitions, "LOOK_EVERY_S", LONG_S)
 
 
 @pytest.fixture

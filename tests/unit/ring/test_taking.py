@@ -19,7 +19,7 @@ from tests.support.rows import row
 from tests.support.waiting import wait_until
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import ConfigError, ProtocolError, SlotError
-from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, reading
+from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, transitions
 from ucxx_transport.ring.layout import TAKERS_WORD
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, record_envelope
@@ -336,7 +336,7 @@ def test_a_lease_that_has_ended_or_is_another_ring_s_has_no_reference(make_ring:
 @pytest.fixture
 def _never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A taker that is not woken sleeps until long after the test has failed."""
-    monkeypatch.setattr(reading, "_LOOK_EVERY_S", LONG_S)
+    monkeypatch.setattr(transitions, "LOOK_EVERY_S", LONG_S)
 
 
 def is_asleep(ring: SharedRingBuffer, thread: int) -> bool:
