@@ -97,12 +97,24 @@ class Port:
         Raises:
             ConfigError: none of them can be bound, or the link cannot be opened.
         """
-        self._listener = self._listen(candidates)
-        self._counters.words[PORT] = self._listener.port
+        link, last = self._reactor.link, None
+        for port in candidates:
+            try:
+                self._listener = listener = link.listen(port, self._admit)
+                break
+            except ConfigError as error:
+                last = error
+        else:
+            raise ConfigError(
+                f"no free port among {list(candidates)[:4]}… ({len(candidates)} tried); choose others with "
+                "ServerConfig(ports=…) or 0 for any free one",
+                errno=errno.EADDRINUSE,
+            ) from last
+        self._counters.words[PORT] = listener.port
         self._counters.words[CONNECTIONS] = 0
         self._reclaim_s = self._reactor.now()
         self._beat()
-        return self._listener.port
+        return listener.port
 
     def stop(self) -> None:
         """Take no further connection and close those there are; it has `stopped` some turns later."""
@@ -126,19 +138,6 @@ class Port:
         self.slots.retire()
 
     # --- Callbacks ---
-
-    def _listen(self, candidates: Sequence[int]) -> Listener:
-        link, last = self._reactor.link, None
-        for port in candidates:
-            try:
-                return link.listen(port, self._admit)
-            except ConfigError as error:
-                last = error
-        raise ConfigError(
-            f"no free port among {list(candidates)[:4]}… ({len(candidates)} tried); choose others with "
-            "ServerConfig(ports=…) or 0 for any free one",
-            errno=errno.EADDRINUSE,
-        ) from last
 
     def _admit(self, endpoint: Endpoint) -> Connection | None:
         if self._is_stopping:
@@ -209,12 +208,10 @@ class Port:
 
 
 class PortThread:
-    """Serves the port number `index` of a server; the first of them also reclaims what dead processes hold.
+    """Serves the port number `index` of a server.
 
     Args:
-        ring: the ring.
-        settings: of the server.
-        index: of the port among the server's.
+        ring, settings, index: see `Port`.
         candidates: the ports that it tries, in order; 0 is any free one.
         link_factory: opens its link; None for one over UCX.
 
