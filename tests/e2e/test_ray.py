@@ -82,6 +82,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         environment.setenv("PYTHONPATH", PATH)  # by which an actor's process finds this module
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_AUTH_MODE", "disabled")  # else a token is made, and kept in the user's home
         ray.init(
             address="local",
             num_cpus=4,
