@@ -99,8 +99,8 @@ class Operation(Protocol):
         error: why it failed, or was given up: PeerLostError with `facts["reason"]`, ProtocolError where what answered
             is not of this package, or BusyError. None in flight and after a success.
         nbytes: size of the buffer.
-        on_done: what is called when it is over. While it is not `completed` the poster may still set it, so that what
-            is over at once costs no call.
+        on_done: what is called when it is over. Of a send it is set after the post, if that is not `completed`: what is
+            over at once costs no call.
     """
 
     completed: bool
@@ -153,11 +153,11 @@ class Endpoint(Protocol):
         All of the buffer is offered, which is writable, contiguous, of the buffer protocol; or a `Message` of such.
         """
 
-    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> Operation:
+    def post_send(self, buffer: object, *, channel: int = 0) -> Operation:
         """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
 
         It is contiguous, of the buffer protocol, or a `Message` of this link, and must not change before completion.
-        Small sends often are `completed` already when this returns.
+        Small sends often are `completed` already when this returns; of others `on_done` may be set.
         """
 
     def close(self, on_closed: Callable[[bool], None] | None = None) -> None:

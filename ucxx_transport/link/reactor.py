@@ -83,7 +83,7 @@ class Reactor(Usable):
         self._link_factory = link_factory
         self._spin_s = spin_s
         self._link: Link | None = None
-        self._submitted: deque[Callable[[], None]] = deque()
+        self._submitted: deque[Callable[[], object]] = deque()
         self._heap: list[tuple[float, int, Timer]] = []
         self._made = 0
         self._prune_at = STALE_TIMERS
@@ -126,7 +126,7 @@ class Reactor(Usable):
         heapq.heappush(self._heap, (when_s, self._made, timer))
         return timer
 
-    def submit(self, action: Callable[[], None]) -> None:
+    def submit(self, action: Callable[[], object]) -> None:
         """Call this in the next turn. From any thread and any signal handler; after `close()` it is dropped."""
         if self.forked:
             raise ConfigError(FORKED)

@@ -126,10 +126,10 @@ class UCXXEndpoint(Posted):
         flight.post(operation, begin, 0, address, self._receive_base | channel)
         return operation
 
-    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> UCXXOperation:
+    def post_send(self, buffer: object, *, channel: int = 0) -> UCXXOperation:
         """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
         operation = UCXXOperation()  # as `operation_of`
-        operation.owner, operation.on_done = self, on_done
+        operation.owner = self
         address: int | bytes
         if type(buffer) is bytes:
             operation.buffer, operation.nbytes = address, _ = buffer, len(buffer)

@@ -34,7 +34,7 @@ STRAYS_EVERY: Final = 8
 UNEXPECTED_AT_ONCE: Final = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the thread."""
 
-_INDEX, _ENDPOINT, _ADDRESS, _BYTES, _TAG, _HEARD, _HANDLED, _SPIN_NS, _FOUND_TAG, _, _ENDED, _ENDS = range(9, 21)
+_INDEX, _ENDPOINT, _ADDRESS, _BYTES, _TAG, _HANDLED, _SPIN_NS, _FOUND_TAG, _, _ENDED, _ENDS = range(9, 20)
 """Words of `struct flight`, behind the worker and the functions."""
 
 IN_PROGRESS: Final = 1  # UCS_INPROGRESS, ucs/type/status.h; 0 is a success, an error is negative
@@ -119,6 +119,7 @@ class Flight:
         self.send, self.send_large = brief.flight_send, sleeping.flight_send
         self.receive, self.receive_large = brief.flight_receive, sleeping.flight_receive
         self.stream_send, self.stream_receive = brief.flight_stream_send, brief.flight_stream_receive
+        self._sends = (self.send, self.send_large, self.stream_send)
         self._turn, self._has_ends = sleeping.flight_turn, brief.flight_has_ends
         self._cancel, self._probe, self._close = brief.flight_cancel, brief.flight_probe, brief.flight_close
         self.operations: dict[int, UCXXOperation] = {}
@@ -136,7 +137,7 @@ class Flight:
     def post(
         self, operation: UCXXOperation, begin: Callable[..., int], endpoint: int, address: int | bytes, tag: int
     ) -> None:
-        """Ask UCX for something, by one of the calls. What ends at once is `completed`, and called back in a turn.
+        """Ask UCX for something, by one of the calls. What ends at once is `completed`; a receive is called back, too.
 
         Args:
             operation: of its buffer.
@@ -151,7 +152,6 @@ class Flight:
             self._made += 1
         operation.index = index = free.pop()
         words[_INDEX], words[_ENDPOINT], words[_TAG], words[_BYTES] = index, endpoint, tag, operation.nbytes
-        words[_HEARD] = heard = operation.on_done is not None
         posted = operation.owner.posted
         self.operations[index] = posted[operation] = operation
         if type(address) is int:
@@ -161,9 +161,11 @@ class Flight:
             status = begin(self._memory, address)
         if status != IN_PROGRESS:
             operation.status = status
-            if not heard:
+            if begin in self._sends:
                 del self.operations[index], posted[operation]
                 free.append(index)
+                if operation.on_done is not None:  # it had waited
+                    self.ended.append(operation)
             operation.completed, operation.buffer = True, None
             if status:
                 operation.owner.note_failure(operation)

@@ -72,7 +72,6 @@ struct flight {
     void *buffer;
     size_t nbytes;
     uint64_t tag;     /* not of what goes by the stream */
-    uint64_t heard;   /* whether its end is handed over, though it be at once */
     uint64_t handled; /* how many ends the caller has seen to, ever */
     int64_t spin_ns;
     /* what a call has found */
@@ -140,14 +139,19 @@ static struct parameters asked(struct operation *operation, void *callback) {
         .mask = WITH_CALLBACK | WITH_USER_DATA | WITH_MEMORY_TYPE, .callback = callback, .user_data = operation};
 }
 
-/* IN_PROGRESS, or how it ended at once: queued behind what ended before, if it is heard of. */
+/* IN_PROGRESS, or how it ended at once: which is all that is heard of a send. */
 static int begun(struct operation *operation, void *request) {
-    int status = request == NULL ? 0 : (int)(intptr_t)request;
     if (request != NULL && (uintptr_t)request < FIRST_ERROR) {
         operation->request = request;
         return IN_PROGRESS;
     }
-    if (operation->flight->heard)
+    return request == NULL ? 0 : (int)(intptr_t)request;
+}
+
+/* The same; the end of a receive is queued, behind what ended before. */
+static int receiving(struct operation *operation, void *request) {
+    int status = begun(operation, request);
+    if (status != IN_PROGRESS)
         queue_end(operation, status);
     return status;
 }
@@ -168,8 +172,8 @@ EXPORT int flight_receive(struct flight *flight) {
     if (operation == NULL)
         return NO_MEMORY;
     struct parameters parameters = asked(operation, (void *)received);
-    return begun(operation, flight->ucp.tag_receive(flight->worker, flight->buffer, flight->nbytes, flight->tag,
-                                                    UINT64_MAX, &parameters));
+    return receiving(operation, flight->ucp.tag_receive(flight->worker, flight->buffer, flight->nbytes, flight->tag,
+                                                        UINT64_MAX, &parameters));
 }
 
 EXPORT int flight_stream_send(struct flight *flight, const void *bytes) {
@@ -190,8 +194,8 @@ EXPORT int flight_stream_receive(struct flight *flight) {
     parameters.mask |= WITH_FLAGS;
     parameters.flags = WHOLE;
     size_t got;
-    return begun(operation,
-                 flight->ucp.stream_receive(flight->endpoint, flight->buffer, flight->nbytes, &got, &parameters));
+    return receiving(operation, flight->ucp.stream_receive(flight->endpoint, flight->buffer, flight->nbytes, &got,
+                                                           &parameters));
 }
 
 /* It ends, cancelled or not, in a later turn, or never where UCX has it half. */

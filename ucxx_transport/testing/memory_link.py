@@ -96,8 +96,8 @@ class MemoryEndpoint:
             self.link.call(self._match, channel)
         return operation
 
-    def post_send(self, buffer: object, on_done: base.OnDone | None = None, *, channel: int = 0) -> MemoryOperation:
-        operation = self._posted(base.byte_view(buffer, writable=False), on_done, channel, sending=True)
+    def post_send(self, buffer: object, *, channel: int = 0) -> MemoryOperation:
+        operation = self._posted(base.byte_view(buffer, writable=False), None, channel, sending=True)
         if not self.alive:
             return operation
         assert operation.view is not None  # just made
@@ -110,7 +110,6 @@ class MemoryEndpoint:
             self._outbox.append((faults.hold, content, operation))
         if content is None or (self.other is not None and operation.nbytes <= EAGER_BYTES):
             self._completed(operation)
-            self.link.call(operation.call_back)
         if faults.hold is None:
             self._deliver()
         else:

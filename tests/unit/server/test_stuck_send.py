@@ -82,10 +82,10 @@ class StuckEndpoint:
         self._receives.append((buffer, operation))
         return operation
 
-    def post_send(self, buffer: object, on_done: OnDone | None = None, *, channel: int = 0) -> StuckOperation:
+    def post_send(self, buffer: object, *, channel: int = 0) -> StuckOperation:
         assert isinstance(buffer, bytes | memoryview)
         assert channel
-        operation = StuckOperation(len(buffer), on_done)
+        operation = StuckOperation(len(buffer), None)
         if len(buffer) > LARGE:
             self.large_sends.append(operation)
         else:
