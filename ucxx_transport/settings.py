@@ -19,12 +19,15 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar, cast, dataclass_transform, get_type_hints
+from types import FunctionType
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast, dataclass_transform, get_type_hints
 
 from ucxx_transport.errors import ConfigError, nearest_remedy
 from ucxx_transport.units import Parse, kind_of, parse_store_url, parse_token, parse_ucx_settings
 
 SectionT = TypeVar("SectionT")
+T = TypeVar("T")
+P = ParamSpec("P")
 
 ENV_PREFIX: Final = "UCXX_TRANSPORT_"
 _MAY_HOLD_A_SECRET: Final = (parse_token, parse_store_url)
@@ -208,6 +211,22 @@ def check_keywords(what: str, given: Iterable[str], known: type) -> None:
     for name in given:
         if name not in known.__annotations__:
             raise unknown_name(what, name, known.__annotations__)
+
+
+def known_options(call: Callable[P, T]) -> Callable[P, T]:
+    """The same call; a keyword argument that it does not take is a ConfigError with the one that was meant."""
+    code = cast("FunctionType", call).__code__
+    known = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self"}
+    what = f"option of {call.__qualname__.removesuffix('.__init__')}"
+
+    @functools.wraps(call)
+    def checked(*given: P.args, **options: P.kwargs) -> T:
+        for name in options:
+            if name not in known:
+                raise unknown_name(what, name, known)
+        return call(*given, **options)
+
+    return checked
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:

@@ -8,17 +8,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import anyio
 import numpy as np
 import pytest
 
 from scripts.messages import messages
+from tests.support.one_for_many import one_for_many
 from tests.support.rows import row
 from tests.support.served_ring import client_of, served_ring
 from ucxx_transport import (
@@ -35,9 +38,12 @@ from ucxx_transport import (
     TensorSpec,
     TrajectoryWriter,
     TransportError,
+    UCXXClient,
     UCXXDataPackerMixin,
+    UCXXRolloutMixin,
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.trainer import Prefetcher, fetch_batch
 
 MAXIMA = {"obs": 500, "reward": 500}
 
@@ -406,9 +412,8 @@ CALLS = [
         ConfigError,
         "refs",
         "EpisodeRecord",
-        r"\[ref\]",
+        r"give a list: \[ref\]",
     ),
-    Mistake("text as a list", using(lambda job: job.client.discard("abc")), ConfigError, "refs", "'abc'", r"\[ref\]"),
     Mistake("text as a source", using(lambda job: job.client.take("abc")), ConfigError, "ref", "'abc'", "record"),
     Mistake("text in a stream", streaming_text, ConfigError, "references", "'abc'", "record.*SlotRef"),
     Mistake(
@@ -490,6 +495,64 @@ def test_what_a_queue_made_of_a_record_is_taken_wherever_a_reference_is() -> Non
                 (rollout,) = packer.collect_prefetch()
                 assert packer.get_policy_input(None, rollout)["obs"].shape == (3, 4)
                 packer.release_prefetch()
+
+
+def test_one_in_the_place_of_several_is_refused_by_every_call_that_takes_several() -> None:
+    async def awaiting(call: Callable[[UCXXClient], Awaitable[object]]) -> None:
+        async with UCXXClient() as client:
+            await call(client)
+
+    with writer() as worker, SyncUCXXClient() as client, packing() as packer, Prefetcher() as prefetcher:
+        record = worker.write(episode(3))
+
+        def what_a_function_makes_of_a_batch(one: Any) -> None:
+            with RolloutFeed(on_missing=lambda *_: one) as feed:
+                feed.start([EpisodeRecord(worker_id="w", sequence=7, dropped="RingFullError: x")])
+                feed.collect()
+
+        entries: list[tuple[str, str, Callable[[Any], object]]] = [
+            ("read_many", "refs", client.read_many),
+            ("discard", "refs", client.discard),
+            ("await read_many", "refs", lambda one: anyio.run(awaiting, lambda client: client.read_many(one))),
+            ("await discard", "refs", lambda one: anyio.run(awaiting, lambda client: client.discard(one))),
+            ("fetch_batch", "records", lambda one: anyio.run(awaiting, lambda it: fetch_batch(it, one, deadline_s=5))),
+            ("begin", "records", prefetcher.begin),
+            ("prepare", "records", prefetcher.prepare),
+            ("fetch", "records", prefetcher.fetch),
+            ("EpisodeStream", "references", EpisodeStream),
+            ("start_prefetch", "rollouts", packer.start_prefetch),
+            ("defer_prefetch", "rollouts", packer.defer_prefetch),
+            ("on_missing", "rollouts", what_a_function_makes_of_a_batch),
+        ]
+        for name, field, call in entries:
+            for one in one_for_many(record):
+                with row(call=name, one=one), pytest.raises(ConfigError) as caught:
+                    call(one)
+                assert_says(caught.value, f"{field} must be a list, not .*; give a list: .{field[:-1]}.")
+        assert packer.is_cold_start
+        assert prefetcher.statistics().episodes == 0
+        (payload,) = client.read_many(iter([record]))
+        assert not isinstance(payload, TransportError)
+        payload.release()
+
+
+def test_a_misspelt_option_of_a_call_is_refused_with_the_one_that_was_meant() -> None:
+    with writer() as worker, packing() as packer, Prefetcher() as prefetcher, RolloutFeed() as feed:
+        calls: list[tuple[Callable[..., object], str, str]] = [
+            *((call, "policy_verison", "policy_version") for call in (prefetcher.fetch, prefetcher.begin)),
+            *((call, "policy_verison", "policy_version") for call in (prefetcher.prepare, feed.start, feed.defer)),
+            *((call, "polcy_version", "policy_version") for call in (packer.start_prefetch, packer.defer_prefetch)),
+            (partial(worker.write, {}), "reader", "readers"),
+            (worker.close, "drain", "drain_s"),
+            (UCXXRolloutMixin().cleanup_ucxx, "drian_s", "drain_s"),
+            (partial(fetch_batch, cast("UCXXClient", None)), "deadline", "deadline_s"),
+        ]
+        for call, wrong, meant in calls:
+            with row(call=call), pytest.raises(ConfigError) as caught:
+                call(*[[]] * (meant == "policy_version"), **{wrong: 3})
+            assert_says(caught.value, f"'{wrong}'; did you mean '{meant}'")
+        assert feed.is_cold_start
+        assert packer.is_cold_start
 
 
 def test_lists_are_taken_with_varlen_as_arrays_are() -> None:

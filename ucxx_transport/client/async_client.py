@@ -25,7 +25,7 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.machine import in_thread
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import listed, slot_ref_of
+from ucxx_transport.schema.episode_record import several, slot_ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -136,7 +136,7 @@ class UCXXClient:
         """Read payloads concurrently, fairly across sources; arguments and result as `SyncUCXXClient.read_many`."""
         core = self._core
         core.require_usable()
-        job = Job(listed(refs), core.reactor.now() + core.limit_s(deadline_s))
+        job = Job([*several(refs, "refs")], core.reactor.now() + core.limit_s(deadline_s))
         remote, here = core.look_at(job, range(job.left))
         if remote or here:
             await self._run(job, partial(core.go_on, job, remote, here))

@@ -18,7 +18,7 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import listed, slot_ref_of
+from ucxx_transport.schema.episode_record import several, slot_ref_of
 from ucxx_transport.teardown import refuse_forked
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class SyncUCXXClient:
         """
         core = self._core
         core.require_usable()
-        job = Job(listed(refs), core.reactor.now() + core.limit_s(deadline_s))
+        job = Job([*several(refs, "refs")], core.reactor.now() + core.limit_s(deadline_s))
         remote, here = core.look_at(job, range(job.left))
         if remote or here:
             self._lead.perform(job, lambda _: core.go_on(job, remote, here))

@@ -25,7 +25,7 @@ from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import listed, slot_ref_of
+from ucxx_transport.schema.episode_record import several, slot_ref_of
 from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 
@@ -209,7 +209,7 @@ class ClientCore(ClientBase):
     def discard_call(self, refs: Iterable[Referring], deadline_s: float | str | None = None) -> Discard:
         """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any."""
         self.require_usable()
-        named = [*_payloads(listed(refs))]
+        named = [*_payloads(several(refs, "refs"))]
         call = Discard(named, self.reactor.now() + self.limit_s(deadline_s))
         here: list[Entry] = []
         for index, ref in enumerate(named):

@@ -16,12 +16,13 @@ from typing import Any, Self
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from ucxx_transport.config import ServerConfig, checked_seconds
+from ucxx_transport.config import ServerConfig, checked_count, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.ring.segment import remove_orphan, segment_path
-from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.schema.episode_record import EpisodeRecord, several
+from ucxx_transport.settings import known_options
 from ucxx_transport.trainer.loss_policy import is_ours, record_of
 
 _log = get_logger(__name__)
@@ -36,9 +37,9 @@ def server_config_of_node(**settings: Any) -> ServerConfig:
     """Settings of a rollout actor's server: it listens where Ray's other nodes reach this one.
 
     Args:
-        **settings: as for `ServerConfig`, all but `host`.
+        **settings: as for `ServerConfig`; another `host` takes the place of that address.
     """
-    return ServerConfig(host=ray.util.get_node_ip_address(), **settings)
+    return ServerConfig(**{"host": ray.util.get_node_ip_address(), **settings})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +82,10 @@ class ActorRollouts(Iterator[Any]):
         replace: called with the handle of an actor that died; gives another one in its place, or None.
 
     Raises:
-        ConfigError: there is no actor, `in_flight` is below 1, or `timeout_s` is no finite duration.
+        ConfigError: there is no actor, or an argument is wrong.
     """
 
+    @known_options
     def __init__(
         self,
         actors: Sequence[Any],
@@ -93,12 +95,14 @@ class ActorRollouts(Iterator[Any]):
         timeout_s: float | str = 600.0,
         replace: Callable[[Any], Any | None] = lambda _: None,
     ) -> None:
+        actors = [*several(actors, "actors")]
         if not actors:
             raise ConfigError("there is no actor to ask; give one or more", field="actors")
-        if in_flight < 1:
-            raise ConfigError(f"in_flight must be at least 1, not {in_flight}", field="in_flight")
+        for name, call in (("ask", ask), ("replace", replace)):
+            if not callable(call):
+                raise ConfigError(f"{name} must be a function of an actor's handle, not {call!r}", field=name)
         self._ask_actor = ask
-        self._in_flight = in_flight
+        self._in_flight = checked_count(in_flight, "in_flight", at_least=1)
         self._timeout_s = checked_seconds(timeout_s, "timeout_s")
         self._replace = replace
         self._actors: list[Any | None] = []
@@ -170,6 +174,7 @@ class ActorRollouts(Iterator[Any]):
         """Ask for no more: what is under way still comes, then the iteration ends."""
         self._stopped = True
 
+    @known_options
     def close(self, *, drain_s: float | str = 0.0, timeout_s: float | str = 30.0) -> int:
         """Call `cleanup_ucxx` of every actor that has it, and remove what dead ones left on this host. Idempotent.
 

@@ -9,8 +9,10 @@ from typing import Any, Generic, TypeVar, Unpack
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ucxx_transport.config import ClientConfig
+from ucxx_transport.errors import ConfigError
+from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_keywords, made_of
-from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode, StreamSettings
+from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode, StreamSettings, check_settings
 
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         **settings: as for `EpisodeStream`: `ahead`, `deadline_s`, `max_fetch_rounds`, `on_loss` …; `device` is "cpu".
 
     Raises:
-        ConfigError: a setting is unknown, or one of the client is wrong.
+        ConfigError: a setting is unknown or wrong, of the client or of the stream.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         **settings: Unpack[StreamSettings],
     ) -> None:
         check_keywords(f"setting of {type(self).__name__}", settings, StreamSettings)
-        self._references = references
+        self._references = several(references, "references")
         self._config = made_of(ClientConfig, config, "config")
+        if not callable(item_of):
+            raise ConfigError(f"item_of must be a function of an episode, not {item_of!r}", field="item_of")
         self._item_of = item_of
         self._shared = shared
         self._settings: StreamSettings = {"device": "cpu", **settings}
+        check_settings(self._settings)
 
     def __iter__(self) -> Iterator[T]:
         """Iterate; a client of its own each time."""

@@ -277,16 +277,14 @@ def slot_ref_of(value: object) -> SlotRef:
     return found.ref
 
 
-def listed(refs: Any) -> list[Any]:
-    """References as a list; a ConfigError where a single one is given, or no iterable."""
-    if is_list(refs):
-        return [*refs]
-    raise ConfigError(f"refs must be a list of references, not {wire_form.describe(refs)}; give [ref]", field="refs")
-
-
-def is_list(given: object) -> bool:
-    """Whether this is several things, as a list or another iterable has them, rather than one."""
-    return isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray, Mapping))
+def several(given: Iterable[Any], field: str) -> Iterable[Any]:
+    """The argument `field` as it was given; a ConfigError where that is one thing in the place of several."""
+    are_several = any(hasattr(type(given), name) for name in ("__iter__", "__getitem__"))
+    is_one = isinstance(given, (str, bytes, bytearray, memoryview, Mapping))
+    if not are_several or is_one or any(_reader_of(getattr(given, name, None)) for name in _CARRIERS):
+        words = f"{field} must be a list, not {wire_form.describe(given)}; give a list: [{field.removesuffix('s')}]"
+        raise ConfigError(words, field=field)
+    return given
 
 
 def _reader_of(value: object) -> Callable[[Any], Reference] | None:

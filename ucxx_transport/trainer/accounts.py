@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import Batch
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, hint_for
@@ -65,11 +64,21 @@ class _Lasting:
     unsaid: int = 0
 
 
-def check_hook(on_loss: object) -> None:
-    """Refuse, by a ConfigError, what cannot be called with a loss and is not None."""
-    if on_loss is not None and not callable(on_loss):
-        message = f"on_loss must be a function of a Loss, or None, not {on_loss!r}"
-        raise ConfigError(message, field="on_loss", value=on_loss)
+@dataclass(slots=True)
+class Account:
+    """What came of one batch, once it is counted.
+
+    Attributes:
+        alone: of an episode that is asked for by itself.
+        batch: None as long as it is not counted.
+        unreported: losses that are to be reported, one by one.
+        problem: what is to be raised after that, once.
+    """
+
+    alone: Alone | None = None
+    batch: Batch | None = None
+    unreported: Iterator[Loss] = field(default_factory=lambda: iter(()))
+    problem: Exception | None = None
 
 
 class Accounts:
@@ -91,40 +100,45 @@ class Accounts:
         self._clock = clock
         self._lock = threading.RLock()  # of what follows, and of `sources`
         self._lasting: dict[LossReason, _Lasting] = {}
-        self._counts: defaultdict[str, Any] = defaultdict(int)  # of `PrefetchStatistics`, by its names
-        self._losses: Counter[str] = Counter()
+        self._counts: defaultdict[str | LossReason, Any] = defaultdict(int)  # of `PrefetchStatistics`, and losses
         self._lost: dict[Hashable, tuple[LossReason, object]] = {}
 
     def statistics(self, unlocked_rings: int) -> PrefetchStatistics:
         """Counts since this was made."""
         with self._lock:
-            return PrefetchStatistics(**self._counts, losses=dict(+self._losses), unlocked_rings=unlocked_rings)
+            counts = dict(self._counts)
+        lost = {reason: counts.pop(reason) for reason in LossReason if reason in counts}
+        losses = {reason.value: count for reason, count in lost.items() if count}
+        found: Any = counts
+        return PrefetchStatistics(**found, losses=losses, unlocked_rings=unlocked_rings)
 
     def count(
-        self, records: Sequence[AskedFor], batch: Batch, alone: Alone | None = None
-    ) -> tuple[Sequence[Loss], TransportError | None]:
-        """Count a batch and log its losses.
+        self, account: Account, records: Mapping[int, AskedFor], batch: Batch, failure: Exception | None = None
+    ) -> None:
+        """Count a batch, once, and log its losses.
+
+        An episode that was asked for by itself may be known to be lost. That was counted, which holds if it is lost
+        again, and not if it came.
 
         Args:
+            account: takes what came of it.
             records: what was asked for.
             batch: what became of it.
-            alone: of an episode that was asked for by itself. A source that does not answer is not held against it; and
-                where it is known to be lost that was counted, which holds if it is lost again, and not if it came.
-
-        Returns:
-            The losses to report, and what is to be raised for them.
+            failure: what ended its fetch.
         """
-        losses, host_id, problem = batch.losses, self._host_id, None
+        losses, host_id, problem, alone = batch.losses, self._host_id, failure, account.alone
         with self._lock:
-            found = self._counts
-            found["batches" if batch.in_time else "given_up"] += 1
-            found["episodes"] += len(batch.payloads)
-            found["nbytes"] += batch.nbytes
-            found["fetch_s"] += batch.took_s
-            found["retried"] += batch.retried
+            if account.batch is not None:
+                return
+            counts = self._counts.copy()
+            counts["batches" if batch.in_time else "given_up"] += 1
+            counts["episodes"] += len(batch.payloads)
+            counts["nbytes"] += batch.nbytes
+            counts["fetch_s"] += batch.took_s
+            counts["retried"] += batch.retried
             if batch.in_time:
-                counts = alone is None
-                problem = self._sources.problem_in(records, batch.payloads, losses, host_id=host_id, counts=counts)
+                is_alone = alone is not None
+                problem = self._sources.problem_in(records, batch.payloads, losses, host_id=host_id, alone=is_alone)
             lost_by: LossReason | None = None
             if alone is not None:
                 lost_by, _ = self._lost.pop(alone.key, (None, None))
@@ -132,9 +146,13 @@ class Accounts:
                     self.remember({alone.key: (lost_by or loss.reason, alone.output)})
             if lost_by is not None:
                 losses = ()
-                self._losses[lost_by.value] -= len(batch.payloads)
-            self._losses.update(loss.reason.value for loss in losses)
+                counts[lost_by] -= len(batch.payloads)
+            for loss in losses:
+                counts[loss.reason] += 1
             due = self._due(losses)
+            # all of it or nothing, wherever an interrupt comes
+            account.unreported, account.problem = iter(losses), problem
+            self._counts, account.batch = counts, batch
         for lost, since in due:
             first = lost[0]
             sequences = [loss.sequence for loss in lost if loss.worker == first.worker]
@@ -151,7 +169,6 @@ class Accounts:
                 hint=hint_for(first, host_id),
                 since=since,
             )
-        return losses, problem
 
     def remember(self, lost: Mapping[Hashable, tuple[LossReason, object]]) -> None:
         """Episodes that have been counted as lost: by what, and their outputs, by keys of `key_of`."""
@@ -178,19 +195,22 @@ class Accounts:
             lasting.pause_s = min(2 * lasting.pause_s, LONGEST_PAUSE_S)
         return due
 
-    def count_closed(self, episodes: int, losses: Sequence[Loss] = ()) -> int:
-        """Count what was asked for and is not taken; how many there are by now."""
-        closed = LossReason.CLOSED.value
+    def count_closed(self, episodes: int, losses: Sequence[Loss] = (), account: Account | None = None) -> int:
+        """Count what was asked for and is not taken, of a batch that is not counted yet; how many there are by now."""
         with self._lock:
-            self._losses.update({closed: episodes} if episodes else ())
-            self._losses.update(loss.reason.value for loss in losses)
-            return self._losses[closed]
+            if account is None or account.batch is None:
+                self._counts[LossReason.CLOSED] += episodes
+                for loss in losses:
+                    self._counts[loss.reason] += 1
+            return int(self._counts[LossReason.CLOSED])
 
-    def report(self, losses: deque[Loss], problem: Exception | None = None) -> None:
-        """Take each loss out and call the hook, whatever it raises; then raise the problem, or what it raised first."""
-        failed, hook = problem, self._on_loss
-        while losses:
-            loss = losses.popleft()
+    def report(self, account: Account) -> None:
+        """Call the hook with each loss, whatever it raises; then raise the problem, or what it raised first.
+
+        No loss is reported twice, or passed over, where an interrupt comes in between: report them again.
+        """
+        failed, hook = account.problem, self._on_loss
+        for loss in account.unreported:
             try:
                 if hook is not None:
                     hook(loss)
@@ -199,5 +219,6 @@ class Accounts:
                     failed = error
                 else:
                     _log.exception("loss_hook_failed", worker=loss.worker, sequence=loss.sequence)
+        account.problem = None
         if failed is not None:
             raise failed

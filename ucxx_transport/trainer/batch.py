@@ -9,19 +9,22 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
 import anyio
 
 from ucxx_transport.client.ports import attempt_budget_s
 from ucxx_transport.config import checked_count, checked_seconds
-from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.schema.episode_record import as_policy_version
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Wanted, loss_of, sort_out
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.logs import get_logger
+from ucxx_transport.schema.episode_record import as_policy_version, several
+from ucxx_transport.settings import known_options
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, loss_of, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload, UCXXClient
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.trainer.unpacking import DeviceUploader
 
-DEFAULT_FETCH_ROUNDS: Final = 3
+_log = get_logger(__name__)
+
 
 ROUND_PAUSE_S: Final = 0.1
 """Between two rounds: a server process that died takes a second or two to be back."""
@@ -67,9 +71,19 @@ class Batch:
 
 
 class FetchLimits:
-    """What bounds the fetch of a batch; arguments and errors as `fetch_batch`."""
+    """Settings of a `Prefetcher` that no device and no thread is needed to check; arguments and errors as there."""
 
-    def __init__(self, deadline_s: float | str, max_fetch_rounds: int, max_staleness: int | None) -> None:
+    max_fetch_rounds: int = 3
+    unreachable_batches: int | None = 3
+
+    def __init__(
+        self,
+        deadline_s: float | str = 30.0,
+        max_fetch_rounds: int = max_fetch_rounds,
+        max_staleness: int | None = None,
+        unreachable_batches: int | None = unreachable_batches,
+        on_loss: object = None,
+    ) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
         if self.deadline_s == 0:
             message = f"deadline_s must be more than 0, not {deadline_s!r}"
@@ -78,8 +92,16 @@ class FetchLimits:
         self.max_staleness = max_staleness
         if max_staleness is not None:
             self.max_staleness = checked_count(max_staleness, "max_staleness", at_least=0, unset="any")
+        self.unreachable_batches = unreachable_batches
+        if unreachable_batches is not None:
+            self.unreachable_batches = checked_count(
+                unreachable_batches, "unreachable_batches", at_least=1, unset="never"
+            )
+        if on_loss is not None and not callable(on_loss):
+            message = f"on_loss must be a function of a Loss, or None, not {on_loss!r}"
+            raise ConfigError(message, field="on_loss", value=on_loss)
 
-    def sorter(self, policy_version: int | None) -> Callable[[Sequence[AskedFor]], SortedOut]:
+    def sorter(self, policy_version: int | None) -> Callable[[Mapping[int, AskedFor]], SortedOut]:
         """What sorts the episodes of a batch out, for a trainer with weights of this version."""
         if self.max_staleness is not None and policy_version is None:
             raise ConfigError(
@@ -141,7 +163,7 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
         raise
     return Batch(
         payloads=dict(sorted(payloads.items())),
-        losses=tuple(sorted(losses, key=lambda loss: loss.index)),
+        losses=tuple(sorted(losses, key=attrgetter("index"))),
         nbytes=sum(payload.nbytes for payload in payloads.values()),
         rounds=rounds,
         retried=retried,
@@ -149,12 +171,30 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
     )
 
 
+def given_up(sorted_out: SortedOut, failure: Exception | None) -> Batch:
+    """A batch of which nothing came: its fetch failed, or did not end in time."""
+    wanted, losses = sorted_out
+    reason = LossReason.TIMEOUT if failure is None else LossReason.FAILED
+    if failure is None:
+        error: TransportError = DeadlineExceededError("the batch did not come in time")
+        _log.warning("batch_abandoned", episodes=len(wanted) + len(losses))
+    elif isinstance(failure, TransportError):
+        error = failure
+    else:
+        error = TransportError(f"the batch could not be fetched: {type(failure).__name__}: {failure}")
+        error.__cause__ = failure
+    losses += [Loss(index=each.index, record=each.record, reason=reason, error=error) for each in wanted]
+    lost = tuple(sorted(losses, key=attrgetter("index")))
+    return Batch(payloads={}, losses=lost, nbytes=0, rounds=0, retried=0, took_s=0.0, in_time=False)
+
+
+@known_options
 async def fetch_batch(
     client: UCXXClient,
     records: Sequence[AskedFor],
     *,
     deadline_s: float | str,
-    max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
+    max_fetch_rounds: int = FetchLimits.max_fetch_rounds,
     policy_version: int | None = None,
     max_staleness: int | None = None,
 ) -> Batch:
@@ -178,7 +218,7 @@ async def fetch_batch(
         ConfigError: an argument is out of its bounds.
     """
     limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
-    sorted_out = partial(limits.sorter(policy_version), records)
+    sorted_out = partial(limits.sorter(policy_version), dict(enumerate(several(records, "records"))))
     outcomes: Outcomes | None = None
     with closing(rounds_of(sorted_out, limits, anyio.current_time)) as rounds:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ucxx_transport.config import checked_count
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.machine import start_thread
-from ucxx_transport.schema.episode_record import EpisodeRecord
+from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import FetchSettings
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, checked_unreachable, is_ours, record_of
-from ucxx_transport.trainer.prefetcher import DEFAULT_UNREACHABLE_BATCHES, PendingBatch, Prefetcher
+from ucxx_transport.trainer.batch import FetchLimits, FetchSettings
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
+from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
+from ucxx_transport.trainer.unpacking import checked_device
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
@@ -41,6 +41,15 @@ class StreamSettings(FetchSettings, total=False):
 
     ahead: int
     on_loss: Callable[[Loss], None] | None
+
+
+def check_settings(settings: StreamSettings) -> None:
+    """Refuse, by a ConfigError, settings that an `EpisodeStream` would refuse, without making one."""
+    checked_count(settings.get("ahead", 1), "ahead", at_least=1)
+    checked_device(settings.get("device"))
+    names = FetchLimits.__init__.__code__.co_varnames
+    given: Any = {name: value for name, value in settings.items() if name in names}
+    FetchLimits(**given)
 
 
 class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
@@ -72,10 +81,8 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         on_loss: Callable[[Loss], None] | None = None,
         **settings: Unpack[FetchSettings],
     ) -> None:
-        self._ahead = checked_count(ahead, "ahead", at_least=1)
-        batches = checked_unreachable(settings.get("unreachable_batches", DEFAULT_UNREACHABLE_BATCHES))
-        settings["unreachable_batches"] = None if batches is None else batches * self._ahead
-        self._moved = threading.Condition()  # of what follows
+        several(references, "references")
+        self._ahead = self.in_a_batch = checked_count(ahead, "ahead", at_least=1)
         self._begun: deque[PendingBatch] = deque()
         super().__init__(config, on_loss=on_loss, **settings)
         # the class, not an object of it: kept, that would keep the frames that it was raised through
@@ -98,35 +105,38 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         """
         self.check_usable()
         while True:
-            with self._moved:
-                self._moved.wait_for(lambda: self._begun or self._end is not None or self.closed)
-                self.check_usable()
-                if not self._begun:
-                    end = self._end
-                    assert end is not None
-                    if isinstance(end, BaseException):
-                        raise end.with_traceback(self._end_traceback)  # else each raise adds its frames to it
-                    raise end
-                pending = self._begun.popleft()
-                self._moved.notify_all()
+            pending = None
             try:
-                batch = pending.result()
+                with self.lock:
+                    self.changed.wait_for(lambda: self._begun or self._end is not None or self.closed)
+                    self.check_usable()
+                    if not self._begun:
+                        break
+                    pending = self._begun[0]
+                    del self._begun[0]
+                    self.changed.notify_all()
+                batch = pending.settle()
+                self.accounts.report(pending.account)
+                for payload in batch.payloads.values():
+                    record = pending.records[0]
+                    assert isinstance(record, EpisodeRecord)
+                    episode = StreamedEpisode(record, self.unpack(payload))
+                    del self.untaken[pending]  # no call: an interrupt comes before it, or to who has the episode
+                    return episode
+                pending.cancel()
             except BaseException as error:
-                if not isinstance(error, Exception):  # interrupted
+                if not isinstance(error, Exception):
+                    if pending in self.untaken:  # interrupted: it is the next one again
+                        self._begun.appendleft(pending)
+                elif pending is not None:
                     pending.cancel()
+                    self.check_usable()  # it was closed meanwhile
                 raise
-            for payload in batch.payloads.values():
-                (record,) = pending.records
-                assert isinstance(record, EpisodeRecord)
-                with payload:
-                    return StreamedEpisode(record, self.unpack(payload))
-
-    def _leave_all(self) -> None:
-        with self._moved:
-            self.closed = True
-            self._begun.clear()
-            self._moved.notify_all()
-        super()._leave_all()
+        end = self._end
+        assert end is not None
+        if isinstance(end, BaseException):
+            raise end.with_traceback(self._end_traceback)  # else each raise adds its frames to it
+        raise end
 
     def _take(self, references: Iterable[Any]) -> None:
         end: BaseException | type[StopIteration] = StopIteration
@@ -140,18 +150,18 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates, sys.exit() too
             end = error
         finally:
-            with self._moved:
+            with self.lock:
                 self._end = end
                 self._end_traceback = end.__traceback__ if isinstance(end, BaseException) else None
-                self._moved.notify_all()
+                self.changed.notify_all()
 
     def _append(self, record: AskedFor) -> bool:
         """Begin to fetch an episode when there is room for it; False when the stream is closed."""
-        with self._moved:
-            self._moved.wait_for(lambda: len(self._begun) < self._ahead or self.closed)
+        with self.lock:
+            self.changed.wait_for(lambda: len(self._begun) < self._ahead or self.closed)
             if self.closed:
                 self.accounts.count_closed(1)
                 return False
             self._begun.append(self.begin([record]))
-            self._moved.notify_all()
+            self.changed.notify_all()
         return True

@@ -25,6 +25,7 @@ What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: 
 | nothing came; a token, a release or a setting is wrong                           | raised: trying cannot help   |
 | `unreachable_batches` in a row without an answer of a source that never answered | raised, with where it is     |
 | as many in a row of which nothing came at all                                    | raised, for the first source |
+| of one episode, asked for by itself: other sources that have answered live on    | the same                     |
 | any other                                                                        | trained on, as far as it came|
 """
 
@@ -32,15 +33,14 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from ucxx_transport import errors
-from ucxx_transport.config import checked_count
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, is_list, reader_of
+from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, reader_of
 from ucxx_transport.schema.wire_form import describe
 
 MOST_SOURCES: Final = 4096
@@ -114,16 +114,16 @@ class Wanted:
 
 
 def sort_out(
-    records: Sequence[object], *, policy_version: int | None = None, max_staleness: int | None = None
+    records: Mapping[int, object], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
-    """What to fetch of a batch, and what is lost already, each in the batch's order.
+    """What to fetch of a batch, by places, and what is lost already, each in the batch's order.
 
     With `max_staleness`, an episode that does not name its version is as old as can be.
     """
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
-    for index, asked in enumerate(records):
+    for index, asked in records.items():
         record = asked if isinstance(asked, (EpisodeRecord, TransportError)) else record_of(asked)
         if not isinstance(record, EpisodeRecord):
             losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
@@ -179,13 +179,6 @@ def is_ours(output: object) -> bool:
     return reader_of(output) is not None
 
 
-def rollouts_of(given: Iterable[object]) -> tuple[object, ...]:
-    """Rollouts as they were given; a ConfigError where a single one is given, or no iterable."""
-    if is_list(given):
-        return tuple(given)
-    raise ConfigError(f"rollouts must be a list of rollouts, not {describe(given)}; give [rollout]", field="rollouts")
-
-
 def record_of(output: object) -> AskedFor:
     """The episode that an output refers to, or why that cannot be said."""
     try:
@@ -230,11 +223,6 @@ def hint_for(loss: Loss, host_id: str) -> str | None:
     return "a firewall? both directions must be open: docs/operations.md#firewalls"
 
 
-def checked_unreachable(batches: int | None) -> int | None:
-    """The setting `unreachable_batches`; a ConfigError when it is no whole number, or less than 1."""
-    return None if batches is None else checked_count(batches, "unreachable_batches", at_least=1, unset="never")
-
-
 class Sources:
     """Which sources have answered, batch by batch, and when their silence is a reason to stop.
 
@@ -242,24 +230,22 @@ class Sources:
 
     Args:
         unreachable_batches: as the table above has it; None: never.
-
-    Raises:
-        ConfigError: `unreachable_batches` is no whole number, or less than 1.
+        in_a_batch: how many of the batches here count as one.
     """
 
-    def __init__(self, unreachable_batches: int | None) -> None:
-        self._most = checked_unreachable(unreachable_batches)
+    def __init__(self, unreachable_batches: int | None, in_a_batch: int = 1) -> None:
+        self._most = None if unreachable_batches is None else unreachable_batches * in_a_batch
         self._answered: dict[_Source, int] = {}
         self._silent: dict[_Source, int] = {}
 
     def problem_in(
         self,
-        records: Sequence[AskedFor],
+        records: Mapping[int, AskedFor],
         came: Collection[int],
         losses: Sequence[Loss],
         *,
         host_id: str,
-        counts: bool = True,
+        alone: bool = False,
     ) -> TransportError | None:
         """Why the trainer should stop after a batch, an error of the kind that its episodes were lost by.
 
@@ -268,15 +254,17 @@ class Sources:
             came: places of those that came.
             losses: the others.
             host_id: of this host.
-            counts: whether this is a batch to those of which so many in a row may be lost.
+            alone: whether it is one episode that was asked for by itself.
         """
         if not came:
             for loss in losses:
                 if _cannot_heal(loss):
                     return _stop(loss, f"{len(losses)} of {len(losses)} episodes of a batch are lost", losses)
-        return self._silence_in([records[place] for place in came], losses, host_id) if counts else None
+        return self._silence_in([records[place] for place in came], losses, host_id, alone=alone)
 
-    def _silence_in(self, came: Sequence[AskedFor], losses: Sequence[Loss], host_id: str) -> TransportError | None:
+    def _silence_in(
+        self, came: Sequence[AskedFor], losses: Sequence[Loss], host_id: str, *, alone: bool
+    ) -> TransportError | None:
         answered = {
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
         }
@@ -290,12 +278,12 @@ class Sources:
                     silent.setdefault(source, loss)
                 else:
                     answered.add(source)
-        lives_on = self._answered if came else {}
-        for source in [each for each in self._silent if each in answered or each in lives_on]:
+        for source in [each for each in self._silent if each in answered or (came and each in self._answered)]:
             del self._silent[source]
+        others_live = came or (alone and len(self._answered) > 1)
         problem: TransportError | None = None
         for source, loss in silent.items():
-            if source in answered or source in lives_on:
+            if source in answered or (others_live and source in self._answered):
                 continue
             count = self._silent.get(source, 0) + 1
             _remember(self._silent, source, count)

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.settings import made_of
+from ucxx_transport.settings import known_options, made_of
 from ucxx_transport.trainer.batch import HostFetchSettings
 from ucxx_transport.trainer.loss_policy import Loss, is_ours
 from ucxx_transport.trainer.rollout_feed import OnMissing, RolloutFeed, completion_of
@@ -94,6 +94,7 @@ class UCXXDataPackerMixin:
         """
         return completion_of(rollout)
 
+    @known_options
     def start_prefetch(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Begin to fetch the episodes of these rollouts; see `RolloutFeed.start`."""
         self._feed().start(rollouts, policy_version=policy_version)
@@ -106,6 +107,7 @@ class UCXXDataPackerMixin:
         """The rollouts to train on now; see `RolloutFeed.collect`."""
         return self._feed().collect(timeout_s)
 
+    @known_options
     def defer_prefetch(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Leave these rollouts to a later `collect_prefetch`; see `RolloutFeed.defer`."""
         self._feed().defer(rollouts, policy_version=policy_version)

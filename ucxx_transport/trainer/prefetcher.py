@@ -16,24 +16,23 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Final, Never, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Never, Self
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, checked_seconds
-from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.settings import unknown_name
+from ucxx_transport.schema.episode_record import several
+from ucxx_transport.settings import known_options, unknown_name
 from ucxx_transport.teardown import refuse_forked
-from ucxx_transport.trainer.accounts import Accounts, Alone, PrefetchStatistics, check_hook
-from ucxx_transport.trainer.batch import DEFAULT_FETCH_ROUNDS, Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of
+from ucxx_transport.trainer.accounts import Account, Accounts, Alone, PrefetchStatistics
+from ucxx_transport.trainer.batch import Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut, given_up
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, discardable_of
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
@@ -48,28 +47,36 @@ _GRACE_S: Final = 5.0
 
 _JOIN_TIMEOUT_S: Final = 5.0
 
-DEFAULT_UNREACHABLE_BATCHES: Final = 3
-
-Records: TypeAlias = Sequence[AskedFor] | Callable[[], Sequence[AskedFor]]
-"""The episodes of a batch; or what gives them, called in the background thread."""
+_TAKEN: Final = "the batch was taken or cancelled; take each once"
 
 
 class PendingBatch(BatchFetch):
-    """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it."""
+    """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it.
+
+    Attributes:
+        account: what came of it.
+    """
 
     _outcome: Batch | Exception | None = None
-    _is_counted = False
+    _is_late = False
 
-    def __init__(self, prefetcher: Prefetcher, records: Records, policy_version: int | None) -> None:
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        records: Callable[[], Mapping[int, AskedFor]],
+        policy_version: int | None,
+        alone: Alone | None,
+    ) -> None:
         self._prefetcher = prefetcher
-        self._given = records if callable(records) else tuple(records)
+        self.account = Account(alone)
+        self._records = records
         self._sorter = prefetcher.limits.sorter(policy_version)
         super().__init__(prefetcher.core, self._sorted_out, prefetcher.limits, prefetcher.uploader)
 
     @cached_property
-    def records(self) -> tuple[AskedFor, ...]:
-        """Its episodes."""
-        return tuple(self._given()) if callable(self._given) else self._given
+    def records(self) -> Mapping[int, AskedFor]:
+        """Its episodes, by their places."""
+        return self._records()
 
     @property
     def is_ready(self) -> bool:
@@ -81,14 +88,14 @@ class PendingBatch(BatchFetch):
         self._core.reactor.submit(partial(self._begin, after_s))
 
     def result(self, timeout_s: float | str | None = None) -> Batch:
-        """Wait for it, count it and report its losses. The caller releases it.
+        """Wait for it, count it and report its losses; one that was prepared is begun. The caller releases it.
 
         Args:
             timeout_s: how long at most; None: its own deadline, and some seconds for the thread.
 
         Returns:
             The batch. One that does not come in time is given up: then every episode that was on its way is lost by
-            "timeout", and whatever still comes of it is released. A wait that is interrupted leaves it to be taken.
+            "timeout", and whatever still comes of it is released. A call that is interrupted leaves it to be taken.
 
         Raises:
             ConfigError: it was taken or cancelled, or the prefetcher is closed.
@@ -97,50 +104,69 @@ class PendingBatch(BatchFetch):
             Exception: what ended the fetch, if that was no `TransportError` of one episode; or what `on_loss` raised,
                 when all losses were reported. What came is not lost by it: call `result` again.
         """
-        batch, losses, problem = self.take(timeout_s)
+        batch, untaken = self.settle(timeout_s), self._prefetcher.untaken
         try:
-            self._prefetcher.accounts.report(deque(losses), problem)
-        except BaseException:
-            self._put_back(batch)
+            self._prefetcher.accounts.report(self.account)
+        except Exception:
+            if not batch.payloads:
+                untaken.pop(self, None)
             raise
+        try:
+            del untaken[self]  # no call: an interrupt comes before it, or to who has the batch
+        except KeyError:
+            raise ConfigError(_TAKEN) from None
         return batch
 
-    def take(
-        self, timeout_s: float | str | None = None, alone: Alone | None = None
-    ) -> tuple[Batch, Sequence[Loss], Exception | None]:
-        """As `result`, and report nothing: the batch, its losses that are to be reported, and what is to be raised.
-
-        `alone`: as for `Accounts.count`.
-        """
+    def settle(self, timeout_s: float | str | None = None) -> Batch:
+        """As `result`, and report nothing, and leave it to be taken: interrupted anywhere, it may be called again."""
         prefetcher = self._prefetcher
         prefetcher.check_usable()  # before a lock is taken, which a forked child may never get
         own_s = prefetcher.limits.deadline_s + _GRACE_S
         limit_s = own_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
-        outcome = self._taken(min(limit_s, threading.TIMEOUT_MAX))
-        batch = outcome if isinstance(outcome, Batch) else self._given_up(outcome)
-        if self._is_counted:
-            return batch, (), None
-        self._is_counted = True
-        losses, problem = prefetcher.accounts.count(self.records, batch, alone)
-        return batch, losses, outcome if isinstance(outcome, Exception) else problem
+        if not self.has_begun:
+            self.begin()
+        with prefetcher.lock:
+            prefetcher.changed.wait_for(self._is_over, min(limit_s, threading.TIMEOUT_MAX))
+            prefetcher.check_usable()
+            if self not in prefetcher.untaken:
+                raise ConfigError(_TAKEN)
+            outcome = self._outcome
+            self._is_late = outcome is None
+        if self.account.batch is not None:
+            return self.account.batch
+        if isinstance(outcome, Batch):
+            batch, failure = outcome, None
+        else:
+            batch, failure = given_up(self._sorted_out(), outcome), outcome
+            self._core.reactor.submit(self.abandon)
+            self._core.reactor.submit(partial(prefetcher.discard, batch.losses))
+        prefetcher.accounts.count(self.account, self.records, batch, failure)
+        return batch
+
+    def fetch(self) -> Batch:
+        """Begin it and wait for it, as `result`; what came of one that raises is released."""
+        try:
+            return self.result()
+        except BaseException:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
         prefetcher = self._prefetcher
         if prefetcher.core.inherited:
             return  # a forked child's copy
-        with prefetcher.changed:
+        with prefetcher.lock:
             if self not in prefetcher.untaken:
                 return
-            prefetcher.untaken.discard(self)
+            del prefetcher.untaken[self]
             prefetcher.changed.notify_all()
             outcome = self._outcome
         if isinstance(outcome, Batch):
-            if not self._is_counted:
-                prefetcher.accounts.count_closed(len(outcome.payloads), outcome.losses)
+            prefetcher.accounts.count_closed(len(outcome.payloads), outcome.losses, self.account)
             outcome.release()
         else:
-            prefetcher.accounts.count_closed(len(self.records))
+            prefetcher.accounts.count_closed(len(self.records), account=self.account)
             self._core.reactor.submit(self.abandon)
 
     def ended(self, outcome: Batch | Exception) -> None:
@@ -150,60 +176,23 @@ class PendingBatch(BatchFetch):
             if prefetcher.uploader is None:  # made here and kept, the arrays cost the trainer no time
                 with suppress(TransportError):  # raised to who takes those arrays
                     any(payload.arrays is None for payload in outcome.payloads.values())
-        with prefetcher.changed:
-            if self in prefetcher.untaken:
+        with prefetcher.lock:
+            if self in prefetcher.untaken and not self._is_late:
                 self._outcome = outcome
                 prefetcher.changed.notify_all()
                 return
         if isinstance(outcome, Batch):
             outcome.release()  # whose episodes were counted as lost
 
-    def _put_back(self, batch: Batch) -> None:
-        """Keep what came of it for another `result`, or until it is cancelled."""
-        prefetcher = self._prefetcher
-        with prefetcher.changed:
-            if batch.payloads and not prefetcher.closed:
-                self._outcome = batch
-                prefetcher.untaken.add(self)
-                return
-        batch.release()
-
     def _begin(self, after_s: float) -> None:
-        if self in self._prefetcher.untaken and not self.has_begun:
+        if not (self.has_begun or self._is_over()):
             self.start(after_s)
 
-    def _taken(self, limit_s: float) -> Batch | Exception | None:
-        """What it has come to, None after `limit_s`; it is not to be taken again."""
-        prefetcher, untaken = self._prefetcher, self._prefetcher.untaken
-        with prefetcher.changed:
-            prefetcher.check_usable()
-            prefetcher.changed.wait_for(lambda: self._outcome is not None or self not in untaken, limit_s)
-            prefetcher.check_usable()
-            if self not in untaken:
-                raise ConfigError("the batch was taken or cancelled; take each once")
-            untaken.discard(self)
-            return self._outcome
+    def _is_over(self) -> bool:
+        return self._outcome is not None or self._is_late or self not in self._prefetcher.untaken
 
     def _sorted_out(self) -> SortedOut:
         return self._sorter(self.records)
-
-    def _given_up(self, failure: Exception | None) -> Batch:
-        """What it is when its fetch failed, or did not end in time: lost, and discarded where it may lie."""
-        wanted, losses = self._sorted_out()
-        reason = LossReason.TIMEOUT if failure is None else LossReason.FAILED
-        if failure is None:
-            error: TransportError = DeadlineExceededError("the batch did not come in time")
-            _log.warning("batch_abandoned", episodes=len(self.records))
-        elif isinstance(failure, TransportError):
-            error = failure
-        else:
-            error = TransportError(f"the batch could not be fetched: {type(failure).__name__}: {failure}")
-            error.__cause__ = failure
-        losses += [Loss(index=each.index, record=each.record, reason=reason, error=error) for each in wanted]
-        losses.sort(key=attrgetter("index"))
-        self._core.reactor.submit(self.abandon)
-        self._core.reactor.submit(partial(self._prefetcher.discard, losses))
-        return Batch(payloads={}, losses=tuple(losses), nbytes=0, rounds=0, retried=0, took_s=0.0, in_time=False)
 
 
 class Prefetcher:
@@ -238,10 +227,13 @@ class Prefetcher:
 
     Attributes:
         unpack: gives the arrays of a payload, where episodes are given; valid for as long as they live.
+        in_a_batch: its own batches that count as one for `unreachable_batches`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
     """
+
+    in_a_batch = 1
 
     def __init__(
         self,
@@ -249,10 +241,10 @@ class Prefetcher:
         *,
         device: object = None,
         deadline_s: float | str = 30.0,
-        max_fetch_rounds: int = DEFAULT_FETCH_ROUNDS,
+        max_fetch_rounds: int = FetchLimits.max_fetch_rounds,
         max_staleness: int | None = None,
         discard_lost: bool = True,
-        unreachable_batches: int | None = DEFAULT_UNREACHABLE_BATCHES,
+        unreachable_batches: int | None = FetchLimits.unreachable_batches,
         on_loss: Callable[[Loss], None] | None = None,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
@@ -261,9 +253,8 @@ class Prefetcher:
         if unknown:
             choices = {*FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
             raise unknown_name(f"setting of {type(self).__name__}", next(iter(unknown)), choices)
-        check_hook(on_loss)
-        self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
-        sources = Sources(unreachable_batches)
+        self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness, unreachable_batches, on_loss)
+        sources = Sources(self.limits.unreachable_batches, self.in_a_batch)
         self.unpack, self.uploader, in_place = unpacker_for(device)
         self.core = ClientCore(
             config,
@@ -272,10 +263,11 @@ class Prefetcher:
             page_locker=None if self.uploader is None else self.uploader.page_locker,
             in_place=in_place,
         )
-        self.changed = threading.Condition()  # of what follows
+        self.lock = threading.RLock()  # of what follows; it is taken by no code of Python's, which an interrupt ends
+        self.changed = threading.Condition(self.lock)
         self.closed = False
         self._failure: Exception | None = None  # that ended the thread
-        self.untaken: set[PendingBatch] = set()
+        self.untaken: dict[PendingBatch, None] = {}
         self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
         self._discard_lost = discard_lost
         self._stopping = threading.Event()
@@ -286,36 +278,30 @@ class Prefetcher:
             raise
         atexit.register(self.close)
 
-    def fetch(self, records: Records, *, policy_version: int | None = None) -> Batch:
+    @known_options
+    def fetch(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> Batch:
         """Fetch a batch beside whatever is on its way, and wait for it; see `begin` and `PendingBatch.result`.
 
         What came of a batch that raises is released.
         """
-        pending = self.begin(records, policy_version=policy_version)
-        try:
-            return pending.result()
-        except BaseException:
-            pending.cancel()
-            raise
+        return self.prepare(records, policy_version=policy_version).fetch()
 
-    def begin(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
+    @known_options
+    def begin(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
         """Begin to fetch a batch beside whatever is on its way, and return at once.
 
         Raises:
-            ConfigError: `policy_version` is missing, or the prefetcher is closed.
+            ConfigError: `records` is no list, `policy_version` is missing, or the prefetcher is closed.
         """
         pending = self.prepare(records, policy_version=policy_version)
         pending.begin()
         return pending
 
-    def prepare(self, records: Records, *, policy_version: int | None = None) -> PendingBatch:
-        """A batch whose fetch is begun later, by its `begin`; errors as `begin`."""
-        self.check_usable()
-        pending = PendingBatch(self, records, policy_version)
-        with self.changed:
-            self.check_usable()
-            self.untaken.add(pending)  # where closing finds it
-        return pending
+    @known_options
+    def prepare(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
+        """A batch whose fetch is begun later, by its `begin` or `result`; errors as `begin`."""
+        given = dict(enumerate(several(records, "records")))
+        return self.prepared(lambda: given, policy_version)
 
     def check_usable(self) -> None:
         """Refuse, by a ConfigError, one that is closed, or its parent process's."""
@@ -356,7 +342,18 @@ class Prefetcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # for its batches
+    # for its batches, and what is built on one
+
+    def prepared(
+        self, records: Callable[[], Mapping[int, AskedFor]], policy_version: int | None, alone: Alone | None = None
+    ) -> PendingBatch:
+        """As `prepare`, of what a call gives that the thread makes."""
+        self.check_usable()
+        pending = PendingBatch(self, records, policy_version, alone)
+        with self.lock:
+            self.check_usable()
+            self.untaken[pending] = None  # where closing finds it
+        return pending
 
     def discard(self, losses: Sequence[Loss]) -> None:  # in the thread
         refs = discardable_of(losses, discard_lost=self._discard_lost)
@@ -367,9 +364,10 @@ class Prefetcher:
                 _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
 
     def _leave_all(self) -> None:
-        with self.changed:
+        with self.lock:
             self.closed = True
             untaken = [*self.untaken]
+            self.changed.notify_all()
         for pending in untaken:
             pending.cancel()
         if untaken:
@@ -381,7 +379,7 @@ class Prefetcher:
                 try:
                     self.core.reactor.run_once(math.inf)
                 except Exception as error:
-                    with self.changed:
+                    with self.lock:
                         running = [each for each in self.untaken if each.has_begun and not each.is_ready]
                     if not running:
                         raise

@@ -16,19 +16,19 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import cycle
 from os import getpid
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 
-from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.schema.episode_record import several
 from ucxx_transport.schema.wire_form import describe
+from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.accounts import Alone
 from ucxx_transport.trainer.batch import Batch, FetchSettings
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of, rollouts_of
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ class _Rollouts:
     pending: PendingBatch
 
     def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
-        self.rollouts = rollouts_of(rollouts)
+        self.rollouts = tuple(several(rollouts, "rollouts"))
         self.ours = {place: output for place, output in enumerate(map(output_of, self.rollouts)) if is_ours(output)}
 
     @cached_property
-    def records(self) -> tuple[AskedFor, ...]:
+    def records(self) -> dict[int, AskedFor]:
         """What the outputs say."""
-        return tuple(map(record_of, self.ours.values()))
+        return {place: record_of(output) for place, output in self.ours.items()}
 
     @cached_property
-    def keys(self) -> tuple[Hashable, ...]:
+    def keys(self) -> dict[int, Hashable]:
         """By what each output is found again."""
-        return tuple(map(key_of, self.ours.values(), self.records))
+        return {place: key_of(output, self.records[place]) for place, output in self.ours.items()}
 
     def is_for(self, other: _Rollouts) -> bool:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
@@ -78,45 +78,40 @@ class _Rollouts:
         same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
         return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
 
-    def take(self, batch: Batch | None, losses: Sequence[Loss] = (), problem: Exception | None = None) -> None:
-        """Keep what came of them, what did not, and what is to be raised; no batch when nothing did."""
-        self.in_time, self.problem = batch is not None and batch.in_time, problem
-        self._came = came = {} if batch is None else batch.payloads
-        places, outputs = list(self.ours), list(self.ours.values())
+    def take(self, batch: Batch) -> None:
+        """Keep what came of them, and what did not."""
+        self.batch = batch
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
-        self.by_output = {id(outputs[index]): payload for index, payload in came.items()}
-        self.missing = tuple(replace(loss, index=places[loss.index]) for loss in losses)
-        self.unreported = deque(self.missing)
-        self.lost_by = {self.keys[loss.index]: (loss.reason, outputs[loss.index]) for loss in losses}
-        self.lost = {place for index, place in enumerate(places) if index not in came}
+        self.by_output = {id(self.ours[place]): payload for place, payload in batch.payloads.items()}
+        self.lost_by = {self.keys[loss.index]: (loss.reason, self.ours[loss.index]) for loss in batch.losses}
         self._filled: Sequence[object] | None = None
 
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
         """The rollouts to train on."""
         if self._filled is None:
-            usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in self.lost]
-            if not self.lost or on_missing == "shrink":
+            lost, missing = self.ours.keys() - self.batch.payloads.keys(), self.batch.losses
+            usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
+            if not lost or on_missing == "shrink":
                 self._filled = usable
             elif on_missing != "refill":
-                self._filled = list(on_missing(usable, self.missing))
+                self._filled = [*several(on_missing(usable, missing), "rollouts")]
             elif usable:
                 again = cycle(usable)
-                self._filled = [next(again) if place in self.lost else each for place, each in enumerate(self.rollouts)]
+                self._filled = [next(again) if place in lost else each for place, each in enumerate(self.rollouts)]
             else:
-                lost, reasons = len(self.lost), ", ".join(sorted({loss.reason.value for loss in self.missing}))
-                message = f"none of the batch's {lost} episodes came: there is nothing to refill it with ({reasons})"
-                raise TransportError(message, lost=lost, of=len(self.rollouts))
+                reasons = ", ".join(sorted({loss.reason.value for loss in missing}))
+                message = (
+                    f"none of the batch's {len(lost)} episodes came: there is nothing to refill it with ({reasons})"
+                )
+                raise TransportError(message, lost=len(lost), of=len(self.rollouts))
         return list(self._filled)
 
     @cached_property
     def by_key(self) -> dict[Hashable, Payload | None]:
         """What came of them, by key; None for what is lost."""
-        return dict.fromkeys(self.keys) | {self.keys[index]: payload for index, payload in self._came.items()}
-
-    def release(self) -> None:
-        """Release what came."""
-        for payload in self._came.values():
-            payload.release()
+        return dict.fromkeys(self.keys.values()) | {
+            self.keys[place]: payload for place, payload in self.batch.payloads.items()
+        }
 
 
 class RolloutFeed(Prefetcher):
@@ -193,8 +188,9 @@ class RolloutFeed(Prefetcher):
     def missing(self) -> tuple[Loss, ...]:
         """What is lost of the batch in use, each with its reason and its place among the rollouts asked for."""
         in_use = self._in_use
-        return () if in_use is None else in_use.missing
+        return () if in_use is None else in_use.batch.losses
 
+    @known_options
     def start(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Begin to fetch the episodes of these rollouts, and return at once.
 
@@ -216,6 +212,7 @@ class RolloutFeed(Prefetcher):
                 )
             self._append(asked, policy_version)
 
+    @known_options
     def defer(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
         """Leave these rollouts to a later `collect`, and return at once: their worker may have its acknowledgement.
 
@@ -251,8 +248,8 @@ class RolloutFeed(Prefetcher):
         taken = self._take_next(timeout_s)
         if taken is None:
             raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
-        self._report(taken)
-        return taken.in_time
+        self.accounts.report(taken.pending.account)
+        return taken.batch.in_time
 
     def collect(self, timeout_s: float | str | None = None) -> list[object]:
         """The rollouts to train on now: waits for the batch on its way, if one is.
@@ -271,7 +268,7 @@ class RolloutFeed(Prefetcher):
         in_use = self._take_next(timeout_s) or self._in_use
         if in_use is None:
             raise ConfigError("nothing is on its way or in use: start(rollouts) first, of a packer start_prefetch")
-        self._report(in_use)
+        self.accounts.report(in_use.pending.account)
         return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
@@ -283,7 +280,8 @@ class RolloutFeed(Prefetcher):
 
         Raises:
             ConfigError: the output is not ours, `policy_version` was never given, or the feed is closed.
-            TransportError: it is lost for a reason that cannot heal.
+            TransportError: it is lost for a reason that cannot heal, or its source does not answer: after as many
+                episodes in a row that are fetched now as `unreachable_batches`, each of which counts as a batch.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
         if getpid() != self.core.pid:
@@ -304,13 +302,7 @@ class RolloutFeed(Prefetcher):
                     return None if payload is None else self.unpack(payload)
             if not self._awaited(key, in_use):
                 break
-        asked = self.begin([record], policy_version=self._policy_version)
-        try:
-            batch, losses, problem = asked.take(alone=Alone(key, output))
-        except BaseException:
-            asked.cancel()
-            raise
-        self.accounts.report(deque(losses), problem)
+        batch = self.prepared(lambda: {0: record}, self._policy_version, Alone(key, output)).fetch()
         if not batch.payloads:
             return None
         with batch.payloads[0] as payload:
@@ -324,7 +316,7 @@ class RolloutFeed(Prefetcher):
         with self._locked():
             done, self._in_use = self._in_use, None
         if done is not None:
-            done.release()
+            done.batch.release()
 
     def close(self) -> None:
         """Give up what is on its way, release what is held, end the thread. Idempotent."""
@@ -340,8 +332,7 @@ class RolloutFeed(Prefetcher):
         return self._state
 
     def _append(self, asked: _Rollouts, policy_version: int | None) -> None:
-        # what is given: a call that the thread makes which fetches
-        asked.pending = self.prepare(lambda: asked.records, policy_version=policy_version)
+        asked.pending = self.prepared(lambda: asked.records, policy_version)
         self._pending.append(asked)
         if len(self._pending) == 1:
             self._begin_next()
@@ -356,45 +347,34 @@ class RolloutFeed(Prefetcher):
         """Wait for what is on its way if `key` is among it; whether another batch than `seen` is in use now."""
         with self._turn:  # of several threads that look for one, the first takes the batch into use
             with self._state:
-                is_pending = any(key in asked.keys for asked in self._pending)
+                is_pending = any(key in asked.keys.values() for asked in self._pending)
             taken = self._take_next(None) if is_pending else None
             changed = self._in_use is not seen
         if taken is not None:
-            self._report(taken)
+            self.accounts.report(taken.pending.account)  # with no lock held
         return changed
 
     def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:
-        """Take what is on its way into use, and give it, whatever ended its fetch; None when nothing is."""
+        """Take what is on its way into use, and give it, whatever ended its fetch; None when nothing is.
+
+        What was in use is released, and the next is begun. An interrupt leaves all that as it was, or completes it.
+        """
         self.check_usable()
-        limit_s = None if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
         with self._turn:
             with self._state:
                 asked = self._pending[0] if self._pending else None
             if asked is None:
                 return None
             self._is_awaited = not asked.pending.is_ready
-            taken: tuple[Batch | None, Sequence[Loss], Exception | None] = None, (), None
-            try:
-                taken = asked.pending.take(limit_s)
-            finally:
-                if asked.pending not in self.untaken:  # else the wait was interrupted: it stays on its way
-                    self._use(asked, *taken)
+            asked.take(asked.pending.settle(timeout_s))
+            self.accounts.remember(asked.lost_by)
+            done: _Rollouts | None = asked
+            with self._state:
+                if self._pending:  # else it was closed meanwhile, and this one is not used at all
+                    done, self._in_use = self._in_use, asked
+                    del self._pending[0]  # no call in between, at which an interrupt comes
+                    self.untaken.pop(asked.pending, None)
+                    self._begin_next()
+            if done is not None:
+                done.batch.release()
             return asked
-
-    def _use(self, asked: _Rollouts, batch: Batch | None, losses: Sequence[Loss], problem: Exception | None) -> None:
-        """Take what became of these rollouts into use, release what was, and begin to fetch the next."""
-        asked.take(batch, losses, problem)
-        self.accounts.remember(asked.lost_by)
-        done: _Rollouts | None = asked
-        with self._state:
-            if self._pending:  # else it was closed meanwhile, and this one is not used at all
-                self._pending.popleft()
-                self._begin_next()
-                done, self._in_use = self._in_use, asked
-        if done is not None:
-            done.release()
-
-    def _report(self, taken: _Rollouts) -> None:
-        """Report losses, with no lock held: what a hook does, or raises, cannot hurt the feed."""
-        problem, taken.problem = taken.problem, None
-        self.accounts.report(taken.unreported, problem)

@@ -76,15 +76,21 @@ def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, 
         ConfigError: another word, a library is not installed, or this machine has no such GPU.
     """
     as_they_are = attrgetter("arrays")
-    name = "numpy" if device is None else str(device)
+    name = checked_device(device)
     if name == "numpy":
         return as_they_are, None, True
     if name == "cpu":
         as_tensor = partial(host_tensor, import_torch(name))
         return lambda payload: map_leaves(as_tensor, payload.arrays), None, False
-    if isinstance(device, Receiver) or name.partition(":")[0] in ("cuda", "cupy"):
-        uploader = DeviceUploader(device if isinstance(device, Receiver) else receiver_for(name))
-        return as_they_are, uploader, uploader.is_locked
+    uploader = DeviceUploader(device if isinstance(device, Receiver) else receiver_for(name))
+    return as_they_are, uploader, uploader.is_locked
+
+
+def checked_device(device: object) -> str:
+    """A device in words; a ConfigError where it is none that `unpacker_for` knows. Whether it is there is not asked."""
+    name = "numpy" if device is None else str(device)
+    if isinstance(device, Receiver) or name in ("numpy", "cpu") or name.partition(":")[0] in ("cuda", "cupy"):
+        return name
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
     )

@@ -27,7 +27,7 @@ from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord
 from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import refuse
 from ucxx_transport.server import RingSource, UCXXServer
-from ucxx_transport.settings import check_keywords, gather, made_of
+from ucxx_transport.settings import check_keywords, gather, known_options, made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
@@ -151,6 +151,7 @@ class TrajectoryWriter:
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
         deadline_s: float | str | None = None,
+        **_unknown: Never,
     ) -> EpisodeRecord:
         """Write one trajectory and say where it is.
 
@@ -167,10 +168,13 @@ class TrajectoryWriter:
             Its record. Under `on_error="drop"` a failed write's record has no reference, but the reason.
 
         Raises:
-            ConfigError: the trajectory does not fit the schema, the writer is closed, or this is a forked child.
+            ConfigError: the trajectory does not fit the schema, an option is unknown, the writer is closed, or this is
+                a forked child.
             DeadlineExceededError: no slot in time.
             RingFullError: no slot, and a ring that does not wait was chosen.
         """
+        if _unknown:
+            check_keywords("option of write", _unknown, WriteOptions)
         policy_version = as_policy_version(policy_version)
         if deadline_s is not None:
             deadline_s = checked_seconds(deadline_s, "deadline_s")
@@ -209,6 +213,7 @@ class TrajectoryWriter:
         with self._lock:
             return RolloutStatistics(written=self._written, nbytes=self._nbytes, dropped=dict(self._dropped))
 
+    @known_options
     def close(self, *, drain_s: float | str = 0.0) -> int:
         """Stop the server and remove the ring, with the payloads that no one has read. Idempotent.
 
@@ -307,12 +312,9 @@ class UCXXRolloutMixin:
         """
         if self.ucxx_writer is None:
             raise ConfigError("this worker is not set up: call setup_ucxx(worker_id, …) first")
-        try:
-            return self.ucxx_writer.write(trajectory, **options).to_dict()
-        except TypeError:
-            check_keywords("option of write_to_buffer", options, WriteOptions)
-            raise
+        return self.ucxx_writer.write(trajectory, **options).to_dict()
 
+    @known_options
     def cleanup_ucxx(self, *, drain_s: float | str = 0.0) -> int:
         """Stop the server and remove the ring; arguments and result as `TrajectoryWriter.close`. Idempotent."""
         writer, self.ucxx_writer = self.ucxx_writer, None

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ucxx_transport import PeerLostError, UCXXRolloutMixin
+from tests.support.rows import row
+from ucxx_transport import ConfigError, PeerLostError, UCXXRolloutMixin
 from ucxx_transport.ring.segment import segment_path
 
 OURS = "ucxx_transport.integrations.ray"
@@ -118,6 +119,22 @@ def test_actors_that_died_or_have_no_writer_of_ours_keep_no_job_from_its_end(
     assert [event["event"] for event in log_events] == ["actor_not_cleaned"]
     assert actors[0].ucxx_writer is None
     actors[1].cleanup_ucxx()
+
+
+def test_what_cannot_be_asked_is_refused_where_it_is_made(ours: Any) -> None:
+    handle = object()
+    for given, words in (
+        ({"actors": handle}, r"actors must be a list, not an object; give a list: \[actor\]"),
+        ({"actors": []}, "there is no actor to ask"),
+        ({"ask": "play"}, "ask must be a function of an actor's handle, not 'play'"),
+        ({"replace": None}, "replace must be a function of an actor's handle, not None"),
+        ({"in_flight": 0}, "in_flight must be a whole number, at least 1, not 0"),
+        ({"in_flight": "2"}, "in_flight must be a whole number, at least 1, not '2'"),
+        ({"timeout_s": "soon"}, "timeout_s = 'soon'"),
+        ({"inflight": 2}, "Unknown option of ActorRollouts 'inflight'; did you mean 'in_flight'"),
+    ):
+        with row(given=given), pytest.raises(ConfigError, match=words):
+            ours.ActorRollouts(**{"actors": [handle], "ask": id, **given})
 
 
 def test_actors_that_all_died_are_no_end_that_was_asked_for(ours: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.one_for_many import one_for_many
+from tests.support.rows import row
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState
+from ucxx_transport.schema.episode_record import EpisodeRecord
 
 torch: Any = pytest.importorskip("torch", exc_type=ImportError)
 
@@ -62,6 +66,28 @@ def test_settings_are_checked_where_the_dataset_is_made() -> None:
         EpisodeDataset([], LOCAL, ahed=2)  # type: ignore[call-arg]  # what is tested
     with pytest.raises(ConfigError, match="setting of ClientConfig 'locl'; did you mean 'local'"):
         EpisodeDataset([], {"locl": "view"})
+    rows: tuple[tuple[str, Any, str], ...] = (
+        ("ahead", 0, "ahead must be a whole number, at least 1, not 0"),
+        ("ahead", "8", "ahead must be a whole number, at least 1, not '8'"),
+        ("deadline_s", "soon", "deadline_s = 'soon'"),
+        ("deadline_s", 0, "deadline_s must be more than 0, not 0"),
+        ("max_fetch_rounds", 0, "max_fetch_rounds must be a whole number, at least 1, not 0"),
+        ("max_staleness", -1, "max_staleness must be a whole number, at least 0"),
+        ("unreachable_batches", 0, "unreachable_batches must be a whole number, at least 1"),
+        ("on_loss", "x", "on_loss must be a function of a Loss"),
+        ("device", "tpu", "device must be None, 'numpy', 'cpu'"),
+        ("item_of", "arrays", "item_of must be a function of an episode, not 'arrays'"),
+    )
+    for name, wrong, message in rows:
+        with row(name=name, wrong=wrong), pytest.raises(ConfigError, match=re.escape(message)):
+            EpisodeDataset([], LOCAL, **{name: wrong})
+
+
+def test_one_reference_in_the_place_of_several_is_refused_where_the_dataset_is_made(ring: SharedRingBuffer) -> None:
+    (ref,) = written(ring, 1)
+    for one in one_for_many(EpisodeRecord(worker_id="w", sequence=0, ref=ref)):
+        with row(one=one), pytest.raises(ConfigError, match=r"references must be a list, .*: \[reference\]"):
+            EpisodeDataset(one)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

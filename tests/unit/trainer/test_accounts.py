@@ -22,7 +22,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch
-from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Accounts
+from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Account, Accounts
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
 
 HERE = "this host"
@@ -40,19 +40,19 @@ class Trainer:
     def __init__(self, unreachable_batches: int | None = 3) -> None:
         self.sources = Sources(unreachable_batches)
 
-    def batch(self, *episodes: tuple[AskedFor, TransportError | None], counts: bool = True) -> TransportError | None:
-        records = [record for record, _ in episodes]
+    def batch(self, *episodes: tuple[AskedFor, TransportError | None], alone: bool = False) -> TransportError | None:
+        records = dict(enumerate(record for record, _ in episodes))
         came = [
             place
             for place, (record, error) in enumerate(episodes)
             if error is None and isinstance(record, EpisodeRecord)
         ]
         losses = lost_of(episodes)
-        return self.sources.problem_in(records, came, losses, host_id=HERE, counts=counts)
+        return self.sources.problem_in(records, came, losses, host_id=HERE, alone=alone)
 
 
 def lost_of(episodes: Sequence[tuple[AskedFor, TransportError | None]]) -> list[Loss]:
-    _, losses = sort_out([record for record, _ in episodes if not isinstance(record, EpisodeRecord)])
+    _, losses = sort_out(dict(enumerate(record for record, _ in episodes if not isinstance(record, EpisodeRecord))))
     for place, (record, error) in enumerate(episodes):
         if error is not None and isinstance(record, EpisodeRecord):
             assert record.ref is not None
@@ -138,13 +138,35 @@ def test_an_answer_of_any_kind_begins_the_count_again() -> None:
             assert found == [None] * 3
 
 
-def test_silence_is_never_a_reason_to_stop_where_that_is_said_or_for_an_episode_fetched_alone() -> None:
-    never, alone = Trainer(unreachable_batches=None), Trainer()
-    for _ in range(10):
-        assert never.batch((episode("a"), UNREACHABLE)) is None
-        assert alone.batch((episode("a"), UNREACHABLE), counts=False) is None
-    with pytest.raises(ConfigError, match="unreachable_batches must be a whole number, at least 1"):
-        Sources(0)
+def test_silence_is_never_a_reason_to_stop_where_that_is_said() -> None:
+    never = Trainer(unreachable_batches=None)
+    for alone in (False, True):
+        assert [never.batch((episode("a"), UNREACHABLE), alone=alone) for _ in range(10)] == [None] * 10
+
+
+def test_an_episode_asked_for_by_itself_is_a_batch_to_a_source_that_never_answered() -> None:
+    trainer = Trainer()
+    lost, other = (episode("a"), UNREACHABLE), (episode("b"), None)
+    assert [trainer.batch(lost, alone=True), trainer.batch(lost, other), trainer.batch(other, alone=True)] == [None] * 3
+    problem = trainer.batch(lost, alone=True)
+    assert isinstance(problem, PeerLostError)
+    assert problem.message.startswith("nothing came in 3 batches in a row: worker 'a' at 10.77.0.1: ")
+
+
+def test_an_episode_asked_for_by_itself_stops_for_a_source_that_has_died_only_where_there_is_no_other() -> None:
+    trainer = Trainer()
+    dead, other = episode("dead"), episode("other")
+    assert trainer.batch((dead, None), alone=True) is None
+    for _ in range(2):  # once more, after as many again
+        found = [trainer.batch((dead, UNREACHABLE), alone=True) for _ in range(3)]
+        assert found[:2] == [None] * 2
+        assert isinstance(found[2], PeerLostError)
+    assert trainer.batch((other, None), alone=True) is None
+    assert [trainer.batch((dead, UNREACHABLE), alone=True) for _ in range(9)] == [None] * 9
+    lonely = [trainer.batch((other, UNREACHABLE)), trainer.batch((dead, UNREACHABLE), alone=True)]
+    lonely += [trainer.batch((other, UNREACHABLE)) for _ in range(2)]
+    assert lonely[:3] == [None] * 3
+    assert isinstance(lonely[3], PeerLostError), "of which nothing came, in between neither"
 
 
 def test_the_error_says_what_may_be_in_the_way() -> None:
@@ -178,7 +200,10 @@ class Log:
         self.events.clear()
         records = [loss.record or ProtocolError("malformed") for loss in losses]
         records += [episode("w")] * (of - len(losses))
-        self.accounts.count(records, Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0))
+        asked = dict(enumerate(records))
+        self.accounts.count(
+            Account(), asked, Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0)
+        )
         return self.events
 
 

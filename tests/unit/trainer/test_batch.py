@@ -47,7 +47,7 @@ class Fetch(BatchFetch):
     ) -> None:
         bounds = FetchLimits(**{"deadline_s": 10, "max_fetch_rounds": 3, "max_staleness": None, **limits})
         sort = bounds.sorter(policy_version)
-        super().__init__(cast("ClientCore", core), lambda: sort(records), bounds, uploader)
+        super().__init__(cast("ClientCore", core), lambda: sort(dict(enumerate(records))), bounds, uploader)
         self.outcomes: list[Batch | Exception] = []
 
     def ended(self, outcome: Batch | Exception) -> None:

@@ -41,7 +41,7 @@ def test_what_was_a_record_and_cannot_be_read_back_is_malformed_rather_than_pass
 
 
 def test_plain_values_are_read_as_a_batch_is_sorted_out() -> None:
-    wanted, losses = sort_out([RECORD.to_dict(), "text"])
+    wanted, losses = sort_out({0: RECORD.to_dict(), 1: "text"})
     assert [each.record for each in wanted] == [RECORD]
     assert [(loss.index, loss.reason) for loss in losses] == [(1, LossReason.MALFORMED)]
 

@@ -66,19 +66,7 @@ def test_what_is_prepared_is_fetched_once_it_is_begun(worker: LocalWorker) -> No
         assert not later.is_ready
         later.begin(after_s=1e-3)
         assert sequences(later.result()) == [0]
-
-
-def test_episodes_may_be_given_by_a_call_that_the_background_thread_makes_once(worker: LocalWorker) -> None:
-    threads: list[int] = []
-
-    def given() -> list[EpisodeRecord]:
-        threads.append(threading.get_ident())
-        return worker.play(2)
-
-    with Prefetcher(LOCAL) as prefetcher:
-        assert len(prefetcher.fetch(given).payloads) == 2
-    assert len(threads) == 1
-    assert threading.get_ident() not in threads
+        assert sequences(prefetcher.prepare(worker.play(1)).result()) == [2]
 
 
 def test_every_loss_is_reported_to_who_collects(worker: LocalWorker) -> None:
@@ -210,9 +198,6 @@ def test_what_ends_a_fetch_is_raised_to_who_takes_it_and_the_next_batch_is_fine(
         assert isinstance(error.__cause__, ZeroDivisionError)
         assert prefetcher.statistics().losses == {"failed": 1}
         assert sequences(prefetcher.fetch(worker.play(1))) == [1]
-        with pytest.raises(ZeroDivisionError):
-            prefetcher.fetch(lambda: worker.play(1 // 0))
-        assert prefetcher.statistics().losses == {"failed": 1}, "who knows what was asked for"
 
 
 def test_a_batch_that_is_given_up_says_of_each_episode_why_it_is_lost(worker: LocalWorker) -> None:

@@ -330,8 +330,11 @@ def test_a_wrong_option_of_a_write_has_the_right_one_in_its_error() -> None:
     worker = Worker()
     worker.setup_ucxx("w", schema=SCHEMA, ring=RING, serve=False)
     given: Any = {"policy_versoin": 1}
-    with pytest.raises(ConfigError, match="did you mean 'policy_version'"):
-        worker.write_to_buffer(episode(), **given)
+    assert worker.ucxx_writer is not None
+    for write in (worker.write_to_buffer, worker.ucxx_writer.write):
+        with row(write=write), pytest.raises(ConfigError, match=r"option of write .*did you mean 'policy_version'"):
+            write(episode(), **given)
+    assert worker.ucxx_writer.statistics().written == 0
     worker.cleanup_ucxx()
 
 
