@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.jobs import Errand, Job
-    from ucxx_transport.link.base import Operation
+    from ucxx_transport.link.base import OnDone, Operation
     from ucxx_transport.wire.actions import Offer
 
 
@@ -74,8 +74,6 @@ class Connection(Line):
         self.pump()
         self.pool.opened(self)
 
-    # --- Asking ---
-
     def pump(self) -> None:
         """Ask for what waits, as far as both windows have room; ends that wait go along."""
         queue, session = self.queue, self.session
@@ -94,7 +92,7 @@ class Connection(Line):
     def _ask_several(self, reads: list[Read], shared_bytes: int) -> None:
         """Ask for payloads by one frame, whose answers share a message of so many bytes, or have each its own."""
         session = self.session
-        receives: list[tuple[memoryview, list[Read], int]] = []
+        receives: list[tuple[memoryview, OnDone, int]] = []
         if shared_bytes:
             try:
                 whole = self.lend(shared_bytes)
@@ -109,22 +107,21 @@ class Connection(Line):
                 read.message, read.start, read.view = whole, start, view[start:end]
                 start = end
             frame = session.fetch(reads, packed=True)
-            receives.append((view, reads, reads[0].shared))
+            receives.append((view, partial(self.came, reads), reads[0].shared))
         else:
             reads = [read for read in reads if self._has_memory(read)]
             if not reads:
                 return
             frame = session.fetch(reads)
-            receives += [(read.view, [read], read.number) for read in reads]
+            receives += [(read.view, partial(self.came, (read,)), read.number) for read in reads]
         self._post(frame, reads, receives)
         for read in reads:  # while the server works
             read.seal = seal_of(read.ref)
 
     def ask_one(self, read: Read, now: float) -> None:
-        """Ask for the one payload of a job, by a request that brings the ends along, while nothing else is under way.
+        """Ask for the one payload of a job, while nothing else is under way, in few steps.
 
-        It takes few steps: the request leaves before anything is made ready for its answer; the server works meanwhile,
-        and nothing that comes is taken in before the reactor's next turn.
+        The request leaves before anything is made ready for its answer, which nothing takes in before the next turn.
         """
         engine, endpoint, due_s, unsent = self._engine, self.endpoint, read.limit_s, None
         assert endpoint is not None
@@ -173,9 +170,7 @@ class Connection(Line):
         read.view = view = message.data
         clear_trailer(view, whole - TRAILER_BYTES)
 
-    def _post(
-        self, frame: bytes | None, reads: list[Read], receives: Sequence[tuple[memoryview, list[Read], int]]
-    ) -> None:
+    def _post(self, frame: bytes | None, reads: list[Read], receives: Sequence[tuple[memoryview, OnDone, int]]) -> None:
         """Send a frame, and post what its answers arrive in, in one turn: nothing is taken in before the next."""
         endpoint = self.endpoint
         assert endpoint is not None
@@ -184,8 +179,8 @@ class Connection(Line):
         try:
             if frame is not None:
                 endpoint.post_send(frame)
-            for view, several, number in receives:
-                endpoint.post_receive(view, partial(self.came, several), channel=number & MAX_CHANNEL)
+            for view, on_done, number in receives:
+                endpoint.post_receive(view, on_done, channel=number & MAX_CHANNEL)
         except TransportError as error:
             self.fail(error)
 
@@ -202,9 +197,13 @@ class Connection(Line):
             return
         self.session.receive(offer, reads)
         self._engine.orphans.update(read for read in reads if read.job is None)
-        self._post(None, reads, [(read.view, [read], read.number) for read in reads])
-
-    # --- Answers ---
+        receives: list[tuple[memoryview, OnDone, int]] = [
+            (read.view, partial(self.came, (read,)), read.number) for read in reads
+        ]
+        if len(reads) == 1 and offer.fingerprint in self.schemas:
+            reads[0].seal = seal_of(reads[0].ref)
+            receives = [(reads[0].view, partial(self._one_came, reads[0]), reads[0].number)]
+        self._post(None, reads, receives)
 
     def came(self, reads: Sequence[Read], operation: Operation) -> None:
         """A receive is over: the message has the answers to these, whose ends leave; then more is asked for."""
@@ -246,10 +245,10 @@ class Connection(Line):
         self.after_answers()
 
     def _one_came(self, read: Read, operation: Operation) -> None:
-        """The receive of `ask_one` is over.
+        """The receive of a job's one payload is over.
 
-        An answer that is the whole payload, while there still is nothing else to do, needs no queue, no settling and no
-        list of ends: what `came` and `Reads.arrived` do of it is done here in one step. Whatever else comes is theirs.
+        An answer that is the whole payload, while there still is nothing else to do, needs no settling and no list of
+        ends: what `came` and `Reads.arrived` do of it is done here in one step. Whatever else comes is theirs.
         """
         engine, job, ref, view = self._engine, read.job, read.ref, read.view
         assert read.seal is not None
@@ -354,8 +353,6 @@ class Connection(Line):
             endpoint.post_send(self.session.ends_frame())
         except TransportError as error:
             self.fail(error)
-
-    # --- Errands, the end ---
 
     def run(self, errand: Errand) -> None:
         """Start an errand as soon as the connection is open."""

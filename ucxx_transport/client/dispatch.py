@@ -319,8 +319,6 @@ class Dispatch(ABC):
             self.reassign(connection.queue)
             connection.queue.clear()
 
-    # --- Outcomes ---
-
     def refused(self, read: Read, error: TransportError) -> None:
         """The server has answered without a payload, or with something that is none."""
         key = read.connection.key

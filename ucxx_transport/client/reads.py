@@ -49,8 +49,6 @@ class Reads(Dispatch):
         if membership is not None:
             membership.bind(reactor, self.hear)
 
-    # --- Calls ---
-
     def hear(self) -> None:
         """Take in what a watcher has reported; before a read begins, which a report from before does not concern."""
         membership = self._membership

@@ -218,13 +218,16 @@ class ClientSession:
             self._delivered.append(attempt.ref)
 
     def conclude(self, attempt: Attempt, *, delivered: bool) -> bytes:
-        """`verify` and `end` of one that was asked for by `fetch_one` and has come whole, and a frame with its end."""
+        """`verify` and `end` of one that shares no message and has come whole, and a frame with its end alone."""
         del self._awaited[attempt.number & MAX_CHANNEL]
         ref, unproved = attempt.ref, self._unproved
         while unproved and unproved[0][0] <= attempt.sequence:
             unproved.popleft()
-        self.named -= 1
-        self.named_bytes -= ref.nbytes
+        if attempt.is_taken:
+            self._taken -= 1
+        else:
+            self.named -= 1
+            self.named_bytes -= ref.nbytes
         self._sequence = sequence = self._sequence + 1
         if delivered:
             unproved.append((sequence, [ref]))

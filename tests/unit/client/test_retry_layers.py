@@ -30,8 +30,8 @@ from ucxx_transport.link.base import Endpoint
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.testing import Hold
-from ucxx_transport.wire.codec import encode_reply
-from ucxx_transport.wire.frames import NONCE_BYTES, ReplyHeader, Status
+from ucxx_transport.wire.codec import encode_offer, encode_reply
+from ucxx_transport.wire.frames import NONCE_BYTES, OfferedPayload, ReplyHeader, Status
 
 EPISODE = bytes(range(256)) * 16
 _BODY = struct.pack("<32sIIQ", bytes(NONCE_BYTES), 64, 0, 1 << 30)
@@ -367,6 +367,30 @@ def test_a_false_description_of_the_schema_is_a_protocol_error() -> None:
                 with pytest.raises(ProtocolError):
                     client.read(ref)
                 assert client.counts.lent_buffers == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_offer_of_another_schema_than_the_ring_s_is_a_protocol_error(count: int) -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client(read_attempts=1)
+        rig.publish(9)
+        source = rig.write(EPISODE)
+        picked = [OfferedPayload(slot, 1, 8, None, 0, b"") for slot in range(count)]
+        body = encode_offer(picked)
+        header = ReplyHeader(Status.OK, len(body), source.ring_id, fingerprint=5)
+        answers = [welcome(), encode_reply(header, body)]
+        answers += [
+            encode_reply(ReplyHeader(Status.OK, 8, source.ring_id, each.slot, 1, fingerprint=5), bytes(8))
+            for each in picked
+        ]
+        rig.impostor(9, partial(Impostor, messages=answers))
+        take = client.core.take_call(source, 0.0, max_payloads=count, max_bytes=1 << 20, selector="oldest")
+        client.core.reads.begin(take)
+        rig.run_until(lambda: take.done)
+        with pytest.raises(ProtocolError, match="another schema"):
+            take.result()
+        rig.settle()
+        assert client.counts.lent_buffers == 0
 
 
 def test_nothing_behind_the_port_is_peer_lost() -> None:
