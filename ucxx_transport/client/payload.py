@@ -155,7 +155,7 @@ class Deduplicator:
         """Deliver a payload, once: of several reads of it that came this far, one gets it. Errors as `check`.
 
         Call it while the slot is still held (before it is consumed): then no newer payload of the slot can be faster.
-        What may be interrupted before it is delivered is the one in `note` first.
+        It is in `note` before: an interrupt may come before it is delivered (`forget`).
         """
         with self._lock:
             slots = self.rings.get(ref.ring_id)
