@@ -17,7 +17,7 @@ from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GONE, NOT_SEEN, GroupState, GroupStatistics, Member, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
-from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view, put_policy_version
+from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view, has_left, put_policy_version
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
@@ -339,7 +339,7 @@ class RankGroup:
             change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=incarnation)
             teardown.step("view", change, until_s)
         if leaves:
-            self._shared.end(errors.NotReadyError("this rank has left", **self._context.keys), left=True)
+            self._shared.end(has_left(self._context), left=True)
         participant.stop(teardown, until_s)
 
     def _member(self) -> None:

@@ -26,7 +26,7 @@ from ucxx_transport import errors
 from ucxx_transport.groups.decisions import AckWaits, ack_waits, next_view, overdue_ranks, turn_of
 from ucxx_transport.groups.state import SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, RankEvent
-from ucxx_transport.groups.writes import CALL_S, RankContext
+from ucxx_transport.groups.writes import CALL_S, RankContext, has_left
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import group_prefix, member_key, policy_key, view_key
@@ -55,7 +55,7 @@ TICK_S: Final = 0.05
 class MembershipEndedError(Exception):
     """This rank is not in the group any more, and whether it `left`; `error` is for waiting calls and `on_gone`."""
 
-    def __init__(self, error: errors.RegistryError, *, left: bool = False) -> None:
+    def __init__(self, error: errors.TransportError, *, left: bool = False) -> None:
         super().__init__(str(error))
         self.error, self.left = error, left
 
@@ -149,13 +149,13 @@ class Participant:
             self._was_seated = True
         elif is_own or self._was_seated:  # else it is not admitted yet
             ended_by = (seat.ended_by if is_own else None) or RankEvent.LOSE
-            text, left = "the group goes on without this rank", ended_by is RankEvent.LEAVE
-            raise self._ended(errors.LeaseLostError, text, left=left, epoch=view.epoch, ended_by=ended_by.value)
+            if ended_by is RankEvent.LEAVE:
+                raise MembershipEndedError(has_left(self._context), left=True)
+            text = "the group goes on without this rank"
+            raise self._ended(errors.LeaseLostError, text, epoch=view.epoch, ended_by=ended_by.value)
 
-    def _ended(
-        self, error: type[errors.RegistryError], text: str, *, left: bool = False, **facts: object
-    ) -> MembershipEndedError:
-        return MembershipEndedError(error(f"{text}: join_group() again", **facts, **self._context.keys), left=left)
+    def _ended(self, error: type[errors.RegistryError], text: str, **facts: object) -> MembershipEndedError:
+        return MembershipEndedError(error(f"{text}: join_group() again", **facts, **self._context.keys))
 
     def _write(self, snapshot: GroupSnapshot) -> float | None:
         """Write the view that should follow, at this rank's turn."""
@@ -253,7 +253,7 @@ class Participant:
         if not self._lease_lost.is_set():
             self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
-    def _end(self, error: errors.RegistryError, *, left: bool = False) -> None:
+    def _end(self, error: errors.TransportError, *, left: bool = False) -> None:
         if not left:  # by `leave`, which may just be about to end it itself
             _log.warning("membership_lost", reason=str(error), **self._context.keys)
         try:  # before anything else hears of it: the next `join_group` finds the rank free

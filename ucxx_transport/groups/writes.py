@@ -51,6 +51,11 @@ class RankContext:
         return {"group": self.group, "rank": self.rank}
 
 
+def has_left(context: RankContext) -> errors.NotReadyError:
+    """What is raised to those that wait for a rank while it leaves."""
+    return errors.NotReadyError("this rank has left", **context.keys)
+
+
 class Retrying:
     """Calls of a store for one purpose, such as "joining", under one deadline, until `cancelled` is set."""
 

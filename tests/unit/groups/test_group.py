@@ -771,6 +771,8 @@ def test_its_own_leave_is_no_loss_even_if_its_thread_sees_it_first(
             lambda: leaving.state.state is RankState.GONE, what="its thread sees it before the write returns"
         )
     )
+    waiting = ranks.in_thread(lambda: leaving.wait_for_view(1000, 60))
     leaving.leave()
+    assert type(waiting.exception(60)) is NotReadyError
     assert gone == []
     assert "membership_lost" not in [event["event"] for event in log_events]
