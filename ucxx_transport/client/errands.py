@@ -25,8 +25,8 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.envelope import record_and_meta
 from ucxx_transport.schema.slot_ref import Common, common_of, renumbered
+from ucxx_transport.schema.wire_form import record_and_meta
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:

@@ -38,10 +38,11 @@ from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Snapshot, policy_key, rank_of, view_key
-from ucxx_transport.schema.envelope import NO_META, checked_meta
 from ucxx_transport.schema.wire_form import (
+    NO_META,
     WIRE_VERSION,
     check_version,
+    checked_meta,
     describe,
     is_unsigned,
     pack_json,

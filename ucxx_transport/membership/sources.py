@@ -25,12 +25,13 @@ from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.membership.entries import Batch, Snapshot, source_key
-from ucxx_transport.schema.envelope import NO_META, checked_meta
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS, are_ports
 from ucxx_transport.schema.wire_form import (
+    NO_META,
     WIRE_VERSION,
     check_version,
+    checked_meta,
     describe,
     is_plain_text,
     is_unsigned,

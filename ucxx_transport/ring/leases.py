@@ -25,7 +25,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import ABORTED, CONSUMED, RELEASED, message_bytes
 from ucxx_transport.ring.transitions import HoldWords, Transitions
-from ucxx_transport.schema.envelope import unpack_envelope
+from ucxx_transport.schema.wire_form import record_and_meta
 
 if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
@@ -210,7 +210,7 @@ class ReadLease(Hold):
         Raises:
             ProtocolError: the envelope is no mapping of plain values.
         """
-        return unpack_envelope(self.envelope)
+        return record_and_meta(self.envelope)[0]
 
     def mark_consumed(self) -> bool:
         """End the attempt: its reader has had the payload.

@@ -23,9 +23,9 @@ from ucxx_transport.ring.layout import RELEASED
 from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
 from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords
-from ucxx_transport.schema.envelope import meta_of
 from ucxx_transport.schema.episode_record import slot_ref_of
 from ucxx_transport.schema.slot_ref import SlotRef, renumbered, with_meta
+from ucxx_transport.schema.wire_form import record_and_meta
 
 if TYPE_CHECKING:
     from ucxx_transport.ring.transitions import Words
@@ -245,7 +245,7 @@ class ReadableRing(RingHandle):
         self._require_open()
         if lease.transitions.identity.ring_id != self.ring_id:
             raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
-        meta = meta_of(lease.record)
+        meta = record_and_meta(lease.envelope)[1]
         ref = self._named(lease.words)
         return with_meta(ref, meta) if meta else ref
 

@@ -26,9 +26,9 @@ from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
 from ucxx_transport.ring.transitions import LOOK_EVERY_S
-from ucxx_transport.schema.envelope import checked_meta
 from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
+from ucxx_transport.schema.wire_form import checked_meta
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -100,7 +100,7 @@ class SharedRingBuffer(ReadableRing):
             meta: what to say about the payload in its reference; msgpack- and JSON-safe, 64 KiB at most. Those who
                 `take` it have it too, if it takes no more than the ring's `envelope_bytes` as msgpack.
             deadline_s: how long to wait for a slot under `on_full="block"`, and for the lock; None: as configured.
-            envelope: what those who `take` it have instead of `meta`: a mapping as msgpack (`schema.envelope`).
+            envelope: what those who `take` it have instead of `meta`: a mapping as msgpack (`schema.wire_form`).
 
         Raises:
             ConfigError: the data does not fit the schema, or `meta` a reference; no slot was touched.

@@ -17,9 +17,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError, StaleSlotError
 from ucxx_transport.schema import wire_form
-from ucxx_transport.schema.envelope import MARK, checked_meta
 from ucxx_transport.schema.slot_ref import MAX_SLOT_REF_BYTES, SlotRef
-from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, is_plain_text, is_unsigned, pack, refuse, whole
+from ucxx_transport.schema.wire_form import MARK, WIRE_VERSION, checked_meta, is_plain_text, is_unsigned, pack, refuse
 
 MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
@@ -153,8 +152,8 @@ class EpisodeRecord:
             values = _values_of(wire_form.take_fields(data, "episode record", required=_KEYS))
         mark, worker_id, sequence, ref, dropped, steps, rewards, version = values
         if mark is not WIRE_VERSION:
-            mark, sequence, steps, version = map(whole, (mark, sequence, steps, version))
-            check_version(mark, "episode record")
+            mark, sequence, steps, version = map(wire_form.whole, (mark, sequence, steps, version))
+            wire_form.check_version(mark, "episode record")
         if ref is not None and type(ref) is not SlotRef:
             ref = _slot_ref_of(ref)
         if rewards is not None:

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import wire_form
-from ucxx_transport.schema.envelope import MAX_META_BYTES, NO_META, checked_meta, plain
-from ucxx_transport.schema.wire_form import WIRE_VERSION, check_version, is_plain_text, is_unsigned, pack, refuse, whole
+from ucxx_transport.schema.wire_form import (
+    NO_META,
+    WIRE_VERSION,
+    checked_meta,
+    is_plain_text,
+    is_unsigned,
+    pack,
+    refuse,
+)
 from ucxx_transport.units import MAX_PORTS
 
 if TYPE_CHECKING:
@@ -26,7 +33,7 @@ RING_ID_BYTES = 16
 MAX_RING_NAME_CHARS = 200
 MAX_HOST_ID_CHARS = 128
 MAX_HOST_CHARS = 255
-MAX_SLOT_REF_BYTES = MAX_META_BYTES + 4096
+MAX_SLOT_REF_BYTES = wire_form.MAX_META_BYTES + 4096
 
 
 def are_ports(ports: Any) -> bool:
@@ -120,7 +127,7 @@ class SlotRef:
             "ports": list(self.ports),
             "fingerprint": _digits(self.fingerprint),
             "checksum": None if self.checksum is None else f"{self.checksum:016x}",
-            "meta": plain(self.meta) if self.meta else {},
+            "meta": wire_form.plain(self.meta) if self.meta else {},
         }
 
     def to_bytes(self) -> bytes:
@@ -145,7 +152,7 @@ class SlotRef:
         except (KeyError, TypeError, IndexError):
             values = _values_of(wire_form.take_fields(data, "slot reference", required=_REQUIRED, optional=_DEFAULTS))
         if values[0] is not WIRE_VERSION:
-            values = (*map(whole, values[:-1]), values[-1])
+            values = (*map(wire_form.whole, values[:-1]), values[-1])
         return _rebuilt(values, True)  # noqa: FBT003
 
     @classmethod
@@ -158,7 +165,7 @@ class SlotRef:
         values = wire_form.unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
         if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:
-                check_version(values[0], "slot reference")
+                wire_form.check_version(values[0], "slot reference")
             raise ProtocolError(
                 f"a slot reference must be an array of {_FIELDS}, not {wire_form.describe(values)}",
                 field="slot reference",
@@ -223,7 +230,7 @@ def _rebuilt(values: Sequence[Any], digits: bool = False) -> SlotRef:  # noqa: F
     """
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
-        check_version(version, "slot reference")
+        wire_form.check_version(version, "slot reference")
     try:
         known, common = _rings.get(ring_id, _UNKNOWN)
     except TypeError:  # of no use as an id: the constructor says so

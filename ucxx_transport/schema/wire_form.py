@@ -1,7 +1,13 @@
-"""Forms of records: what a peer, a queue or a store hands to `from_dict` and the like.
+"""Plain values: what JSON and msgpack have in common, None, bools, finite numbers, text, lists, maps keyed by text.
 
-Nothing here trusts its input: sizes are bounded before decoding, types are exact (a bool is not an int), and a value
-quoted in an error is cut short first.
+Of these are the forms of records that a peer, a queue or a store hands to `from_dict` and the like. Nothing here trusts
+its input: sizes are bounded before decoding, types are exact (a bool is not an int), and a value quoted in an error is
+cut short first.
+
+So is what a writer says of a payload: `meta`, in its reference, and the *envelope*, beside the payload itself, msgpack
+of at most 1 KiB, so that a reader of a slot knows what it holds without another channel. An envelope is the payload's
+`meta`, or, where a rollout worker wrote it, its record: `EpisodeRecord.to_dict()` with the reference's `meta`, or nil,
+in place of the reference.
 """
 
 from __future__ import annotations
@@ -9,15 +15,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeGuard
 
 import msgpack
+import numpy as np
 
 from ucxx_transport.errors import ConfigError, ProtocolError, article
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 WIRE_VERSION = 1
 """Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
+
+MAX_ENVELOPE_BYTES: Final = 1024
+MAX_META_BYTES: Final = 64 << 10
+MAX_META_DEPTH: Final = 16
+MARK: Final = "ucxx_transport"
+"""The key by which a record is known among other mappings."""
+
+NO_META: Final[Mapping[str, object]] = MappingProxyType({})
 
 _LARGEST_WHOLE = 1 << 53
 _QUOTED_CHARS = 80
@@ -111,11 +130,12 @@ pack: Callable[[object], bytes] = msgpack.packb
 """Plain values as msgpack. A ValueError: a lone surrogate, or no end of nesting; an OverflowError: over 64 bits."""
 
 
-def unpack(raw: object, what: str, *, max_bytes: int) -> object:
+def unpack(raw: Any, what: str, *, max_bytes: int) -> object:
     """Decode one msgpack object of bounded size, without extension types; a ProtocolError for anything else."""
-    if not isinstance(raw, (bytes, bytearray, memoryview)):
+    is_bytes = type(raw) is bytes
+    if not is_bytes and not isinstance(raw, (bytes, bytearray, memoryview)):
         raise ProtocolError(f"{article(what)} must be bytes, not {describe(raw)}", field=what)
-    nbytes = raw.nbytes if isinstance(raw, memoryview) else len(raw)
+    nbytes = len(raw) if is_bytes else memoryview(raw).nbytes
     if nbytes > max_bytes:
         raise ProtocolError(f"{article(what)} of {nbytes} bytes; at most {max_bytes}", field=what, nbytes=nbytes)
     try:
@@ -150,3 +170,89 @@ def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
             text = f"{name} of {article(what)} has NaN or an infinity, which is no number of JSON"
             raise ProtocolError(f"{text}; send null, or leave it out", field=name) from exc
     return decoded
+
+
+def record_and_meta(raw: Buffer) -> tuple[dict[str, object] | None, Mapping[str, object]]:
+    """What an envelope says, None for an empty one, and the `meta` of the reference to its payload, read-only.
+
+    Raises:
+        ProtocolError: it is too long, no mapping of plain values, or a record's with something else for its meta.
+    """
+    if not memoryview(raw):
+        return None, NO_META
+    form = unpack(raw, "envelope", max_bytes=MAX_ENVELOPE_BYTES)
+    if not isinstance(form, dict):
+        raise ProtocolError(f"an envelope must be a mapping, not {describe(form)}", field="envelope")
+    try:
+        record: dict[str, object] = plain(form)
+    except ConfigError as exc:
+        raise ProtocolError(exc.message, **exc.facts) from exc
+    meta = form["ref"] if MARK in form and "ref" in form else form  # which nothing else refers to
+    if meta is not None and not isinstance(meta, Mapping):
+        raise ProtocolError(f"a record's envelope has {describe(meta)} for its meta", field="meta")
+    return record, MappingProxyType(meta) if meta else NO_META
+
+
+def checked_meta(meta: object, field: str = "meta") -> tuple[Mapping[str, object], bytes]:
+    """A read-only copy of `meta`, and its msgpack form; a ConfigError: no mapping, not plain, or too large."""
+    if not isinstance(meta, (dict, Mapping)):  # a dict first: an ABC's look takes longer
+        refuse(field, meta, "a mapping")
+    if not meta:
+        return NO_META, b""
+    copy: dict[str, object] = plain(meta, path=field)
+    try:
+        packed = pack(copy)
+    except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
+        raise ConfigError(f"meta must be what msgpack can hold: {exc}", field="meta") from exc
+    if len(packed) > MAX_META_BYTES:
+        raise ConfigError(
+            f"meta takes {len(packed)} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload",
+            field="meta",
+            nbytes=len(packed),
+        )
+    return MappingProxyType(copy), packed
+
+
+_AS_THEY_ARE: Final = frozenset({type(None), bool, int, str})
+
+
+def finite_meta(meta: object) -> Any:
+    """The same with None in the place of each NaN and infinity; what is not plain is left to `checked_meta`."""
+    if isinstance(meta, (dict, Mapping)):
+        return {key: finite_meta(item) for key, item in meta.items()}
+    if isinstance(meta, (list, tuple)):
+        return [finite_meta(item) for item in meta]
+    return None if isinstance(meta, (float, np.floating)) and not isfinite(meta) else meta
+
+
+def plain(value: Any, depth: int = 0, path: str = "meta") -> Any:
+    """A copy of `value` in types that both JSON and msgpack have; a ConfigError, with its path, where there is none."""
+    if type(value) in _AS_THEY_ARE or (type(value) is float and isfinite(value)):
+        return value
+    if depth > MAX_META_DEPTH:
+        raise ConfigError(f"meta must be at most {MAX_META_DEPTH} levels deep", field="meta")
+    if isinstance(value, np.generic):  # rewards.mean() and the like
+        value = value.item()
+    if isinstance(value, (dict, Mapping)):
+        copy = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path} must be keyed by text, not {describe(key)}", field="meta")
+            simple = type(item) in _AS_THEY_ARE
+            copy[key] = item if simple else plain(item, depth + 1, f"{path}[{describe(key)}]")
+        return copy
+    if isinstance(value, (list, tuple)):
+        return [plain(item, depth + 1, path) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        raise ConfigError(
+            f"{path} must be a finite number, not {value} (JSON has no others): give None, as a TrajectoryWriter does "
+            "in the meta of an episode by nonfinite_meta='none'",
+            field="meta",
+        )
+    if not isinstance(value, (int, float, str)):
+        raise ConfigError(
+            f"{path} must be made of None, bools, numbers, text, lists and mappings (of an array: .tolist()), "
+            f"not {describe(value)}",
+            field="meta",
+        )
+    return value

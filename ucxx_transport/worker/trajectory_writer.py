@@ -22,10 +22,9 @@ from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.membership.store_url import parse_store_url
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id
-from ucxx_transport.schema.envelope import checked_meta, finite_meta
 from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, as_policy_version, record_envelope
 from ucxx_transport.schema.schema import Schema, checked_varlen
-from ucxx_transport.schema.wire_form import refuse
+from ucxx_transport.schema.wire_form import checked_meta, finite_meta, refuse
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_keywords, gather, known_options, made_of
 from ucxx_transport.teardown import may_end, refuse_forked

@@ -13,7 +13,7 @@ from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
-from ucxx_transport.schema.envelope import unpack_envelope
+from ucxx_transport.schema.wire_form import record_and_meta
 from ucxx_transport.server import RingSource
 from ucxx_transport.server.slots import MAX_SPARE
 from ucxx_transport.wire.codec import decode_offer
@@ -83,7 +83,7 @@ def test_the_newest_come_first_where_that_is_asked(rig: PortRig) -> None:
 def test_what_its_writer_said_comes_with_each(rig: PortRig) -> None:
     rig.ring.write_raw(b"one", meta={"policy": 7})
     (offered,) = decode_offer(begin_take(rig.peer()).body)
-    assert unpack_envelope(offered.envelope) == {"policy": 7}
+    assert record_and_meta(offered.envelope)[0] == {"policy": 7}
     assert offered.commit_time_ns > 0
 
 
