@@ -20,7 +20,7 @@ _NAMED: Final = 3
 """Holders of slots in a message; of the others it says how many there are."""
 
 
-_SIDECAR: Final = b"/ucxx_transport/sidecar/boot.py\0"
+_SIDECAR: Final = b"ucxx_transport/sidecar/boot.py\0"
 """In the command line of a process that serves a port."""
 
 
