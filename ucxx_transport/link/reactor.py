@@ -64,7 +64,8 @@ class Reactor(Usable):
 
     Args:
         link_factory: makes the link at the first use of `link`.
-        spin_s: how long to poll after the last progress before sleeping.
+        spin_s: how long to poll after the last progress before sleeping; not after a sleep that was longer than that:
+            of many ports that share a host, each polling while the others have work, none would be faster for it.
         clock: seconds.
 
     Attributes:
@@ -88,6 +89,7 @@ class Reactor(Usable):
         self._made = 0
         self._prune_at = STALE_TIMERS
         self._rests = False  # timers alone have run: no reason to poll for what comes next
+        self._polls = True  # the last sleep was so short that polling would have met its end
         self._wakeup: Wakeup | None = Wakeup()
         self._epoll = select.epoll()
         self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
@@ -189,7 +191,7 @@ class Reactor(Usable):
         if link is not None:
             spin_s = self._spin_s if spin_s is None else spin_s
             limit_s = min(until_s, heap[0][0]) if heap else until_s
-            if ran or self._rests:
+            if ran or self._rests or not self._polls:
                 spin_s = 0.0
             elif limit_s - now < spin_s:
                 spin_s = max(0.0, limit_s - now)
@@ -197,18 +199,20 @@ class Reactor(Usable):
             self._rests = rests and not moved
             ran = ran or moved
         if sleeps and not ran and self.arm():
-            self._sleep(min(self.next_timer_s, until_s) - self.now())
+            self._sleep(min(self.next_timer_s, until_s))
         return ran
 
     def poll(self, spin_s: float = 0.0) -> bool:
         """A turn without the sleep; whether anything was done."""
         return self.run_once(math.inf, spin_s, sleeps=False)
 
-    def _sleep(self, limit_s: float) -> None:
-        if limit_s > 0:
-            awake = self._epoll.poll(min(limit_s, LONGEST_SLEEP_S), 2)
+    def _sleep(self, until_s: float) -> None:
+        began_s = self.now()
+        if until_s > began_s:
+            awake = self._epoll.poll(min(until_s - began_s, LONGEST_SLEEP_S), 2)
             if self._wakeup is not None and (self._wakeup.fileno(), select.EPOLLIN) in awake:
                 self._wakeup.drain()
+            self._polls = self.now() - began_s < self._spin_s
         self.asleep = False
 
     def arm(self) -> bool:

@@ -41,12 +41,14 @@ class Heard:
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """Stands still until it is moved, but for `step_s` at each look."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
+        self.step_s = 0.0
 
     def __call__(self) -> float:
+        self.now_s += self.step_s
         return self.now_s
 
 
@@ -347,6 +349,17 @@ def test_turn_in_which_something_ran_neither_spins_nor_sleeps(linked: tuple[Reac
     link.arms = False  # something has happened meanwhile
     reactor.run_once(math.inf)
     assert link.spins[2:] == [0.0, 0.01]  # nor does the turn after timers alone: nothing is on its way
+
+
+def test_link_is_polled_unless_the_last_sleep_was_longer_than_a_poll(
+    linked: tuple[Reactor, IdleLink], clock: Clock
+) -> None:
+    reactor, link = linked
+    for step_s, spin_s in ((0.0, 0.01), (0.02, 0.01), (0.02, 0.0), (0.0, 0.0), (0.0, 0.01)):
+        with row(step_s=step_s):
+            clock.step_s = step_s
+            reactor.run_once(clock.now_s + 10 * step_s + 0.02)  # each sleeps, for as long as the clock says
+            assert link.spins[-1] == spin_s
 
 
 def test_no_wake_up_is_lost_to_a_front_that_waits_for_the_descriptor(awake: Reactor) -> None:
