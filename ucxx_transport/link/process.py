@@ -69,7 +69,9 @@ def shortage(begun: int) -> BusyError | None:
     return BusyError(words, in_use=in_use, limit=limit)
 
 
-_links: set[Any] = set()  # of UCXXLink, which imports this module
+open_links: Final[set[Any]] = set()
+"""Of UCXXLink, each kept until it is closed."""
+
 _pids_that_used_ucx: set[int] = set()
 
 
@@ -79,15 +81,10 @@ def check_not_forked() -> None:
         raise ConfigError(FORKED)
 
 
-def link_opened(link: Any) -> None:
-    """Keep the link until `link_closed`."""
+def note_use(link: Any) -> None:
+    """This process has a link from now on."""
     _pids_that_used_ucx.add(os.getpid())
-    _links.add(link)
-
-
-def link_closed(link: Any) -> None:
-    """Release it."""
-    _links.discard(link)
+    open_links.add(link)
 
 
 def keep_for_good(*things: object) -> None:
@@ -99,7 +96,7 @@ def keep_for_good(*things: object) -> None:
 @atexit.register
 def _close_all() -> None:
     running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-    for link in list(_links):
+    for link in list(open_links):
         if link.forked or link.thread in running:
             keep_for_good(link)
         else:

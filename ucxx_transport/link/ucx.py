@@ -19,7 +19,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import list_interfaces, other_family
 from ucxx_transport.link.base import EndpointEvents, OnEndpoint, checked_port
 from ucxx_transport.link.libraries import IPv6Listener, quiet_ucxx_log, request_peer, ucp_functions
-from ucxx_transport.link.process import check_not_forked, keep_for_good, link_closed, link_opened, shortage
+from ucxx_transport.link.process import check_not_forked, keep_for_good, note_use, open_links, shortage
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.settings import context_settings, rdma_devices, require_free_port, require_network
 from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, load_binding
@@ -91,7 +91,7 @@ class UCXXLink(LinkState):
         self._descriptor: int = self.worker.epoll_file_descriptor
         self.thread = get_ident()
         self._busy = self._moves = 0
-        link_opened(self)
+        note_use(self)
 
     def connect(self, host: str, port: int, events: EndpointEvents) -> UCXXEndpoint:
         self.check_usable()
@@ -168,7 +168,7 @@ class UCXXLink(LinkState):
                 failure = failure or exc
         self.closed = True
         self.closing = False
-        link_closed(self)
+        open_links.discard(self)
         self._turn = self._refused
         del self.worker, self.context
         self.flight.release()
