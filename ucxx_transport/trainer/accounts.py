@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import Batch
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, hint_for
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, hint_for, remember
 
 _log = get_logger(__name__)
 
@@ -82,14 +82,7 @@ class Account:
 
 
 class Accounts:
-    """Thread-safe.
-
-    Args:
-        sources: say when a batch's losses are a reason to stop.
-        on_loss: called with each loss; None: nothing is.
-        host_id: of this host.
-        clock: seconds.
-    """
+    """Thread-safe. `sources` say when a batch's losses are a reason to stop; `on_loss` is called with each."""
 
     def __init__(
         self, sources: Sources, *, on_loss: Callable[[Loss], None] | None, host_id: str, clock: Callable[[], float]
@@ -118,13 +111,7 @@ class Accounts:
         """Count a batch, once, and log its losses.
 
         An episode that was asked for by itself may be known to be lost. That was counted, which holds if it is lost
-        again, and not if it came.
-
-        Args:
-            account: takes what came of it.
-            records: what was asked for.
-            batch: what became of it.
-            failure: what ended its fetch.
+        again, and not if it came. `failure` is what ended the fetch.
         """
         losses, host_id, problem, alone = batch.losses, self._host_id, failure, account.alone
         with self._lock:
@@ -137,16 +124,14 @@ class Accounts:
             counts["fetch_s"] += batch.took_s
             counts["retried"] += batch.retried
             if batch.in_time:
-                is_alone = alone is not None
-                problem = self._sources.problem_in(records, batch.payloads, losses, host_id=host_id, alone=is_alone)
-            lost_by: LossReason | None = None
+                problem = self._sources.problem_in(records, batch.payloads, losses, host_id, alone=bool(alone))
             if alone is not None:
                 lost_by, _ = self._lost.pop(alone.key, (None, None))
                 for loss in losses:
-                    self.remember({alone.key: (lost_by or loss.reason, alone.output)})
-            if lost_by is not None:
-                losses = ()
-                counts[lost_by] -= len(batch.payloads)
+                    self.remember(alone, lost_by or loss.reason)
+                if lost_by is not None:
+                    losses = ()
+                    counts[lost_by] -= len(batch.payloads)
             for loss in losses:
                 counts[loss.reason] += 1
             due = self._due(losses)
@@ -170,12 +155,10 @@ class Accounts:
                 since=since,
             )
 
-    def remember(self, lost: Mapping[Hashable, tuple[LossReason, object]]) -> None:
-        """Episodes that have been counted as lost: by what, and their outputs, by keys of `key_of`."""
+    def remember(self, episode: Alone, reason: LossReason) -> None:
+        """Keep that an episode has been counted as lost."""
         with self._lock:
-            self._lost.update(lost)
-            while len(self._lost) > MOST_LOST:
-                del self._lost[next(iter(self._lost))]
+            remember(self._lost, episode.key, (reason, episode.output), MOST_LOST)
 
     def _due(self, losses: Sequence[Loss]) -> list[tuple[list[Loss], int]]:
         """Losses of one reason that are to be logged now, and how many more there were since the last time."""

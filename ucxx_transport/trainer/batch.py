@@ -121,16 +121,7 @@ Rounds: TypeAlias = "Generator[tuple[list[SlotRef], float] | None, Outcomes | No
 def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: Callable[[], float]) -> Rounds:
     """The rounds of one batch, written once for every driver. Closed before its end, it releases what it has.
 
-    Args:
-        sorted_out: gives what to fetch, and what is lost already.
-        limits: of all rounds together.
-        clock: seconds.
-
-    Yields:
-        What to read, and in how many seconds: to be sent the outcomes. None: to be resumed after ROUND_PAUSE_S.
-
-    Returns:
-        The batch.
+    It yields what to read, and in how many seconds, and is sent the outcomes; None: to be resumed after ROUND_PAUSE_S.
     """
     began_s = clock()
     until_s = began_s + limits.deadline_s
@@ -234,11 +225,8 @@ async def fetch_batch(
 class BatchFetch:
     """The fetch of one batch by a client's core. Its methods are for the thread that runs the core's reactor.
 
-    Args:
-        core: reads.
-        sorted_out: gives what to fetch, and what is lost already; called once the fetch begins.
-        limits: of the batch.
-        uploader: takes every payload to a GPU as it comes; what it raises beside TransportErrors ends the fetch.
+    `sorted_out` is called once the fetch begins. `uploader` takes every payload to a GPU as it comes; what it raises
+    beside TransportErrors ends the fetch.
     """
 
     has_begun = False

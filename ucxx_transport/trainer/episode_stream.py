@@ -47,8 +47,8 @@ def check_settings(settings: StreamSettings) -> None:
     """Refuse, by a ConfigError, settings that an `EpisodeStream` would refuse, without making one."""
     checked_count(settings.get("ahead", 1), "ahead", at_least=1)
     checked_device(settings.get("device"))
-    names = FetchLimits.__init__.__code__.co_varnames
-    given: Any = {name: value for name, value in settings.items() if name in names}
+    names = ("deadline_s", "max_fetch_rounds", "max_staleness", "unreachable_batches", "on_loss")
+    given: Any = {name: settings.get(name) for name in names if name in settings}
     FetchLimits(**given)
 
 

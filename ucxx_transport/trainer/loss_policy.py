@@ -32,16 +32,18 @@ What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: 
 from __future__ import annotations
 
 import enum
-import ipaddress
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from ucxx_transport import errors
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, reader_of
 from ucxx_transport.schema.wire_form import describe
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 MOST_SOURCES: Final = 4096
 """That are remembered: those heard of, or missed, last."""
@@ -218,7 +220,7 @@ def hint_for(loss: Loss, host_id: str) -> str | None:
     assert loss.record.ref is not None
     if loss.record.ref.host_id == host_id:
         return None
-    if _is_loopback(loss.host):
+    if loss.host in ("localhost", "::1") or loss.host.startswith("127."):
         return "loopback of another host? set ServerConfig(host=…) to an address that this host reaches"
     return "a firewall? both directions must be open: docs/operations.md#firewalls"
 
@@ -243,18 +245,13 @@ class Sources:
         records: Mapping[int, AskedFor],
         came: Collection[int],
         losses: Sequence[Loss],
-        *,
         host_id: str,
+        *,
         alone: bool = False,
     ) -> TransportError | None:
         """Why the trainer should stop after a batch, an error of the kind that its episodes were lost by.
 
-        Args:
-            records: what was asked for.
-            came: places of those that came.
-            losses: the others.
-            host_id: of this host.
-            alone: whether it is one episode that was asked for by itself.
+        `came` are the places of those that came; `alone` is one episode that was asked for by itself.
         """
         if not came:
             for loss in losses:
@@ -269,7 +266,7 @@ class Sources:
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
         }
         for source in answered:
-            _remember(self._answered, source, 0)
+            remember(self._answered, source, 0, MOST_SOURCES)
         silent: dict[_Source, Loss] = {}
         for loss in losses:
             if loss.record is not None and loss.error is not None and loss.reason is not LossReason.TOO_OLD:
@@ -286,7 +283,7 @@ class Sources:
             if source in answered or (others_live and source in self._answered):
                 continue
             count = self._silent.get(source, 0) + 1
-            _remember(self._silent, source, count)
+            remember(self._silent, source, count, MOST_SOURCES)
             if self._most is not None and count >= self._most and problem is None:
                 del self._silent[source]  # it may have as many more
                 words = f"nothing came in {count} batches in a row"
@@ -294,11 +291,12 @@ class Sources:
         return problem
 
 
-def _remember(sources: dict[_Source, int], source: _Source, count: int) -> None:
-    sources.pop(source, None)
-    sources[source] = count
-    while len(sources) > MOST_SOURCES:
-        del sources[next(iter(sources))]
+def remember(memory: dict[K, V], key: K, value: V, most: int) -> None:
+    """Keep a value as the newest of at most so many."""
+    memory.pop(key, None)
+    memory[key] = value
+    while len(memory) > most:
+        del memory[next(iter(memory))]
 
 
 def _stop(loss: Loss, words: str, losses: Sequence[Loss], hint: str | None = None) -> TransportError:
@@ -327,10 +325,3 @@ def _is_silence(loss: Loss) -> bool:
     if isinstance(error, errors.PeerLostError):
         return error.facts.get("reason") != "removed"
     return isinstance(error, DeadlineExceededError)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -83,7 +83,6 @@ class _Rollouts:
         self.batch = batch
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
         self.by_output = {id(self.ours[place]): payload for place, payload in batch.payloads.items()}
-        self.lost_by = {self.keys[loss.index]: (loss.reason, self.ours[loss.index]) for loss in batch.losses}
         self._filled: Sequence[object] | None = None
 
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
@@ -367,7 +366,8 @@ class RolloutFeed(Prefetcher):
                 return None
             self._is_awaited = not asked.pending.is_ready
             asked.take(asked.pending.settle(timeout_s))
-            self.accounts.remember(asked.lost_by)
+            for loss in asked.batch.losses:
+                self.accounts.remember(Alone(asked.keys[loss.index], asked.ours[loss.index]), loss.reason)
             done: _Rollouts | None = asked
             with self._state:
                 if self._pending:  # else it was closed meanwhile, and this one is not used at all

@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from mmap import PAGESIZE, mmap
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.tensors import Placement
     from ucxx_transport.schema.tree import ArrayTree
-
-_PAGE_BYTES = 4096
 
 FIRST_LOOK_S: Final = 0.25e-3
 LONGEST_LOOK_S: Final = 4e-3
@@ -164,7 +163,8 @@ class DeviceUploader:
         self._rings: WeakKeyDictionary[SharedRingBuffer, bool] = WeakKeyDictionary()
         self._locking: set[threading.Thread] = set()
         self.unlocked_rings = 0
-        self.page_locker(_a_page())  # that none can be locked here is said now rather than with every read
+        a_page = np.frombuffer(mmap(-1, PAGESIZE), np.uint8)
+        self.page_locker(a_page)  # that none can be locked here is said now rather than with every read
 
     def page_locker(self, memory: Bytes) -> object:
         """Page-lock a receive buffer for as long as it lives, or raise a PageLockError; see `BufferPool`."""
@@ -243,9 +243,3 @@ class DeviceUploader:
     def _not_locked(self, ring: SharedRingBuffer, error: TransportError) -> None:
         self.unlocked_rings += 1
         _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)
-
-
-def _a_page() -> Any:
-    raw = np.empty(2 * _PAGE_BYTES, np.uint8)
-    start = -raw.ctypes.data % _PAGE_BYTES
-    return raw[start : start + _PAGE_BYTES]

@@ -48,7 +48,7 @@ class Trainer:
             if error is None and isinstance(record, EpisodeRecord)
         ]
         losses = lost_of(episodes)
-        return self.sources.problem_in(records, came, losses, host_id=HERE, alone=alone)
+        return self.sources.problem_in(records, came, losses, HERE, alone=alone)
 
 
 def lost_of(episodes: Sequence[tuple[AskedFor, TransportError | None]]) -> list[Loss]:
