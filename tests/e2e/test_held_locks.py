@@ -22,6 +22,7 @@ from ucxx_transport import (
     SyncUCXXClient,
     UCXXClient,
 )
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Prefetcher
 
@@ -75,6 +76,22 @@ def test_a_held_lock_delays_the_discards_of_its_own_ring_alone(worker: LocalWork
         release()
         wait_until(lambda: prefetcher.client_statistics().discarded == 2, what="both are discarded")
         assert other.ring.slot_state(0) is SlotState.FREE
+
+
+def test_a_discard_that_waits_for_a_held_lock_goes_on_though_another_call_s_interrupt_has_cut_a_step_in_two(
+    other: LocalWorker,
+) -> None:
+    core, refs = ClientCore(LOCAL, None), refs_of(*other.play(1))
+    with held_lock(other.ring) as release:
+        call = core.discard_call(refs, 60.0)
+        core.discard(call)
+        core.damaged = True
+        core.repair()
+        release()
+        wait_until(lambda: call.done or (core.reactor.poll() and call.done), what="it is discarded")
+    assert call.found == 1
+    assert other.ring.slot_state(0) is SlotState.FREE
+    core.close()
 
 
 def test_a_prefetcher_is_closed_while_a_read_waits_for_a_held_lock(other: LocalWorker) -> None:

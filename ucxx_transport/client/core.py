@@ -76,6 +76,7 @@ class ClientCore(ClientBase):
             )
         super().__init__(config, page_locker, None if watcher is None else Membership(watcher), clock)
         self.local = LocalReader(self, page_locker is None if in_place is None else in_place)
+        self._locked: dict[Job | Discard, Callable[[], None]] = {}  # calls that wait for a ring's lock
         self.closed = self.damaged = False
         self.pid = os.getpid()
         self._link_factory = link_factory
@@ -198,10 +199,12 @@ class ClientCore(ClientBase):
         """Visit rings whose locks are held ever again, while the reactor does what else there is; then it is `over`."""
 
         def again() -> None:
+            self._locked.pop(call, None)
             if not call.done:
                 self._until_free(call, () if self.closed else self.local.in_turn(call, held), over)
 
         if held:
+            self._locked[call] = again
             self.reactor.call_at(min(self.reactor.now() + LOCK_PAUSE_S, call.until_s), again)
         else:
             over()
@@ -270,6 +273,11 @@ class ClientCore(ClientBase):
         for names in old.connections.unsettled.values():
             reads.connections.owe(names)
         self.reads, self.reactor = reads, reads.reactor
+        for call, again in tuple(self._locked.items()):
+            if isinstance(call, Discard):
+                again()
+            else:  # as what follows
+                del self._locked[call]
         for job in unfinished:
             missing = job.missing
             job.left = len(missing)
