@@ -121,14 +121,7 @@ class UCXXClient:
         await self._run(job, partial(core.reads.start_one, job))
         core.reads.deliver(job)  # nothing is awaited from here to the caller: a cancellation would lose the payload
         self._kept_s += time.perf_counter() - began_s
-        outcome = job.outcomes.pop()
-        if isinstance(outcome, Payload):
-            return outcome
-        assert outcome is not None
-        try:
-            raise outcome
-        finally:
-            del outcome  # which would refer to itself, by this frame
+        return job.payload()
 
     async def read_many(
         self, refs: Iterable[Referring], *, deadline_s: float | str | None = None

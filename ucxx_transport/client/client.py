@@ -111,14 +111,7 @@ class SyncUCXXClient:
         if into is not None:
             job.into = into
         self._lead.perform(job, Reads.start_one, job)
-        outcome = job.outcomes.pop()
-        if isinstance(outcome, Payload):
-            return outcome
-        assert outcome is not None
-        try:
-            raise outcome
-        finally:
-            del outcome  # which would refer to itself, by this frame
+        return job.payload()
 
     def read_many(
         self, refs: Iterable[Referring], *, deadline_s: float | str | None = None

@@ -33,7 +33,7 @@ from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Errand, Job
+    from ucxx_transport.client.jobs import Errand
     from ucxx_transport.link.base import OnDone, Operation
     from ucxx_transport.wire.actions import Offer
 
@@ -265,10 +265,17 @@ class Connection(Line):
             or view[:HEADER_BYTES] != header
             or view[end:whole] != trailer
             or job is None
-            or not (job.is_held or self._is_claimed(job))
+            or job.into is not None
+            or job.on_payload is not None
         ):
             self.came((read,), operation)
             return
+        if not job.is_held:
+            try:
+                engine.claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
+            except StaleSlotError:
+                self.came((read,), operation)
+                return
         content = read.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
         job.outcomes[0] = Payload(ref, content, self.schemas[ref.fingerprint], "ucx")
         read.place, read.job = "over", None
@@ -289,16 +296,6 @@ class Connection(Line):
         engine.jobs.discard(job)  # not before: an interrupt must not lose it
         if job.on_done is not None:
             job.finish()
-
-    def _is_claimed(self, job: Job) -> bool:
-        """Whether the payload of a job of one is its caller's as it lies, and no duplicate."""
-        if job.into is not None or job.on_payload is not None:
-            return False
-        try:
-            self._engine.claim(job.refs[0])  # while the slot is held: no newer payload of it can have been delivered
-        except StaleSlotError:
-            return False
-        return True
 
     def _answered(self, read: Read) -> None:
         """An attempt is in flight no more."""

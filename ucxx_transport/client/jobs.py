@@ -123,6 +123,17 @@ class Job(Call):
         """The indices of those that have no outcome."""
         return [index for index, outcome in enumerate(self.outcomes) if outcome is None]
 
+    def payload(self) -> Payload:
+        """What a job of one has read, once it is done; or raises its error."""
+        outcome = self.outcomes.pop()
+        if isinstance(outcome, Payload):
+            return outcome
+        assert outcome is not None
+        try:
+            raise outcome
+        finally:
+            del outcome  # which would refer to itself, by this frame
+
 
 class Read(Attempt):
     """One payload of a job that comes over the link, and its attempt in flight.
