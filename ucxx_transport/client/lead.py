@@ -111,18 +111,11 @@ class Lead:
                 if not started and reactor is not core.reactor:  # at first; and when what was submitted is gone
                     reactor = core.reactor
                     reactor.submit(begin)
-                if not lock.acquire(blocking=False):
+                if lock.acquire(blocking=False):
+                    self._lead_on(call)
+                else:
                     follower.acquire(timeout=LOOK_S)
                     _check_overdue(core.reactor.now() - call.until_s)
-                    continue
-                try:
-                    if core.damaged:
-                        core.repair()
-                        continue
-                    while not call.done:
-                        core.reactor.run_once(math.inf)
-                finally:
-                    lock.release()
         except BaseException:
             started.append(False)
             with suppress(ConfigError):
@@ -131,6 +124,21 @@ class Lead:
         finally:
             del self._followers[follower]
             self._wake_next()
+
+    def _lead_on(self, call: Call) -> None:
+        """With the lead: repair the core, or run the reactor until a call is done; then leave."""
+        core = self._core
+        try:
+            if core.damaged:
+                core.repair()
+            else:
+                while not call.done:
+                    core.reactor.run_once(math.inf)
+        except BaseException:
+            self._interrupted(call)
+            raise
+        finally:
+            self._lock.release()
 
     def _interrupted(self, call: Call) -> None:
         core = self._core

@@ -253,6 +253,29 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
             assert bytes(payload.buffer) == EPISODE
 
 
+def test_an_interrupt_of_a_thread_that_leads_after_another_is_recovered_from(beside: PortBeside) -> None:
+    def interrupt() -> None:
+        raise Interrupted
+
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(2) as threads:
+        core = client._core  # noqa: SLF001 - whose step is cut in two
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        hold = beside.faults.hold = Hold()
+        refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
+        leading = threads.submit(client.read, refs[0], deadline_s=0.3)
+        wait_until(lambda: client._lead.is_led, what="another thread leads")  # noqa: SLF001 - not to be seen otherwise
+        leading.add_done_callback(lambda _: core.reactor.submit(interrupt))
+        with pytest.raises(Interrupted):
+            client.read(refs[1])
+        assert isinstance(leading.exception(), DeadlineExceededError)
+        assert core.damaged
+        beside.faults.hold = None
+        hold.set()
+        with client.read(refs[1]) as payload:
+            assert bytes(payload.buffer) == EPISODE
+        assert not core.damaged
+
+
 OWN_CODE = str(Path(ucxx_transport.__file__).parent)
 
 
