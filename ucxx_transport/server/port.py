@@ -227,11 +227,12 @@ class PortThread:
         candidates: Sequence[int],
         link_factory: LinkFactory | None = None,
     ) -> None:
-        self._ring = ring
         self._settings = settings
-        self._index = index
         self._candidates = candidates
+        self._name = f"ucxx-port-{index}"
         self._reactor = Reactor(link_factory or ucxx_links(settings), spin_s=settings.spin_s)
+        settings = replace(settings, max_connections=self._max_connections())
+        self._port = Port(ring, settings, index, self._reactor)
         self.up: Future[int] = Future()
         self._stop_by_s = math.inf
         self._thread: Thread | None = None
@@ -239,7 +240,7 @@ class PortThread:
     def start(self) -> None:
         """Start, and return at once."""
         # A daemon: an embedding worker that forgets stop() must still be able to exit.
-        self._thread = start_thread(self._run, name=f"ucxx-port-{self._index}")
+        self._thread = start_thread(self._run, name=self._name)
 
     @property
     def alive(self) -> bool:
@@ -251,30 +252,26 @@ class PortThread:
         self._stop_by_s = min(self._stop_by_s, until_s)
         self._reactor.submit(lambda: None)  # the loop looks whether it is to stop
 
-    def stop(self, until_s: float) -> bool:
-        """Close the port and its connections by `until_s` (monotonic); returns whether the thread has ended."""
+    def stop(self, until_s: float) -> None:
+        """Close the port and its connections by `until_s` (monotonic)."""
         self.begin_stop(until_s)
         if self._thread is None:
             self._reactor.close()
-            return True
+            return
         # later than who waits for this does, so that a port that hangs is seen hanging, with all stacks
         self._thread.join(max(0.0, until_s + 2 * MARGIN_S - time.monotonic()))
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            settings = replace(self._settings, max_connections=self._max_connections())
-            self._serve(Port(self._ring, settings, self._index, self._reactor))
+            self._serve()
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
             if self.up.done():
-                _log.exception("port_died", thread=f"ucxx-port-{self._index}")
+                _log.exception("port_died", thread=self._name)
             else:
                 self.up.set_exception(error)
-        finally:
-            self._reactor.close()
 
-    def _serve(self, port: Port) -> None:
-        reactor = self._reactor
+    def _serve(self) -> None:
+        port, reactor = self._port, self._reactor
         try:
             self.up.set_result(port.start(self._candidates))
             while self._stop_by_s == math.inf:
