@@ -66,11 +66,7 @@ _NANOSECONDS: Final[Mapping[str, int]] = {
 
 
 def parse_bytes(value: object) -> int:
-    """A size in bytes from a number, or text such as `"512MiB"` with a unit of the table above.
-
-    Raises:
-        ValueError: not a size, or not a whole number of bytes; the message says what would be.
-    """
+    """A size in bytes from a number, or text such as `"512MiB"`; a ValueError that says what would be one."""
     if isinstance(value, str):
         size = _scaled(value, _BYTE_UNITS, f"expected {_A_SIZE}", "use B, KiB, MiB, GiB or TiB (or kB, MB, GB, TB)")
         if isinstance(size, float):
@@ -86,11 +82,7 @@ def parse_bytes(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """A duration in seconds from a number, or text such as `"250ms"` with a unit of the table above.
-
-    Raises:
-        ValueError: not a finite duration, or a negative one; the message says what would be.
-    """
+    """A duration in seconds from a number, or text such as `"250ms"`; a ValueError that says what would be one."""
     seconds = math.nan
     try:
         if isinstance(value, str):

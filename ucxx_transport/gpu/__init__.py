@@ -91,14 +91,9 @@ def on_host(leaf: object, field: str, runtimes: RuntimeFinder = runtime_of) -> A
 
 
 def receiver_for(device: str) -> Receiver:
-    """What receives on a GPU.
+    """What receives on a GPU: "cuda" or "cuda:N" for torch tensors, "cupy" or "cupy:N" for cupy arrays.
 
-    Args:
-        device: "cuda" or "cuda:N" for torch tensors, "cupy" or "cupy:N" for cupy arrays; without a number the device
-            that is the library's current one now.
-
-    Raises:
-        ConfigError: the library is not installed, or finds no such GPU here.
+    Without a number it is the library's current device. A ConfigError: it is not installed, or finds no such GPU here.
     """
     library, colon, number = device.partition(":")
     if colon and not number.isdecimal():

@@ -112,11 +112,7 @@ _PER_THREAD_STREAM: Final = 2
 
 
 class CupyReceiver(Receiver):
-    """Its copies go by one stream of its own, which no kernel of the trainer's holds up.
-
-    Raises:
-        ConfigError: cupy is not installed, or finds no such GPU.
-    """
+    """Its copies go by one stream of its own, which no kernel of the trainer's holds up."""
 
     def __init__(self, device: str, index: int | None) -> None:
         cupy = import_cupy(f"device={device!r}")

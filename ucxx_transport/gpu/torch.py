@@ -137,11 +137,7 @@ class TorchRuntime(Runtime):
 
 
 class TorchReceiver(Receiver):
-    """Its copies go by one stream of its own, which no kernel of the trainer's holds up.
-
-    Raises:
-        ConfigError: torch is not installed, or finds no such GPU.
-    """
+    """Its copies go by one stream of its own, which no kernel of the trainer's holds up."""
 
     def __init__(self, device: str, index: int | None) -> None:
         torch = import_torch(device)

@@ -64,15 +64,15 @@ class TreeShape:
 
     def _gather_any(self, tree: object) -> list[object]:
         """The same by definition rather than by structure: accepts keys that are paths, words what does not fit."""
-        known = {path: index for index, path in enumerate(self.paths)}
+        known = dict(zip(self.paths, self._fields, strict=True))
         found = flatten(tree, self.paths)
-        missing = [path for path in self.paths if path not in found]
+        missing = [path for path in known if path not in found]
         unknown = [path for path in found if path not in known]
         if missing or unknown:
             words = [f"missing: {listed(missing)}"] * bool(missing) + [f"unknown: {listed(unknown)}"] * bool(unknown)
             near = (nearest_remedy(path, missing[:_COMPARED]) for path in unknown[:_COMPARED])
             remedy = next(filter(None, near), None) or (
-                self._fields[known[missing[0]]].absence_remedy
+                known[missing[0]].absence_remedy
                 if missing
                 else "name in schema= every field that any episode has, and give 0 rows where one has none"
             )
@@ -83,11 +83,7 @@ class TreeShape:
 
 
 def flatten(tree: object, paths: Sequence[str] = ()) -> dict[str, object]:
-    """Leaves by path, in the order of the tree.
-
-    Args:
-        tree: a mapping of arrays, mappings, lists and tuples.
-        paths: of the leaves, where they are known: a list there is a leaf, and one above them a container.
+    """Leaves by path, in the order of the tree. Where their `paths` are known, a list there is a leaf.
 
     Raises:
         ConfigError: not a mapping, a key that is not text or is all digits, an empty container, a path that occurs

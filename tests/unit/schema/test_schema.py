@@ -298,6 +298,8 @@ def test_varlen_fields_of_one_maximum_have_one_length_unless_any_is_chosen() -> 
                 with pytest.raises(ConfigError, match=words) if words else nullcontext():
                     assert Schema.from_example(example, varlen).arrange(tree)[1].lengths == counts
                 assert Schema.from_example(example, varlen, "any").arrange(tree)[1].lengths == counts
+    with pytest.raises(ConfigError, match="'obs': 4 rows, but 'reward' has 3"):  # the example's 4, and the 4 given
+        Schema.from_example(rows(4, 3, 9), {"obs": None, "reward": 4, "next": 9})
 
 
 def test_whether_lengths_are_equal_is_the_writer_s_own_and_no_part_of_what_readers_compare() -> None:
