@@ -278,6 +278,8 @@ def slot_ref_of(value: object) -> SlotRef:
 
 def several(given: Iterable[Any], field: str) -> Iterable[Any]:
     """The argument `field` as it was given; a ConfigError where that is one thing in the place of several."""
+    if type(given) is list:
+        return given
     are_several = any(hasattr(type(given), name) for name in ("__iter__", "__getitem__"))
     is_one = isinstance(given, (str, bytes, bytearray, memoryview, Mapping))
     if not are_several or is_one or any(_reader_of(getattr(given, name, None)) for name in _CARRIERS):

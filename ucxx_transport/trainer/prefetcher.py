@@ -379,8 +379,8 @@ class Prefetcher:
                 try:
                     self.core.reactor.run_once(math.inf)
                 except Exception as error:
-                    with self.lock:
-                        running = [each for each in self.untaken if each.has_begun and not each.is_ready]
+                    # of a copy: what is taken leaves without the lock
+                    running = [each for each in [*self.untaken] if each.has_begun and not each.is_ready]
                     if not running:
                         raise
                     for pending in running:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal, Never, Self, Unpack
+from typing import Any, Literal, Never, Self, Unpack
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
@@ -109,8 +109,15 @@ class TrajectoryWriter:
         # refused here rather than with the first episode
         check_keywords(f"setting of {type(self).__name__}", unknown, WriterSettings)
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
-        words = {"serve": serve, "on_error": on_error, "nonfinite_meta": nonfinite_meta, "lengths": lengths}
-        self._narrow = _checked_names(narrow, reward, words)
+        for name, word, permitted in (
+            ("serve", serve, (True, False)),
+            ("on_error", on_error, ("raise", "drop")),
+            ("nonfinite_meta", nonfinite_meta, ("refuse", "none")),
+            ("lengths", lengths, (None, "equal", "any")),
+        ):
+            if word not in permitted:
+                refuse(name, word, " or ".join(map(repr, permitted)))
+        self._narrow = _checked_names(narrow, reward)
         self._worker_id, self._reward = worker_id, reward
         self._varlen, self._lengths = checked_varlen(varlen), lengths
         if schema is not None and not isinstance(schema, Schema):
@@ -354,19 +361,8 @@ def _publication(
     return lambda source: HeartbeatPublisher(url, worker_id, source, config, store_config=reached, meta=meta)
 
 
-_WORDS: Final = {
-    "serve": (True, False),
-    "on_error": ("raise", "drop"),
-    "nonfinite_meta": ("refuse", "none"),
-    "lengths": (None, "equal", "any"),
-}
-
-
-def _checked_names(narrow: object, reward: object, words: Mapping[str, object]) -> list[str]:
-    """The names in `narrow`, of which, as of `reward`, no more is known without a schema; `words` are checked."""
-    for name, word in words.items():
-        if word not in _WORDS[name]:
-            refuse(name, word, " or ".join(map(repr, _WORDS[name])))
+def _checked_names(narrow: object, reward: object) -> list[str]:
+    """The names in `narrow`, of which, as of `reward`, no more is known without a schema."""
     if reward is not None and not isinstance(reward, str):
         refuse("reward", reward, "the name of a field")
     names: list[Any] = [*narrow] if isinstance(narrow, Iterable) and not isinstance(narrow, str) else [None]
