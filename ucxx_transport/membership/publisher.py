@@ -231,7 +231,7 @@ class HeartbeatPublisher:
                 except _LOSSES as error:
                     if self._publication is None:
                         raise
-                    self._lose(str(error))
+                    self._lose(error)
                     pause_s = random_pause_s(1, first_s=config.backoff_s, longest_s=config.max_backoff_s)
         except errors.TransportError as error:
             self._fail(error)
@@ -361,10 +361,10 @@ class HeartbeatPublisher:
             _log.warning("source_health_changed", worker=self.worker_id, is_healthy=is_healthy)
             self._change(state)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, error: errors.TransportError) -> None:
         self._source.hold()
-        self._change(PublisherState.PUBLISHING, losses=self._now.losses + 1)
-        _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=reason)
+        self._change(PublisherState.PUBLISHING, error, losses=self._now.losses + 1)
+        _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=str(error))
         self._revoke()
 
     def _fail(self, error: errors.TransportError) -> None:

@@ -502,6 +502,20 @@ def test_waiting_says_why_it_was_in_vain(front: StoreInFront, source: FakeSource
         publisher.wait_published(MINUTE)
 
 
+def test_waiting_names_the_loss_that_keeps_a_record_from_being_ready(front: StoreInFront, source: FakeSource) -> None:
+    def lose(call: Call) -> None:
+        if is_put_of(call, SourceStatus.READY):
+            raise LeaseLostError("it ended in between")
+
+    front.before = lose
+    seldom = replace(FAST, backoff_s=MINUTE, max_backoff_s=MINUTE)
+    with HeartbeatPublisher(front, "w", source, seldom) as publisher:
+        wait_until(lambda: publisher.statistics().losses, MINUTE, what="the record was lost")
+        with pytest.raises(DeadlineExceededError, match="it ended in between"):
+            publisher.wait_published(0.01)
+        assert isinstance(publisher.error, LeaseLostError)
+
+
 def test_waiting_ends_with_the_stop(front: StoreInFront, source: FakeSource) -> None:
     front.reachable = False
     clock = Clock()
