@@ -105,11 +105,10 @@ class Listeners(Generic[T]):
                 self._subscriptions += (subscription,)
             for _ in known:
                 self._step(subscription)
+            self._hand_over(subscription)
         except BaseException:  # an interrupt: who does not get its subscription must not be called
             end()
             raise
-        finally:
-            self._hand_over(subscription)
         return end
 
     def put(self, news: Iterable[tuple[str, T]]) -> None:

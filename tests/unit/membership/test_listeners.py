@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.interrupts import every_point
 from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.rows import row
 from tests.support.source_records import record
 from tests.support.thread_limit import no_more_threads
 from tests.support.waiting import wait_until
@@ -281,6 +283,30 @@ def test_an_interrupt_in_a_first_callback_ends_the_subscription_that_was_not_ret
         field.publish("b")
         field.known("a", "b")
     assert calls == ["a"]
+
+
+def test_an_interrupt_at_any_bytecode_of_a_subscription_leaves_none_that_was_not_returned() -> None:
+    listeners: Listeners[SourceRecord] = Listeners(
+        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}
+    )
+    listeners.put([(ADD, record("a")), (ADD, record("b"))])
+    calls: list[SourceRecord] = []
+    returned: list[Callable[[], None]] = []
+    points = 0
+    for where in every_point(
+        lambda: returned.append(listeners.subscribe({ADD: calls.append, UPDATE: calls.append})),
+        ("membership/listeners.py",),
+    ):
+        with row(where=where):
+            assert returned == []
+            calls.clear()
+            listeners.put([(UPDATE, record("a"))])
+            listeners.wait_idle(MINUTE)
+            assert calls == []
+        points += 1
+    assert points > 20
+    assert len(returned) == 1
+    listeners.close()
 
 
 def test_who_waits_for_listeners_is_bounded_and_says_so(log_events: list[MutableMapping[str, Any]]) -> None:
