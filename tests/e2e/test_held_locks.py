@@ -9,6 +9,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from tests.support.held_lock import held_lock
+from tests.support.interrupts import Interrupter
 from tests.support.local_worker import LocalWorker
 from tests.support.waiting import wait_until
 from ucxx_transport import (
@@ -86,6 +87,23 @@ def test_a_discard_that_waits_for_a_held_lock_goes_on_though_another_call_s_inte
         call = core.discard_call(refs, 60.0)
         core.discard(call)
         core.damaged = True
+        core.repair()
+        release()
+        wait_until(lambda: call.done or (core.reactor.poll() and call.done), what="it is discarded")
+    assert call.found == 1
+    assert other.ring.slot_state(0) is SlotState.FREE
+    core.close()
+
+
+def test_a_discard_goes_on_though_it_is_interrupted_itself_while_it_waits_for_a_held_lock(other: LocalWorker) -> None:
+    core, refs = ClientCore(LOCAL, None), refs_of(*other.play(1))
+    with held_lock(other.ring) as release:
+        call = core.discard_call(refs, 60.0)
+        core.discard(call)
+        interrupter = Interrupter(0, ("client/local.py",))
+        with pytest.raises(KeyboardInterrupt), interrupter:
+            wait_until(core.reactor.poll, what="another look at the lock")
+        core.damaged = True  # as it is when another call's thread has run that
         core.repair()
         release()
         wait_until(lambda: call.done or (core.reactor.poll() and call.done), what="it is discarded")

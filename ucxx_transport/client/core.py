@@ -199,14 +199,16 @@ class ClientCore(ClientBase):
         """Visit rings whose locks are held ever again, while the reactor does what else there is; then it is `over`."""
 
         def again() -> None:
-            self._locked.pop(call, None)
-            if not call.done:
+            if call.done:
+                self._locked.pop(call, None)
+            else:  # where an interrupt ends it, `repair` finds the call
                 self._until_free(call, () if self.closed else self.local.in_turn(call, held), over)
 
         if held:
             self._locked[call] = again
             self.reactor.call_at(min(self.reactor.now() + LOCK_PAUSE_S, call.until_s), again)
         else:
+            self._locked.pop(call, None)
             over()
 
     def discard_call(self, refs: Iterable[Referring], deadline_s: float | str | None = None) -> Discard:

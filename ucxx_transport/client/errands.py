@@ -241,8 +241,12 @@ class Take(Job, SourceErrand):
             return
         if job is not None:
             self._connection, self.due_s = None, math.inf
-            self._records, self.reads, self.refs = records, dict(enumerate(reads)), [read.ref for read in reads]
-            self.outcomes, self.left, self.began_s = [None] * len(reads), len(reads), time.perf_counter()
+            self.reads, self.refs, self.left = dict(enumerate(reads)), [read.ref for read in reads], len(reads)
+            self.began_s = time.perf_counter()
+            self._records, self.outcomes = (
+                records,
+                [None] * self.left,
+            )  # no call in between, at which an interrupt comes
             source.under_way += len(reads)
             engine.jobs.add(self)
             engine.errands.discard(self)

@@ -47,7 +47,7 @@ Begun: TypeAlias = "tuple[SharedRingBuffer, ReadLease, Bytes | None]"
 
 LOCK_TURN_S: Final = 0.003
 """How long a ring's lock is waited for while other rings wait their turn. It is held for microseconds: a holder that
-takes longer is stopped, or without a base."""
+takes longer is stopped, or without a core."""
 
 _LISTENING: Final = "0A"  # in /proc/net/tcp (proc(5))
 

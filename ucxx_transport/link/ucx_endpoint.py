@@ -79,7 +79,6 @@ class UCXXEndpoint(Posted):
         self.channels = 1 << CHANNEL_BITS
         self._usable = ucx is not None
         self.base = secrets.randbits(BASE_BITS)
-        link.endpoints[self.base] = self
         self._link = link
         self._ucx = ucx
         self._address = address
@@ -94,6 +93,7 @@ class UCXXEndpoint(Posted):
         self._on_closed: list[Callable[[bool], None]] = []
         self._loss = loss = operation_of(self, b"", 0)
         loss.status = LOST
+        link.endpoints[self.base] = self  # once it is whole: the link may be used, and closed, after an interrupt here
         if ucx is None:
             link.broken[self] = None
             return

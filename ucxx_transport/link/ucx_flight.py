@@ -252,7 +252,6 @@ class LinkState(Usable, Posted):
     context: Any
 
     def __init__(self, timers: Reactor, binding: Binding, ipv6: str | None) -> None:
-        super().__init__()
         self.timers = timers
         self.ipv6 = ipv6
         self.binding = binding
@@ -263,6 +262,7 @@ class LinkState(Usable, Posted):
         self.broken: dict[Any, int | None] = {}
         self.ending: dict[Any, Timer] = {}
         self.listeners: set[Any] = set()
+        super().__init__()  # last: another thread may fork, and the child forgets what it finds
 
     def message(self, buffer: object, *, writable: bool = False) -> UCXXMessage:
         self.check_usable()
