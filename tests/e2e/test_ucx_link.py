@@ -26,6 +26,7 @@ import pytest
 
 from tests.e2e.programs import link_exit, link_peer
 from tests.support.exhaustive import exhaustive
+from tests.support.interrupts import Interrupter
 from tests.support.links import endpoints_open, in_flight
 from tests.support.programs import Program, program
 from tests.support.rows import row
@@ -486,6 +487,24 @@ def test_an_interrupt_at_any_bytecode_of_the_link_keeps_no_loss_from_its_owner(e
             if not was_interrupted:
                 break
         assert at > 300
+
+
+def test_an_interrupt_anywhere_in_the_making_of_an_endpoint_leaves_a_link_that_can_be_used_and_closed() -> None:
+    with opened() as server:
+        port = server.listen()
+        for at in itertools.count():
+            with opened() as client:
+                link, interrupter = client.link, Interrupter(at, ("link/ucx_endpoint.py",))
+                with contextlib.suppress(KeyboardInterrupt), interrupter:
+                    link.connect(HOST, port, Owner())
+                with row(where=interrupter.where):
+                    assert not any(endpoint.greeted for endpoint in link.endpoints.values())
+                    link.close()
+                    assert not link.endpoints
+            server.reactor.poll()
+            if interrupter.where is None:
+                break
+        assert at > 10
 
 
 @pytest.mark.parametrize("variant", link_exit.VARIANTS)
