@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast, dataclass_transform, get_type_hints
@@ -219,14 +220,23 @@ def known_options(call: Callable[P, T]) -> Callable[P, T]:
     known = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self"}
     what = f"option of {call.__qualname__.removesuffix('.__init__')}"
 
-    @functools.wraps(call)
-    def checked(*given: P.args, **options: P.kwargs) -> T:
+    def check(options: Iterable[str]) -> None:
         for name in options:
             if name not in known:
                 raise unknown_name(what, name, known)
+
+    @functools.wraps(call)
+    def checked(*given: P.args, **options: P.kwargs) -> T:
+        check(options)
         return call(*given, **options)
 
-    return checked
+    @functools.wraps(call)
+    async def awaited(*given: P.args, **options: P.kwargs) -> object:
+        check(options)
+        return await cast("Awaitable[object]", call(*given, **options))
+
+    # what retries or schedules a function looks which kind it is
+    return cast("Callable[P, T]", awaited) if inspect.iscoroutinefunction(call) else checked
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:

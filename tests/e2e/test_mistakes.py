@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -537,6 +538,10 @@ def test_one_in_the_place_of_several_is_refused_by_every_call_that_takes_several
 
 
 def test_a_misspelt_option_of_a_call_is_refused_with_the_one_that_was_meant() -> None:
+    def awaited_fetch(**options: Any) -> None:
+        anyio.run(partial(fetch_batch, cast("UCXXClient", None), [], **options))
+
+    assert inspect.iscoroutinefunction(fetch_batch), "what retries it has to see that"
     with writer() as worker, packing() as packer, Prefetcher() as prefetcher, RolloutFeed() as feed:
         calls: list[tuple[Callable[..., object], str, str]] = [
             *((call, "policy_verison", "policy_version") for call in (prefetcher.fetch, prefetcher.begin)),
@@ -545,7 +550,7 @@ def test_a_misspelt_option_of_a_call_is_refused_with_the_one_that_was_meant() ->
             (partial(worker.write, {}), "reader", "readers"),
             (worker.close, "drain", "drain_s"),
             (UCXXRolloutMixin().cleanup_ucxx, "drian_s", "drain_s"),
-            (partial(fetch_batch, cast("UCXXClient", None)), "deadline", "deadline_s"),
+            (awaited_fetch, "deadline", "deadline_s"),
         ]
         for call, wrong, meant in calls:
             with row(call=call), pytest.raises(ConfigError) as caught:
