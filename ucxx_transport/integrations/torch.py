@@ -60,6 +60,8 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         self._config = made_of(ClientConfig, config, "config")
         if not callable(item_of):
             raise ConfigError(f"item_of must be a function of an episode, not {item_of!r}", field="item_of")
+        if not isinstance(shared, bool):
+            raise ConfigError(f"shared must be True or False, not {shared!r}", field="shared")
         self._item_of = item_of
         self._shared = shared
         self._settings: StreamSettings = {"device": "cpu", **settings}

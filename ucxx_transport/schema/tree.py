@@ -128,6 +128,8 @@ def _walk(node: object, path: str, depth: int, is_leaf: Mapping[str, bool]) -> I
         if is_mapping:
             _check_key(key, path)
         yield from _walk(child, f"{path}/{key}" if path else key, depth + 1, is_leaf)
+    if is_empty and not depth:
+        raise ConfigError("data has no fields: give a mapping of names to arrays", field="data")
     if is_empty:
         remedy = "leave it out" if is_mapping else "leave it out, or give 0 rows: np.zeros((0, …), 'float32')"
         raise ConfigError(f"an empty container at {path!r} would not come back: {remedy}", field=path)

@@ -83,6 +83,8 @@ class FetchLimits:
         max_staleness: int | None = None,
         unreachable_batches: int | None = unreachable_batches,
         on_loss: object = None,
+        *,
+        discard_lost: object = True,
     ) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
         if self.deadline_s == 0:
@@ -100,6 +102,10 @@ class FetchLimits:
         if on_loss is not None and not callable(on_loss):
             message = f"on_loss must be a function of a Loss, or None, not {on_loss!r}"
             raise ConfigError(message, field="on_loss", value=on_loss)
+        if not isinstance(discard_lost, bool):
+            message = f"discard_lost must be True or False, not {discard_lost!r}"
+            raise ConfigError(message, field="discard_lost", value=discard_lost)
+        self.discard_lost = discard_lost
 
     def sorter(self, policy_version: int | None) -> Callable[[Mapping[int, AskedFor]], SortedOut]:
         """What sorts the episodes of a batch out, for a trainer with weights of this version."""

@@ -47,7 +47,7 @@ def check_settings(settings: StreamSettings) -> None:
     """Refuse, by a ConfigError, settings that an `EpisodeStream` would refuse, without making one."""
     checked_count(settings.get("ahead", 1), "ahead", at_least=1)
     checked_device(settings.get("device"))
-    names = ("deadline_s", "max_fetch_rounds", "max_staleness", "unreachable_batches", "on_loss")
+    names = ("deadline_s", "max_fetch_rounds", "max_staleness", "unreachable_batches", "on_loss", "discard_lost")
     given: Any = {name: settings.get(name) for name in names if name in settings}
     FetchLimits(**given)
 

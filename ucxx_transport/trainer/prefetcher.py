@@ -253,7 +253,9 @@ class Prefetcher:
         if unknown:
             choices = {*FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
             raise unknown_name(f"setting of {type(self).__name__}", next(iter(unknown)), choices)
-        self.limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness, unreachable_batches, on_loss)
+        self.limits = FetchLimits(
+            deadline_s, max_fetch_rounds, max_staleness, unreachable_batches, on_loss, discard_lost=discard_lost
+        )
         sources = Sources(self.limits.unreachable_batches, self.in_a_batch)
         self.unpack, self.uploader, in_place = unpacker_for(device)
         self.core = ClientCore(
@@ -269,7 +271,6 @@ class Prefetcher:
         self._failure: Exception | None = None  # that ended the thread
         self.untaken: dict[PendingBatch, None] = {}
         self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
-        self._discard_lost = discard_lost
         self._stopping = threading.Event()
         try:
             self._thread = start_thread(self._run, name="ucxx-prefetch")
@@ -356,7 +357,7 @@ class Prefetcher:
         return pending
 
     def discard(self, losses: Sequence[Loss]) -> None:  # in the thread
-        refs = discardable_of(losses, discard_lost=self._discard_lost)
+        refs = discardable_of(losses, discard_lost=self.limits.discard_lost)
         if refs:
             try:
                 self.core.discard(self.core.discard_call(refs, self.limits.deadline_s))

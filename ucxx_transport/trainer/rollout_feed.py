@@ -84,6 +84,7 @@ class _Rollouts:
         # the objects themselves, which live as long as this: who asks by one of them need not have it read again
         self.by_output = {id(self.ours[place]): payload for place, payload in batch.payloads.items()}
         self._filled: Sequence[object] | None = None
+        self._asking = 0  # the thread in `on_missing`
 
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
         """The rollouts to train on."""
@@ -93,7 +94,7 @@ class _Rollouts:
             if not lost or on_missing == "shrink":
                 self._filled = usable
             elif on_missing != "refill":
-                self._filled = [*several(on_missing(usable, missing), "rollouts")]
+                self._filled = self._asked_for(on_missing, usable)
             elif usable:
                 again = cycle(usable)
                 self._filled = [next(again) if place in lost else each for place, each in enumerate(self.rollouts)]
@@ -104,6 +105,18 @@ class _Rollouts:
                 )
                 raise TransportError(message, lost=len(lost), of=len(self.rollouts))
         return list(self._filled)
+
+    def _asked_for(self, on_missing: Callable[..., Iterable[object]], usable: list[object]) -> list[object]:
+        if self._asking == threading.get_ident():
+            message = (
+                "on_missing makes this batch, and cannot ask for it; use the rollouts and the losses that it is given"
+            )
+            raise ConfigError(message, field="on_missing")
+        self._asking = threading.get_ident()
+        try:
+            return [*several(on_missing(usable, self.batch.losses), "rollouts")]
+        finally:
+            self._asking = 0
 
     @cached_property
     def by_key(self) -> dict[Hashable, Payload | None]:
@@ -152,6 +165,8 @@ class RolloutFeed(Prefetcher):
         if on_missing not in ("shrink", "refill") and not callable(on_missing):
             message = f"on_missing must be 'shrink', 'refill' or a function, not {on_missing!r}"
             raise ConfigError(message, field="on_missing")
+        if not callable(output_of):
+            raise ConfigError(f"output_of must be a function of a rollout, not {output_of!r}", field="output_of")
         self._output_of = output_of
         self._on_missing = on_missing
         self._state = threading.RLock()

@@ -77,6 +77,8 @@ def test_settings_are_checked_where_the_dataset_is_made() -> None:
         ("on_loss", "x", "on_loss must be a function of a Loss"),
         ("device", "tpu", "device must be None, 'numpy', 'cpu'"),
         ("item_of", "arrays", "item_of must be a function of an episode, not 'arrays'"),
+        ("shared", "no", "shared must be True or False, not 'no'"),
+        ("discard_lost", "no", "discard_lost must be True or False, not 'no'"),
     )
     for name, wrong, message in rows:
         with row(name=name, wrong=wrong), pytest.raises(ConfigError, match=re.escape(message)):

@@ -149,6 +149,7 @@ def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
         ),
         ("deadline_s", 0, "deadline_s must be more than 0, not 0"),
         ("on_loss", "x", "on_loss must be a function of a Loss, or None, not 'x'"),
+        ("discard_lost", "no", "discard_lost must be True or False, not 'no'"),
     )
     for name, wrong, message in rows:
         makers: tuple[Callable[..., object], ...] = (partial(Prefetcher, LOCAL), partial(EpisodeStream, [], LOCAL))

@@ -127,6 +127,8 @@ def test_the_output_of_a_rollout_may_be_anywhere(worker: LocalWorker) -> None:
         rollouts = [{"out": record.to_dict()} for record in worker.play(2)]
         feed.start(rollouts)
         assert [number_in(feed.resolve(rollout["out"])) for rollout in feed.collect()] == [0, 1]  # type: ignore[index]
+    with pytest.raises(ConfigError, match="output_of must be a function of a rollout, not 'out'"):
+        RolloutFeed(LOCAL, output_of="out")  # type: ignore[arg-type]
 
 
 def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) -> None:
@@ -467,6 +469,27 @@ def test_a_function_may_say_what_becomes_of_a_batch_with_losses(worker: LocalWor
         feed.wait()
         assert feed.buffer == feed.buffer == ["a", "b"]
         assert calls[:3] == [([first, second, "text"], [1]), (calls[1][0], [0]), (calls[1][0], [0])]
+
+
+def test_a_function_that_asks_for_the_batch_that_it_is_to_make_is_refused(worker: LocalWorker) -> None:
+    for ask in (RolloutFeed.collect, lambda feed: feed.buffer):
+        calls: list[list[object]] = []
+
+        def asking(
+            rollouts: list[object], _: object, calls: list[list[object]] = calls, ask: Any = ask
+        ) -> list[object]:
+            calls.append(rollouts)
+            if len(calls) == 1:
+                ask(feed)
+            return rollouts
+
+        with row(ask=ask), RolloutFeed(LOCAL, on_missing=asking) as feed:
+            (kept,) = worker.play(1)
+            feed.start([kept, kept])
+            with pytest.raises(ConfigError, match="on_missing makes this batch"):
+                feed.collect()
+            assert feed.collect() == feed.buffer == [kept]
+            assert len(calls) == 2
 
 
 def test_a_batch_that_stops_the_trainer_is_in_use_and_the_next_one_on_its_way(worker: LocalWorker) -> None:
