@@ -243,10 +243,8 @@ class Take(Job, SourceErrand):
             self._connection, self.due_s = None, math.inf
             self.reads, self.refs, self.left = dict(enumerate(reads)), [read.ref for read in reads], len(reads)
             self.began_s = time.perf_counter()
-            self._records, self.outcomes = (
-                records,
-                [None] * self.left,
-            )  # no call in between, at which an interrupt comes
+            # no call in between, at which an interrupt comes: `result` needs both
+            self._records, self.outcomes = records, [None] * self.left
             source.under_way += len(reads)
             engine.jobs.add(self)
             engine.errands.discard(self)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tests.support.exchange_rig import ExchangeRig, RigClient, open_rig
+from tests.support.interrupts import Interrupter
 from tests.support.port_beside import port_beside
 from tests.support.rows import row
 from tests.support.source_records import record
@@ -262,6 +266,26 @@ def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next()
         gc.collect()
         assert client.counts.lent_buffers == 0
         assert contents(taken(rig, client, take.source)) == [b"\1", b"\2", b"\3"]
+
+
+def test_a_take_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_ends_as_what_becomes_of_it() -> None:
+    for at in itertools.count():
+        with open_rig(ports=1, ring=RING) as rig, contextlib.ExitStack() as stack:
+            client, interrupter = rig.client(), Interrupter(at, ("client/errands.py",))
+            take = begin(client, write(rig, 1)[0])
+            with contextlib.suppress(KeyboardInterrupt), interrupter:
+                rig.settle()
+            stack.enter_context(row(where=interrupter.where))
+            rig.faults.refuse = interrupter.where is not None
+            client.core.damaged = True
+            client.core.repair()
+            rig.run_until(partial(getattr, take, "done"))
+            if interrupter.where is None:
+                assert contents(take.result()) == [b"\0"]
+                break
+            with contextlib.suppress(PeerLostError):
+                assert contents(take.result()) == [b"\0"]
+    assert at > 20
 
 
 def test_a_duplicate_that_a_lost_end_allows_is_not_delivered_again() -> None:
