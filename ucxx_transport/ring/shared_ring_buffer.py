@@ -345,7 +345,7 @@ class SharedRingBuffer(ReadableRing):
         return targets
 
     def _write_lengths(self, hold: Hold, placement: Placement) -> None:
-        start = self._transitions.first_byte + hold.slot * self._transitions.stride
+        start = self._transitions.first_byte + hold.words[layout.HOLD_SLOT] * self._transitions.stride
         struct.pack_into(f"<{len(placement.lengths)}Q", self._bytes, start, *placement.lengths)
 
     def _write_envelope(self, hold: Hold, envelope: bytes) -> None:
