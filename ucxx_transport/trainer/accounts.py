@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -123,21 +124,23 @@ class Accounts:
             counts["nbytes"] += batch.nbytes
             counts["fetch_s"] += batch.took_s
             counts["retried"] += batch.retried
+            sources = copy(self._sources)
             if batch.in_time:
-                problem = self._sources.problem_in(records, batch.payloads, losses, host_id, alone=bool(alone))
-            if alone is not None:
-                lost_by, _ = self._lost.pop(alone.key, (None, None))
-                for loss in losses:
-                    self.remember(alone, lost_by or loss.reason)
-                if lost_by is not None:
-                    losses = ()
-                    counts[lost_by] -= len(batch.payloads)
+                problem = sources.problem_in(records, batch.payloads, losses, host_id, alone=bool(alone))
+            lost_by, _ = (None, None) if alone is None else self._lost.get(alone.key, (None, None))
+            if lost_by is not None:
+                losses = ()
+                counts[lost_by] -= len(batch.payloads)
             for loss in losses:
                 counts[loss.reason] += 1
             due = self._due(losses)
             # all of it or nothing, wherever an interrupt comes
             account.unreported, account.problem = iter(losses), problem
-            self._counts, account.batch = counts, batch
+            self._counts, self._sources, account.batch = counts, sources, batch
+            if alone is not None:
+                self._lost.pop(alone.key, None)
+                for loss in batch.losses:
+                    self.remember(alone, lost_by or loss.reason)
         for lost, since in due:
             first = lost[0]
             sequences = [loss.sequence for loss in lost if loss.worker == first.worker]

@@ -262,6 +262,7 @@ class Sources:
     def _silence_in(
         self, came: Sequence[AskedFor], losses: Sequence[Loss], host_id: str, *, alone: bool
     ) -> TransportError | None:
+        self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Accounts.count`
         answered = {
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
         }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.support.interrupts import Interrupter
 from tests.support.rows import row
 from ucxx_transport import (
     AuthenticationError,
@@ -205,6 +208,27 @@ class Log:
             Account(), asked, Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0)
         )
         return self.events
+
+
+def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is_counted_again() -> None:
+    for at in itertools.count():
+        accounts, first, second = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float), Account(), Account()
+        losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
+        batch = Batch(payloads={}, losses=tuple(losses), nbytes=0, rounds=1, retried=0, took_s=0.0)
+        asked: dict[int, AskedFor] = {0: episode("a"), 1: episode("b")}
+        interrupter = Interrupter(at, ("ucxx_transport/trainer/",))
+        with suppress(KeyboardInterrupt), interrupter:
+            accounts.count(first, asked, batch)
+        accounts.count(first, asked, batch)
+        with row(where=interrupter.where):
+            assert first.problem is None
+            accounts.count(second, asked, batch)
+            assert isinstance(second.problem, PeerLostError)
+            found = accounts.statistics(0)
+            assert (found.batches, found.losses) == (2, {"unreachable": 4})
+        if interrupter.where is None:
+            break
+    assert at > 30
 
 
 @pytest.fixture
