@@ -462,6 +462,7 @@ FORMS: list[tuple[str, Callable[[EpisodeRecord], object]]] = [
     ("its dict", lambda record: record.to_dict()),
     ("its JSON", lambda record: json.dumps(record.to_dict())),
     ("its JSON, sorted, as bytes", lambda record: json.dumps(record.to_dict(), sort_keys=True, indent=1).encode()),
+    ("the JSON of its JSON", lambda record: json.dumps(json.dumps(record.to_dict()))),
     ("its reference", lambda record: record.ref),
     ("the reference in its dict", lambda record: record.to_dict()["ref"]),
     ("the reference's JSON", lambda record: json.dumps(record.to_dict()["ref"])),

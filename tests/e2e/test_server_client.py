@@ -314,7 +314,7 @@ def test_into_takes_the_payload_and_gives_the_slot_back(source: ServedRing) -> N
 
 
 def test_unfit_into_is_refused_before_anything_is_read(source: ServedRing) -> None:
-    unfit: list[Any] = [bytearray(999), bytes(1000), np.zeros((1000, 2), np.uint8)[:, 0]]
+    unfit: list[Any] = [bytearray(999), bytes(1000), [0] * 1000, np.zeros((1000, 2), np.uint8)[:, 0]]
     with client_of() as client:
         for target in unfit:
             ref = write(source.ring, 1, 1000)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ucxx_transport.schema.wire_form import refuse
+
 if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceChange, SourceRecord
@@ -35,6 +37,8 @@ class Membership:
     """
 
     def __init__(self, watcher: Watcher) -> None:
+        if not callable(getattr(watcher, "report_to", None)):
+            refuse("watcher", watcher, "a SourceWatcher")
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._lock = threading.Lock()

@@ -14,6 +14,7 @@ from typing_extensions import Buffer
 from ucxx_transport.errors import ConfigError, SlotError, StaleSlotError
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.schema.tree import ArrayTree
+from ucxx_transport.schema.wire_form import refuse
 
 Transport = Literal["view", "copy", "ucx"]
 
@@ -180,8 +181,11 @@ class Deduplicator:
 
 
 def writable_bytes(into: Buffer, nbytes: int) -> npt.NDArray[np.uint8]:
-    """The first `nbytes` bytes of a caller's buffer, or a ConfigError: read-only, not contiguous, or shorter."""
-    view = memoryview(into)
+    """The first `nbytes` bytes of a caller's buffer, or a ConfigError: none, read-only, not contiguous, or shorter."""
+    try:
+        view = memoryview(into)
+    except TypeError:
+        refuse("into", into, f"a writable, contiguous buffer of at least {nbytes} bytes, such as an array")
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
         raise ConfigError(
             f"into must be a writable, contiguous buffer of at least {nbytes} bytes",

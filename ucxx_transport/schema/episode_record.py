@@ -223,7 +223,7 @@ def as_policy_version(version: Any) -> int | None:
 _REF_KEYS: Final = frozenset({"ring_id", "slot", "generation"})
 _PACKED_REF: Final = b"\x9c" + pack(WIRE_VERSION) + b"\xc4\x10"  # an array of 12: the version, 16 bytes
 _PACKED_RECORD: Final = b"\x88" + pack(MARK)  # a map of 8
-_PYTHONS: Final = (f"{{'{MARK}': ", "{'version': 1, 'ring_id': ", "EpisodeRecord(", "SlotRef(")
+_PYTHONS: Final = (f"{{'{MARK}': ", f'b\'{{"{MARK}"', "{'version': 1, 'ring_id': ", "EpisodeRecord(", "SlotRef(")
 _CARRIERS: Final = ("completion", "output")
 
 Reference: TypeAlias = "EpisodeRecord | SlotRef"
@@ -240,7 +240,7 @@ def reader_of(value: object) -> Callable[[Any], Reference] | None:
     | a record or a reference; its `to_dict()`, packed or as JSON text too; | that record or reference         |
     | the `to_bytes()` of a reference                                      |                                  |
     | an object or a mapping whose `completion` or `output` is one of these | that of it                       |
-    | text that `str` made of one; a list of these                         | refused                          |
+    | text that `str` made of one, or that was cut off; a list of these    | refused                          |
     """
     reader = _reader_of(value)
     if reader is not None or isinstance(value, (str, bytes, bytearray, list, tuple)):
@@ -300,7 +300,7 @@ def _reader_of(value: object) -> Callable[[Any], Reference] | None:
     if isinstance(value, (bytes, bytearray)):
         if value.startswith((_PACKED_REF, _PACKED_RECORD)):
             return SlotRef.from_bytes if value.startswith(_PACKED_REF) else _packed_record
-        return _text_reader_of(value.decode(errors="replace")) if value.lstrip()[:1] == b"{" else None
+        return _text_reader_of(value.decode(errors="replace")) if value.lstrip()[:1] in (b"{", b'"') else None
     if isinstance(value, (list, tuple)) and value and _reader_of(value[0]) is not None:
         return _refuse_list
     return None
@@ -309,12 +309,12 @@ def _reader_of(value: object) -> Callable[[Any], Reference] | None:
 def _text_reader_of(text: str) -> Callable[[Any], Reference] | None:
     if text.startswith(_PYTHONS):
         return _refuse_text
-    if text.lstrip()[:1] != "{" or not (f'"{MARK}"' in text or '"ring_id"' in text):
+    if not text.lstrip().startswith(("{", '"')) or not (MARK in text or "ring_id" in text):
         return None
     try:
-        form = json.loads(text)
+        form = json.loads(text)  # text again, where it became JSON twice
     except (ValueError, RecursionError):
-        return None
+        return _refuse_json if text.lstrip(" \t\r\n{").startswith(f'"{MARK}":') else None
     reader = _reader_of(form)
     return None if reader is None else lambda _: reader(form)
 
@@ -325,6 +325,11 @@ def _packed_record(raw: bytes | bytearray) -> EpisodeRecord:
 
 def _refuse_text(text: str) -> Reference:
     words = "is Python's text for a record, which cannot be read back; send the dict itself, or json.dumps(record)"
+    raise ProtocolError(f"{wire_form.describe(text)} {words}", field="episode record")
+
+
+def _refuse_json(text: str) -> Reference:
+    words = "begins as a record and is no JSON: it was cut off, or is more than one; send all of json.dumps(record)"
     raise ProtocolError(f"{wire_form.describe(text)} {words}", field="episode record")
 
 

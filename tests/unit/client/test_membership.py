@@ -15,7 +15,7 @@ from tests.support.source_records import record
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import ClientConfig, RingConfig
-from ucxx_transport.errors import DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.membership import SourceRecord, SourceWatcher
 from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.local_store import LocalStore
@@ -211,6 +211,11 @@ def test_a_client_hears_of_the_sources_there_are_before_it_has_read() -> None:
         watcher = FakeWatcher(known=[source_of(rig)])
         with rig.client(watcher=watcher).read(rig.write(EPISODE)) as payload:
             assert bytes(payload.buffer) == EPISODE
+
+
+def test_what_is_no_watcher_is_refused_where_it_is_given() -> None:
+    with pytest.raises(ConfigError, match="watcher must be a SourceWatcher, not 'local://'"):
+        SyncUCXXClient(watcher="local://")  # type: ignore[arg-type]
 
 
 def test_a_closed_client_hears_nothing_more() -> None:

@@ -34,7 +34,9 @@ def test_a_reference_alone_is_an_episode_of_which_only_the_place_is_known() -> N
 
 def test_what_was_a_record_and_cannot_be_read_back_is_malformed_rather_than_passed_on() -> None:
     form = RECORD.to_dict()
-    for output in (str(form), repr(RECORD), str(form["ref"]), str(REF), [RECORD], (form, form)):
+    text = json.dumps(form)
+    cut = (text[:-1], text[:200].encode(), json.dumps(form, indent=1)[:99], f"{text}\n{text}", str(text.encode()))
+    for output in (str(form), repr(RECORD), str(form["ref"]), str(REF), [RECORD], (form, form), *cut):
         with row(output=output):
             assert is_ours(output)
             assert isinstance(record_of(output), ProtocolError)
