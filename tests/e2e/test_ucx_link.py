@@ -507,6 +507,31 @@ def test_an_interrupt_anywhere_in_the_making_of_an_endpoint_leaves_a_link_that_c
         assert at > 10
 
 
+def test_a_fork_anywhere_in_the_making_of_a_link_is_known_to_all_that_was_there_before() -> None:
+    codes: list[int] = []
+    reactors = [Reactor(UCXXLink) for _ in range(8)]
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.endswith("link/ucx_flight.py"):
+            return None
+        if event == "line":  # as another thread's fork may come between any two
+            child = os.fork()
+            if child == 0:
+                os._exit(sum(not reactor.forked for reactor in reactors))
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        reactors[0].link.close()
+    finally:
+        sys.settrace(None)
+    for reactor in reactors:
+        reactor.close()
+    assert len(codes) > 10
+    assert not any(codes)
+
+
 @pytest.mark.parametrize("variant", link_exit.VARIANTS)
 def test_interpreter_ends_cleanly_with_everything_open(lanes: str, variant: str) -> None:
     ended = subprocess.run(
