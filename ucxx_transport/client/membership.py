@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.schema.wire_form import refuse
+from ucxx_transport.errors import ConfigError
 
 if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor
@@ -38,7 +38,7 @@ class Membership:
 
     def __init__(self, watcher: Watcher) -> None:
         if not callable(getattr(watcher, "report_to", None)):
-            refuse("watcher", watcher, "a SourceWatcher")
+            raise ConfigError(f"watcher must be a SourceWatcher, not {type(watcher).__name__}", field="watcher")
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._lock = threading.Lock()

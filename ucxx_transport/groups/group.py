@@ -75,6 +75,9 @@ class RankGroup:
             raise errors.ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
         if not group:
             raise errors.ConfigError("a group needs a name", field="group")
+        if not callable(getattr(store, "grant", None)):
+            kind = type(store).__name__  # all that is said of it: an address may have a password in it
+            raise errors.ConfigError(f"store must be a store, such as open_store(url), not {kind}", field="store")
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")

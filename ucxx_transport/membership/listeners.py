@@ -88,7 +88,13 @@ class Listeners(Generic[T]):
 
         Returns:
             What ends it.
+
+        Raises:
+            ConfigError: one of them is no function.
         """
+        for kind, callback in callbacks.items():
+            if callback is not None and not callable(callback):
+                raise ConfigError(f"on_{kind} must be a function, not {callback!r}", field=f"on_{kind}")
         subscription = _Subscription[T](callbacks, self._limit)
 
         @not_in_forks

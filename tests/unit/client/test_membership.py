@@ -214,7 +214,7 @@ def test_a_client_hears_of_the_sources_there_are_before_it_has_read() -> None:
 
 
 def test_what_is_no_watcher_is_refused_where_it_is_given() -> None:
-    with pytest.raises(ConfigError, match="watcher must be a SourceWatcher, not 'local://'"):
+    with pytest.raises(ConfigError, match="watcher must be a SourceWatcher, not str"):
         SyncUCXXClient(watcher="local://")  # type: ignore[arg-type]
 
 

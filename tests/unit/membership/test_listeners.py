@@ -159,6 +159,12 @@ def test_whatever_a_callback_does_others_hear_and_the_watcher_stops(mode: Callab
         field.go_on.set()
 
 
+def test_what_is_no_function_is_refused_where_it_subscribes() -> None:
+    listeners = Listeners[str](lambda name: (name, None), lambda _: None, keys={})
+    with pytest.raises(ConfigError, match="on_remove must be a function, not 5"):
+        listeners.subscribe({"add": print, "remove": 5})  # type: ignore[dict-item]
+
+
 def test_a_process_exits_while_a_callback_blocks_for_ever() -> None:
     program = """if True:
         import threading
