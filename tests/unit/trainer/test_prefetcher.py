@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, EpisodeStream, Loss, LossReason, PendingBatch, Prefetcher
+from ucxx_transport.trainer.batch import FetchSettings
 
 LOCAL = ClientConfig(local="view")
 
@@ -159,6 +161,14 @@ def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
             assert (caught.value.facts["field"], caught.value.facts["value"]) == (name, wrong)
     with Prefetcher(LOCAL) as prefetcher, pytest.raises(ConfigError, match="policy_version"):
         prefetcher.begin([], policy_version="x")  # type: ignore[arg-type]
+
+
+def test_the_keywords_of_what_is_built_on_one_are_its_own() -> None:
+    parameters = inspect.signature(Prefetcher.__init__).parameters.values()
+    assert {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} == {
+        "on_loss",
+        *FetchSettings.__annotations__,
+    }
 
 
 def test_where_its_thread_cannot_start_nothing_is_left_behind() -> None:
