@@ -467,6 +467,8 @@ FORMS: list[tuple[str, Callable[[EpisodeRecord], object]]] = [
     ("the reference in its dict", lambda record: record.to_dict()["ref"]),
     ("the reference's JSON", lambda record: json.dumps(record.to_dict()["ref"])),
     ("the reference's bytes", lambda record: record.ref and record.ref.to_bytes()),
+    ("a view of the reference's bytes", lambda record: record.ref and memoryview(record.ref.to_bytes())),
+    ("a view of its JSON", lambda record: memoryview(json.dumps(record.to_dict()).encode())),
     ("an object with an output", lambda record: SimpleNamespace(output=record.to_dict())),
     ("a mapping with a completion", lambda record: {"prompt": "…", "completion": json.dumps(record.to_dict())}),
 ]

@@ -238,12 +238,12 @@ def reader_of(value: object) -> Callable[[Any], Reference] | None:
     | `value`                                                              | is                               |
     |----------------------------------------------------------------------|----------------------------------|
     | a record or a reference; its `to_dict()`, packed or as JSON text too; | that record or reference         |
-    | the `to_bytes()` of a reference                                      |                                  |
+    | the `to_bytes()` of a reference; a memoryview of any bytes above      |                                  |
     | an object or a mapping whose `completion` or `output` is one of these | that of it                       |
     | text that `str` made of one, or that was cut off; a list of these    | refused                          |
     """
     reader = _reader_of(value)
-    if reader is not None or isinstance(value, (str, bytes, bytearray, list, tuple)):
+    if reader is not None or isinstance(value, (str, bytes, bytearray, memoryview, list, tuple)):
         return reader
     for name in _CARRIERS:
         carried = value.get(name) if isinstance(value, (dict, Mapping)) else getattr(value, name, None)
@@ -297,13 +297,21 @@ def _reader_of(value: object) -> Callable[[Any], Reference] | None:
         return SlotRef.from_dict if value.keys() >= _REF_KEYS else None
     if isinstance(value, str):
         return _text_reader_of(value)
-    if isinstance(value, (bytes, bytearray)):
-        if value.startswith((_PACKED_REF, _PACKED_RECORD)):
-            return SlotRef.from_bytes if value.startswith(_PACKED_REF) else _packed_record
-        return _text_reader_of(value.decode(errors="replace")) if value.lstrip()[:1] in (b"{", b'"') else None
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _bytes_reader_of(value)
     if isinstance(value, (list, tuple)) and value and _reader_of(value[0]) is not None:
         return _refuse_list
     return None
+
+
+def _bytes_reader_of(raw: bytes | bytearray | memoryview) -> Callable[[Any], Reference] | None:
+    if isinstance(raw, memoryview):  # a message's, such as pyzmq's frames have
+        copy = raw.tobytes() if raw.nbytes <= MAX_SLOT_REF_BYTES else b""
+        reader = _bytes_reader_of(copy)
+        return None if reader is None else lambda _: reader(copy)
+    if raw.startswith((_PACKED_REF, _PACKED_RECORD)):
+        return SlotRef.from_bytes if raw.startswith(_PACKED_REF) else _packed_record
+    return _text_reader_of(raw.decode(errors="replace")) if raw.lstrip()[:1] in (b"{", b'"') else None
 
 
 def _text_reader_of(text: str) -> Callable[[Any], Reference] | None:
