@@ -53,6 +53,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         setattr(exceptions, error.__name__, error)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    monkeypatch.delitem(sys.modules, OURS, raising=False)  # one over the real Ray comes back afterwards
     yield importlib.import_module(OURS)
     sys.modules.pop(OURS)
 
