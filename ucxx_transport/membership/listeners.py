@@ -10,24 +10,21 @@
 | a queue is full            | what came and went meanwhile is left out of it, and each source's last news stay,   |
 |                            | so nothing that lasts is missed; logged and counted                                 |
 | a subscription is ended    | no further callback begins; one under way is not waited for                         |
-
-The replica monitor is one that calls back once for each replica's death, and when none is left.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Generic, Protocol, Self, TypeVar
+from typing import Final, Generic, TypeVar
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.teardown import not_in_forks, refuse_forked
+from ucxx_transport.teardown import not_in_forks
 
 _log = get_logger(__name__)
 
@@ -262,78 +259,3 @@ class Listeners(Generic[T]):
                 yield REMOVE, heard
             if known is not None:
                 yield UPDATE if is_same else ADD, known
-
-
-class ReplicaFeed(Protocol):
-    """What reports arrivals and departures: a `SourceWatcher`, a `RankGroup`; `Any` is a record of the one's kind."""
-
-    def subscribe(self, *, on_add: Callable[[Any], None], on_remove: Callable[[Any], None]) -> Callable[[], None]: ...
-
-
-class ReplicaMonitor:
-    """Calls back when a replica is gone, and when all are.
-
-    A replica that was never there is never gone: before the first has registered nothing fires. One that registers
-    again is alive again, and its next death is another one.
-
-    The callbacks run one at a time, in order, under no lock, in a thread of their own: a slow one delays no other
-    listener. An exception is logged and goes no further.
-
-    Args:
-        feed: a `SourceWatcher`, whose replicas are worker ids, or a `RankGroup`, whose are ranks: followed from now on
-            until `close`.
-        on_dead: called with the name of each replica that is gone.
-        on_all_gone: called, after that, when none is left.
-    """
-
-    def __init__(
-        self,
-        *,
-        feed: ReplicaFeed,
-        on_dead: Callable[[Hashable], object] = lambda _: None,
-        on_all_gone: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._on_dead, self._on_all_gone = on_dead, on_all_gone
-        self._pid = os.getpid()
-        self._alive: frozenset[Hashable] = frozenset()
-        self._unsubscribe = feed.subscribe(on_add=self._added, on_remove=self._removed)
-
-    @property
-    def alive(self) -> frozenset[Hashable]:
-        """The names of those that are there."""
-        refuse_forked(self._pid, "ReplicaMonitor")
-        return self._alive
-
-    def _added(self, replica: Any) -> None:
-        self._alive |= {_name_of(replica)}
-
-    def _removed(self, replica: Any) -> None:
-        name = _name_of(replica)
-        self._alive -= {name}
-        try:
-            _call(self._on_dead, name)
-        finally:  # also when it exits the thread
-            if not self._alive:
-                _call(self._on_all_gone)
-
-    def close(self) -> None:
-        """Follow the feed no longer. Idempotent."""
-        self._unsubscribe()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def _call(callback: Callable[..., object], *names: Hashable) -> None:
-    try:
-        callback(*names)
-    except Exception:  # noqa: BLE001 - the application's trouble: the next death is reported all the same
-        _log.exception("replica_callback_failed")
-
-
-def _name_of(replica: Any) -> Hashable:
-    name: Hashable = getattr(replica, "worker_id", None) or replica.rank
-    return name

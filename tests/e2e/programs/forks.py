@@ -35,7 +35,6 @@ from ucxx_transport import (
     UCXXServer,
     open_store,
 )
-from ucxx_transport.membership import ReplicaMonitor
 from ucxx_transport.trainer import Prefetcher
 from ucxx_transport.trainer.loss_policy import record_of
 
@@ -118,7 +117,7 @@ def main(url: str) -> None:
     writer = TrajectoryWriter("w1", varlen=9, serve=False)
     episode = {"obs": np.zeros((3, 2), "f4")}
     writer.write(episode)
-    monitor = ReplicaMonitor(feed=watcher)
+    end_of_news = watcher.subscribe(on_remove=lambda _: None)
     ref = ring.write_raw(b"unread")
     uses: dict[str, Callable[[], object]] = {
         "client.read": lambda: client.read(ref),
@@ -138,7 +137,6 @@ def main(url: str) -> None:
         "watcher.subscribe": lambda: watcher.subscribe(on_add=print),
         "writer.write": lambda: writer.write(episode),
         "writer.statistics": writer.statistics,
-        "monitor.alive": lambda: monitor.alive,
         "publisher.statistics": publisher.statistics,
         "watcher.report_to": lambda: watcher.report_to(print),
         "publisher.wait_published": lambda: publisher.wait_published(60),
@@ -152,8 +150,8 @@ def main(url: str) -> None:
     }
     ends: list[Callable[[], object]] = [
         packer.shutdown_ucxx_data_packer,
-        monitor.close,
         end_of_views,
+        end_of_news,
         writer.close,
         prefetcher.close,
         client.close,
@@ -186,7 +184,6 @@ def main(url: str) -> None:
         "active": list(group.state.active_ranks),
         "healthy": server.is_healthy(60),
         "written": writer.write(episode).sequence,
-        "alive": list(monitor.alive),
     }
     held.release()
     for end in ends:
