@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.namespaces import small_shared_memory
 from tests.support.rows import row
+from tests.support.segment_folder import VARIABLE
 
 pytest.importorskip("torch", exc_type=ImportError)
 
-PROGRAM = Path(__file__).parent / "programs" / "data_loader.py"
+PROGRAMS = Path(__file__).parent / "programs"
 
 
 def test_persistent_workers_read_each_episode_once_an_epoch_whatever_starts_them() -> None:
     for method in ("fork", "spawn"):
         with row(method=method):
-            command = ["bash", "-c", 'ulimit -n 128; exec "$@"', "bash", sys.executable, str(PROGRAM), method]
+            command = [
+                "bash",
+                "-c",
+                'ulimit -n 128; exec "$@"',
+                "bash",
+                sys.executable,
+                str(PROGRAMS / "data_loader.py"),
+                method,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout) == {"epochs": [[0, 1, 2, 3, 4, 5]] * 2, "states": ["FREE"]}
             assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_small_shared_memory_is_an_error_with_its_cause_in_the_trainer_and_nothing_waits_for_ever() -> None:
+    prefix = small_shared_memory("32m")
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    too_large = ("ConfigError", r"a ring of \d+ bytes .* does not fit /dev/shm, .* free: lower ring.slots")
+    no_room = ("ConfigError", r"an item of 2097152 bytes over in /dev/shm, which has \d+ bytes free: enlarge it")
+    # what is not looked into is torch's to drop: then the loader's `timeout` ends the wait, as the documents say
+    dropped = ("RuntimeError", "DataLoader timed out after 10 seconds")
+    rows: tuple[tuple[str, dict[str, tuple[str, str]], str], ...] = (
+        ("fork", {"ring": too_large, "episode": no_room, "boxed": dropped}, "No space left on device"),
+        ("spawn", {"ring": too_large, "episode": no_room}, ""),
+    )
+    for method, expected, printed in rows:
+        command = [*prefix, sys.executable, str(PROGRAMS / "little_shared_memory.py"), method, *expected]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert printed in done.stderr
+        ends = json.loads(done.stdout)
+        for case, (error, said) in expected.items():
+            with row(method=method, case=case, ended=ends[case]):
+                assert ends[case]["error"] == error
+                assert re.search(said, ends[case]["said"])

@@ -11,10 +11,12 @@ import pytest
 from tests.e2e.programs.rollout_worker import MAX_STEPS, play
 from tests.support.exhaustive import exhaustive
 from tests.support.programs import Program, program
+from tests.support.rows import row
 from tests.support.served_ring import client_of
 from tests.support.waiting import wait_until
-from ucxx_transport import PeerLostError, SlotRef, StaleSlotError, SyncUCXXClient
-from ucxx_transport.ring.segment import segment_path
+from ucxx_transport import ConfigError, PeerLostError, SlotRef, StaleSlotError, SyncUCXXClient, UCXXRolloutMixin
+from ucxx_transport.ring.owner import segment_folder
+from ucxx_transport.ring.segment import NAME_PREFIX, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
 MINUTE = 60
@@ -90,3 +92,21 @@ def test_killed_worker_leaves_nothing_and_the_other_goes_on() -> None:
         assert read_as_played(client, kept) == "ucx"
         other.end_input()  # and no cleanup: a program's end does it
         assert other.wait() == 0
+
+
+def test_what_ucx_alone_can_judge_is_refused_where_the_worker_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: tuple[tuple[dict[str, str], dict[str, str], str], ...] = (
+        ({}, {"TLS": "nosuch"}, "UCX does not start with these settings .*'TLS': 'nosuch'"),
+        ({"UCX_TLS": "self"}, {}, "UCX_TLS=self .environment. leaves UCX no network transport"),
+    )
+    for environment, ucx, said in rows:
+        with row(environment=environment, ucx=ucx), monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            worker = UCXXRolloutMixin()
+            with pytest.raises(ConfigError, match=said):
+                worker.setup_ucxx("w", varlen=9, server={"host": "127.0.0.1", "ucx": ucx})
+            assert worker.ucxx_writer is None
+            assert not [*segment_folder().glob(f"{NAME_PREFIX}*")]
+            worker.setup_ucxx("w", varlen=9, serve=False)
+            worker.cleanup_ucxx()

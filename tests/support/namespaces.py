@@ -1,4 +1,4 @@
-"""Hosts for one test: network namespaces with a wire between them, and firewalls that drop.
+"""Hosts for one test: network namespaces with a wire between them, firewalls that drop, and a /dev/shm of its own.
 
 A firewall here is a routing rule: the host sends nothing by TCP but from or to the ports that are open, so that the
 answer to a connection request from outside is dropped in silence. That needs iproute2 alone, and no packet filter.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pytest
 
-__all__ = ["Host", "hosts_beside_this_one", "lone_host", "two_hosts"]
+__all__ = ["Host", "hosts_beside_this_one", "lone_host", "small_shared_memory", "two_hosts"]
 
 _numbers = itertools.count()
 
@@ -101,6 +101,17 @@ def hosts_beside_this_one(count: int) -> Iterator[list[Host]]:
             _interface(name, "eth0", f"{net}.{number}")
             hosts.append(Host(name, f"{net}.{number}"))
         yield hosts
+
+
+def small_shared_memory(size: str) -> tuple[str, ...]:
+    """What a command line begins with to run with an empty /dev/shm of that size; skips the test where none is had."""
+    mount = f'mount --make-rprivate / && mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'
+    prefix = ("unshare", "-m", "sh", "-c", mount, "sh")
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs mount namespaces (root, util-linux): {getattr(error, 'stderr', error)}")
+    return prefix
 
 
 def _interface(host: str, interface: str, address: str) -> None:

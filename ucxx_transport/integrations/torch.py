@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Generic, TypeVar, Unpack
+from typing import Any, Final, Generic, TypeVar, Unpack
 
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ucxx_transport.config import ClientConfig
@@ -13,8 +15,12 @@ from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_keywords, made_of
 from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode, StreamSettings, check_settings
+from ucxx_transport.trainer.unpacking import map_leaves
 
 T = TypeVar("T")
+
+HANDED_OVER_IN: Final = "/dev/shm"  # noqa: S108 - POSIX shared memory, not a temporary file
+"""Where torch's workers put tensors for the process that has the loader: by shm_open, in files of their own."""
 
 
 def arrays_of(episode: StreamedEpisode) -> Any:
@@ -32,7 +38,8 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
     ```
 
     In a `DataLoader` with `num_workers=0` tensors lie in the payloads' own memory; workers copy them once more. With
-    workers give it a `timeout`: torch drops an item that /dev/shm has no room for, and waits for it.
+    workers give it a `timeout`: an episode that /dev/shm has no room for is a ConfigError here, but where workers run
+    out of it between them torch drops the item, and waits for it.
 
     Args:
         references: as for `EpisodeStream`. With workers every one of them iterates over its own copy.
@@ -75,4 +82,25 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
             references = islice(references, worker.id, None, worker.num_workers)
         with EpisodeStream(references, self._config, **self._settings) as stream:
             for episode in stream:
-                yield self._item_of(episode)
+                item = self._item_of(episode)
+                if worker is not None:
+                    _check_room(item)
+                yield item
+
+
+def _check_room(item: object) -> None:
+    """Refuse tensors that cannot be handed over: torch would print that, drop them, and go on waiting for them."""
+    tensors: list[object] = []
+    map_leaves(tensors.append, item)
+    needed = sum(
+        each.untyped_storage().nbytes() for each in tensors if isinstance(each, Tensor) and not each.is_shared()
+    )
+    found = os.statvfs(HANDED_OVER_IN)
+    free = found.f_bavail * found.f_frsize
+    if needed > free:
+        raise ConfigError(
+            f"torch hands an item of {needed} bytes over in {HANDED_OVER_IN}, which has {free} bytes free: enlarge it "
+            "(docker: --shm-size), lower ring.slots or the loader's prefetch_factor, or set num_workers=0",
+            needed_bytes=needed,
+            free_bytes=free,
+        )

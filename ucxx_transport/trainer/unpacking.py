@@ -99,7 +99,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """A tree of the same nesting with `function` of every leaf."""
     if isinstance(tree, dict):
         return {key: map_leaves(function, child) for key, child in tree.items()}
-    if isinstance(tree, list):
+    if isinstance(tree, (list, tuple)):
         return [map_leaves(function, child) for child in tree]
     return function(tree)
 

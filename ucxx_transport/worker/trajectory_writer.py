@@ -130,6 +130,8 @@ class TrajectoryWriter:
             if find_spec("ucxx") is None:
                 raise ConfigError(NOT_INSTALLED, missing="ucxx")
             choose_address(self._server_config.host)
+            if schema is None:
+                _check_ucx(self._server_config, self._ring_settings)
         self._serve = serve
         self._on_error = on_error
         self._nonfinite_meta = nonfinite_meta
@@ -344,6 +346,18 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
         settings["on_full"] = "block"
     host_id(Path(RingConfig(slot_bytes=1, **settings).folder))
     return settings
+
+
+def _check_ucx(config: ServerConfig, ring: Mapping[str, Any]) -> None:
+    """Refuse settings of UCX that the server would not start with, which UCX alone can judge: in a process of its own.
+
+    That takes the second that the start of a process takes; where no one has set anything of UCX there is none.
+    """
+    if config.link_settings or any(name.startswith("UCX_") for name in os.environ):
+        sizes = {"slots": 1, "slot_bytes": 1, "name": None, "envelope_bytes": 0}
+        tried = replace(config, mode="process", ports=1, base_port=None, publish_host="localhost")
+        with SharedRingBuffer.create(RingConfig(**{**ring, **sizes})) as tiny, UCXXServer(tiny, tried):
+            pass
 
 
 def _publication(
