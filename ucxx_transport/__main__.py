@@ -18,13 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if error.name != "typer":
             raise
         message = "the command line needs typer, which is not installed: pip install 'ucxx_transport[cli]'"
-        if "--json" in words:
-            facts = {"module": error.name, "extra": "cli"}
-            sys.stdout.write(
-                json.dumps({"error": {"kind": "ModuleNotFoundError", "message": message, "facts": facts}}) + "\n"
-            )
-        else:
-            sys.stderr.write(f"error: {message}\n")
+        if "--json" not in words:
+            sys.exit(f"error: {message}")
+        facts = {"module": error.name, "extra": "cli"}
+        said = {"kind": "ModuleNotFoundError", "message": message, "facts": facts}
+        sys.stdout.write(json.dumps({"error": said}) + "\n")
         sys.exit(1)
     program.main(words)
 

@@ -20,14 +20,10 @@ MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
 _LONGEST_S: Final = float("inf")
 
-_SETTINGS_OF_UCX = (
-    "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what stands in the environment wins"
-)
+_SETTINGS_OF_UCX = "further settings of UCX, without the `UCX_`, e.g. {'TLS': 'tcp'}; what the environment says wins"
 _SECRECY_IN_WORDS = "shared secret of all workers and trainers; without one every peer is served"
 _SHM_LANES_IN_WORDS = "let UCX use shared memory between processes of one host; both sides must agree"
-_DATA_PORTS_IN_WORDS = (
-    "first and last of the ports that UCX takes for data over TCP, for a firewall to open; unset takes any free ones"
-)
+_DATA_PORTS_IN_WORDS = "first and last port that UCX takes for data over TCP, for a firewall to open; unset takes any"
 _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU and costs about 50 µs a read"
 
 
@@ -164,10 +160,15 @@ class ServerConfig(_OverUCX):
     )
     ucx: units.UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
+    @property
+    def port_count(self) -> int:
+        """How many ports `ports` are."""
+        return self.ports if isinstance(self.ports, int) else len(self.ports)
+
     def __post_init__(self) -> None:
         _check_host("host", self.host)
         _check_host("publish_host", self.publish_host)
-        count = self.ports if isinstance(self.ports, int) else len(self.ports)
+        count = self.port_count
         listening: Sequence[int] = () if isinstance(self.ports, int) else self.ports
         if self.base_port is not None:
             if listening:

@@ -5,7 +5,6 @@
 | /proc            | no ring and no UCX: a ConfigError                                                          |
 | sqlite3          | no `local://` store: a ConfigError; `etcd://` works                                        |
 | cgroup           | a ring is not checked against the memory limit of its container                            |
-| eventfd          | a pipe takes its place: one more descriptor for each wait                                  |
 | memfd            | a temporary file takes its place, for the first words of a sidecar                         |
 | pidfd            | nothing: a sidecar watches its worker by polling                                           |
 | CUDA             | no arrays on a GPU                                                                         |
@@ -31,16 +30,13 @@ T = TypeVar("T")
 
 NO_PROC: Final = "this machine has no /proc, by which a ring knows its processes: mount it (mount -t proc proc /proc)"
 NO_SQLITE: Final = "this Python has no sqlite3, which a local store needs: use one that has, or etcd:// as the store"
-_UNLIMITED_BYTES: Final = 1 << 60
-"""v1 says "no limit" by a number near 2**63."""
-
+_UNLIMITED_BYTES: Final = 1 << 60  # v1 says "no limit" by a number near 2**63
 _V2_FILES: Final = ("memory.max", "memory.current")
 _V1_FILES: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 _STREAMS: Final = ("standard input", "standard output", "standard error")
 
 
-Verdict = Literal["ok", "note", "warning", "failure"]
-"""Good to know; something will hurt; the transport cannot work."""
+Verdict = Literal["ok", "note", "warning", "failure"]  # good to know; something will hurt; the transport cannot work
 
 
 class Finding(NamedTuple):
@@ -70,7 +66,6 @@ def parts() -> list[Finding]:
         _part("/proc", has_proc(), NO_PROC, "failure"),
         _part("sqlite3", has_sqlite, NO_SQLITE, "warning"),
         _part("cgroup", os.path.exists("/proc/self/cgroup"), unchecked, "warning"),
-        _part("eventfd", hasattr(os, "eventfd"), "a pipe takes its place: one more descriptor a reactor and sidecar"),
         _part("memfd", hasattr(os, "memfd_create"), "a temporary file takes its place: TMPDIR must be writable"),
         _part("pidfd", hasattr(os, "pidfd_open"), "nothing: a sidecar watches its worker by polling"),
         _part("CUDA driver", os.path.exists("/dev/nvidiactl"), "no arrays on a GPU; all else works"),
@@ -184,18 +179,14 @@ def _limit_of(folder: Path, *, is_v1: bool) -> MemoryLimit | None:
 
 
 class Wakeup:
-    """A descriptor that any thread or signal handler makes readable.
+    """A descriptor (eventfd(2)) that any thread or signal handler makes readable.
 
     It is closed with the last reference: a notifier in another thread must never write to a number that is reused.
     """
 
     def __init__(self) -> None:
-        if hasattr(os, "eventfd"):
-            self._descriptor = self._written = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        else:
-            self._descriptor, self._written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in {self._descriptor, self._written}:
-            weakref.finalize(self, os.close, number).atexit = False
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
@@ -203,16 +194,12 @@ class Wakeup:
 
     def notify(self) -> None:
         """Make it readable."""
-        try:
-            os.write(self._written, _ONE)
-        except BlockingIOError:  # a full pipe: it is readable
-            return
+        os.eventfd_write(self._descriptor, 1)
 
     def drain(self) -> None:
         """Make it quiet again."""
         try:
-            while len(os.read(self._descriptor, 4096)) == 4096:
-                pass
+            os.eventfd_read(self._descriptor)
         except BlockingIOError:  # it is already
             return
 
@@ -257,7 +244,3 @@ def _no_thread() -> TransportError:
     return BusyError(
         "this process may have no more threads; end some, or raise its limit (ulimit -u, or its cgroup's pids.max)"
     )
-
-
-_ONE: Final = (1).to_bytes(8, sys.byteorder)
-"""What eventfd(2) counts by; a pipe takes anything."""

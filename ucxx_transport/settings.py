@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast, dataclass_transform, get_type_hints
@@ -105,9 +105,7 @@ def section(name: str, *, choice: frozenset[str] = frozenset()) -> Callable[[typ
 
         @functools.wraps(store)
         def initialise(self: SectionT, **arguments: object) -> None:
-            for argument in arguments:
-                if argument not in own:
-                    raise unknown_name(f"setting of {made.__name__}", argument, own)
+            check_names(f"setting of {made.__name__}", arguments, own)
             given = gather(name, arguments)
             if any(arguments.get(field) is not None for field in choice):
                 given = {field: one for field, one in given.items() if field in arguments or field not in choice}
@@ -187,12 +185,10 @@ def _from_toml(section: str) -> Iterator[tuple[str, Given]]:
 
 
 def _rule_of(section: str, field: str, source: str) -> Rule:
-    """The rule of a setting that may stand outside of code, or an error that names what is unknown."""
-    if section not in SECTIONS:
-        raise unknown_name("settings section", section, SECTIONS, source=source)
+    """The rule of a setting that may stand outside of code."""
+    check_names("settings section", [section], SECTIONS, source=source)
     rules = {name: rule for name, rule in SECTIONS[section].items() if not rule.code_only}
-    if field not in rules:
-        raise unknown_name(f"setting in [{section}]", field, rules, source=source)
+    check_names(f"setting in [{section}]", [field], rules, source=source)
     return rules[field]
 
 
@@ -207,11 +203,12 @@ def made_of(kind: type[SectionT], given: SectionT | Mapping[str, Any] | None, fi
     return kind(**(given or {}))
 
 
-def check_keywords(what: str, given: Iterable[str], known: type) -> None:
-    """Refuse, by a ConfigError, the first of the keyword arguments `given` that the TypedDict `known` has not."""
+def check_names(what: str, given: Iterable[str], known: Collection[str], **facts: object) -> None:
+    """Refuse, by a ConfigError, the first of `given` that is none of `known`; with the one that was meant, or all."""
     for name in given:
-        if name not in known.__annotations__:
-            raise unknown_name(what, name, known.__annotations__)
+        if name not in known:
+            remedy = nearest_remedy(name, known) or f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"Unknown {what} {name!r}; {remedy}", field=name, **facts)
 
 
 def known_options(call: Callable[P, T]) -> Callable[P, T]:
@@ -220,40 +217,27 @@ def known_options(call: Callable[P, T]) -> Callable[P, T]:
     known = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self"}
     what = f"option of {call.__qualname__.removesuffix('.__init__')}"
 
-    def check(options: Iterable[str]) -> None:
-        for name in options:
-            if name not in known:
-                raise unknown_name(what, name, known)
-
     @functools.wraps(call)
     def checked(*given: P.args, **options: P.kwargs) -> T:
-        check(options)
+        check_names(what, options, known)
         return call(*given, **options)
 
     @functools.wraps(call)
     async def awaited(*given: P.args, **options: P.kwargs) -> object:
-        check(options)
+        check_names(what, options, known)
         return await cast("Awaitable[object]", call(*given, **options))
 
     # what retries or schedules a function looks which kind it is
     return cast("Callable[P, T]", awaited) if inspect.iscoroutinefunction(call) else checked
 
 
-def unknown_name(what: str, name: str, choices: Iterable[str], **facts: object) -> ConfigError:
-    """The error of a name that is none of `choices`: with the one that was meant, or all of them."""
-    remedy = nearest_remedy(name, choices) or f"known: {', '.join(sorted(choices))}"
-    return ConfigError(f"Unknown {what} {name!r}; {remedy}", field=name, **facts)
-
-
 def _toml_document() -> Mapping[str, object]:
-    if not os.path.exists(TOML_NAME):
-        return {}
-    import tomllib
-
     try:
         with open(TOML_NAME, "rb") as file:
+            import tomllib
+
             return tomllib.load(file)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{os.path.abspath(TOML_NAME)} is not TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{os.path.abspath(TOML_NAME)} cannot be read: {error}") from error
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:  # it is no TOML, or no UTF-8
+        raise ConfigError(f"{os.path.abspath(TOML_NAME)} is no TOML that can be read: {error}") from error

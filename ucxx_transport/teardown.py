@@ -81,20 +81,12 @@ class Teardown:
     Args:
         name: of what ends, for the log.
         margin_s: how long after its deadline a step is taken for hanging.
-        dump: called when a step hangs.
         keys: further keys of every log event, such as `ring`.
-
-    Attributes:
-        is_clean: whether every step so far was done.
     """
 
-    is_clean = True
-
-    def __init__(
-        self, name: str, *, margin_s: float = MARGIN_S, dump: Callable[[], None] = dump_stacks, **keys: object
-    ) -> None:
+    def __init__(self, name: str, *, margin_s: float = MARGIN_S, **keys: object) -> None:
+        self._margin_s = margin_s
         self._keys = {"teardown": name, **keys}
-        self._margin_s, self._dump = margin_s, dump
 
     def step(self, name: str, call: Callable[[], object], until_s: float) -> StepReport:
         """Run one step and wait for it; what it raises is logged and reported, not raised.
@@ -107,12 +99,12 @@ class Teardown:
         raised: list[BaseException | None] = []
 
         def run() -> None:
-            error: BaseException | None = None
             try:
                 call()
-            except BaseException as caught:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
-                error = caught
-            raised.append(error)
+            except BaseException as error:  # noqa: BLE001 - the edge of a thread; SystemExit here ends nothing
+                raised.append(error)
+            else:
+                raised.append(None)
 
         began_s = time.monotonic()
         _log.info("teardown_step", step=name, limit_s=round(until_s - began_s, 3), **self._keys)
@@ -123,16 +115,13 @@ class Teardown:
         keys = {"step": name, "ms": round((time.monotonic() - began_s) * 1000), **self._keys}
         if not raised:
             _log.error("teardown_hung", **keys)
-            self._dump()
-            report = StepReport("hung")
-        elif (error := raised[0]) is not None:
+            dump_stacks()
+            return StepReport("hung")
+        if (error := raised[0]) is not None:
             _log.warning("teardown_failed", reason=f"{type(error).__name__}: {error}", **keys)
-            report = StepReport("failed", error)
-        else:
-            _log.debug("teardown_done", **keys)
-            report = StepReport("done")
-        self.is_clean &= report.outcome == "done"
-        return report
+            return StepReport("failed", error)
+        _log.debug("teardown_done", **keys)
+        return StepReport("done")
 
 
 def exit_on_sigterm(code: int = 128 + signal.SIGTERM) -> None:

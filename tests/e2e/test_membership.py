@@ -438,7 +438,7 @@ def test_a_teardown_ends_while_the_store_does_not_answer_and_logs_each_step(
     publisher.wait_published(MINUTE)
     host.stall()
     try:
-        teardown = Teardown("worker", margin_s=0, dump=lambda: None)
+        teardown = Teardown("worker", margin_s=0)
         outcomes = [
             teardown.step(name, call, time.monotonic() + limit_s).outcome
             for name, call, limit_s in (

@@ -112,7 +112,7 @@ def test_a_variable_that_names_no_setting_is_an_error(env: Env, name: str, said:
         ("[server]\nprots = 4\n", "did you mean 'ports'"),
         ("[servers]\nports = 4\n", "did you mean 'server'"),
         ("ports = 4\n", "outside a section"),
-        ("[server\n", "is not TOML"),
+        ("[server\n", "is no TOML that can be read"),
         ("[server]\nports = 99\n", "ucxx_transport.toml"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_file_that_is_wrong_is_an_error_that_names_it(toml: Toml, text: str, s
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ucxx_transport.toml").mkdir()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="can be read"):
         ServerConfig()
 
 

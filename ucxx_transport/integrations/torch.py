@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import several
-from ucxx_transport.settings import check_keywords, made_of
+from ucxx_transport.settings import check_names, made_of
 from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode, StreamSettings, check_settings
 from ucxx_transport.trainer.unpacking import map_leaves
 
@@ -62,7 +62,7 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         shared: bool = False,
         **settings: Unpack[StreamSettings],
     ) -> None:
-        check_keywords(f"setting of {type(self).__name__}", settings, StreamSettings)
+        check_names(f"setting of {type(self).__name__}", settings, StreamSettings.__annotations__)
         self._references = several(references, "references")
         self._config = made_of(ClientConfig, config, "config")
         if not callable(item_of):

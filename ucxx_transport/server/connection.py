@@ -36,16 +36,11 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-FRAMES_POSTED: Final = 4
-"""Receives for frames: a client's next ones arrive while one is handled."""
-
+FRAMES_POSTED: Final = 4  # receives for frames: a client's next ones arrive while one is handled
+# Frames that have arrived and are not handled: more than an end and a name for each attempt of both windows. Those
+# behind the last answer never are: a client's whole window may be on its way, no flood.
 MAX_FRAMES: Final = 256
-"""Frames that have arrived and are not handled: more than an end and a name for each attempt of both windows. Those
-behind the last answer never are: a client's whole window may be on its way, no flood."""
-
-MAX_COPIED_BYTES: Final = 512 << 10
-"""Bytes on their way that are no slot's, of answers and of packed payloads, at which no further frame is handled."""
-
+MAX_COPIED_BYTES: Final = 512 << 10  # on their way that are no slot's, at which no further frame is handled
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING: Final = Phase.CLOSING
 _COUNTED: Final = {
@@ -59,17 +54,10 @@ _COUNTED: Final = {
 
 
 class Connection:
-    """Serves one endpoint until it closes, breaks the protocol or exceeds a time limit; it hears the endpoint's events.
+    """Serves one endpoint, which is its own, until it closes, breaks the protocol or exceeds a time limit.
 
-    Args:
-        slots: of its port.
-        session: its half of the protocol.
-        endpoint: its own from now on.
-        wait: for a TAKE: call `answer_take` again and again until it has answered.
-        forget: called once it is closed, and holds nothing any more.
-
-    Attributes:
-        is_closing: nothing is served any more.
+    `wait` has `answer_take` called again and again until that has answered; `forget` is called once it is closed, and
+    holds nothing any more.
     """
 
     def __init__(
@@ -91,13 +79,10 @@ class Connection:
         self._arrived = self._copied_bytes = 0  # the first: frames that are not handled yet
 
     def connected(self) -> None:
-        """The endpoint's hello has come: nothing to do, the client speaks first."""
+        """Nothing to do: the client speaks first."""
 
-    def lost(self, error: TransportError) -> None:
-        del error
+    def lost(self, _error: TransportError) -> None:
         self.close()
-
-    # --- Frames ---
 
     def take_in(self) -> None:
         """Post receives, ahead of the client: what goes beyond all that were posted UCX would keep, without bound."""
@@ -184,8 +169,6 @@ class Connection:
         if self._arrived and not self.is_closing:
             self._serve_next()
 
-    # --- Attempts ---
-
     def serve(self, serve: Serve, now: float) -> None:
         """Send each slot, in a message of its own unless they share one. Those of a TAKE have their lease already."""
         slots, session, post_send = self._slots, self.session, self._endpoint.post_send
@@ -231,8 +214,6 @@ class Connection:
                 return  # UCX has not released the slot, although the connection ends
         if self.session.sent(attempt, self._reactor.now()):
             self._slots.finish(attempt)
-
-    # --- What is no FETCH ---
 
     def answer_take(self, take: Take) -> bool:
         """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
@@ -296,14 +277,11 @@ class Connection:
             self._defer()
 
     def _count(self, status: Status) -> None:
-        counter = _COUNTED.get(status)
-        if counter is not None:
-            self._slots.counters.add(counter)
-
-    # --- The end ---
+        if status in _COUNTED:
+            self._slots.counters.add(_COUNTED[status])
 
     def close(self) -> None:
-        """Break the connection; what it holds is given back once nothing is on its way any more. Idempotent."""
+        """Break it; what it holds is given back once nothing is on its way any more. Idempotent."""
         if not self.is_closing:
             self.is_closing = True
             self._hear_out()
@@ -327,8 +305,7 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - the edge of a callback
             self.fail(error)
 
-    def _on_closed(self, clean: bool) -> None:  # noqa: FBT001 - the link's callback
-        del clean  # what has not ended is looked at one by one
+    def _on_closed(self, _clean: bool) -> None:  # noqa: FBT001 - the link's callback
         for attempt in (*self.session.in_flight.values(), *self.session.leaving.values()):
             self._slots.abandon(attempt)
         self._forget(self)

@@ -22,8 +22,7 @@ from typing import Final
 from ucxx_transport.units import MAX_PORTS
 
 PORT_WORDS: Final = 32
-AWAITED: Final = MAX_PORTS * PORT_WORDS
-"""The general block's word: the worker writes it, and every port looks at it before it serves."""
+AWAITED: Final = MAX_PORTS * PORT_WORDS  # the worker writes it, and every port looks at it before it serves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +106,7 @@ class ServerStatistics:
 
 
 class PortCounters:
-    """The block of port 0..63 in the ring's `server_words`, as its single writer sees it.
-
-    Attributes:
-        words: the block, for counting without a call: `words[REQUESTS] += 1`.
-    """
+    """The block of one port, as its single writer sees it; `words[REQUESTS] += 1` counts without a call."""
 
     __slots__ = ("words",)
 
@@ -119,7 +114,7 @@ class PortCounters:
         self.words = words[index * PORT_WORDS : (index + 1) * PORT_WORDS]
 
     def add(self, name: str, amount: int = 1) -> None:
-        """Count `amount` more of `name` (a field of `PortStatistics`)."""
+        """Count so many more of a field of `PortStatistics`."""
         self.words[_POSITIONS[name]] += amount
 
     def retire(self) -> None:

@@ -44,36 +44,18 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-SWEEP_INTERVAL_S: Final = 0.5
-"""How often time limits are looked at: four wake-ups a second cost nothing that can be measured, and no limit needs to
-be kept more exactly."""
-
-RECLAIM_INTERVAL_S: Final = 1.0
-"""A killed reader's slot is back this soon even if no writer asks for it."""
-
+SWEEP_INTERVAL_S: Final = 0.5  # costs nothing that can be measured, and no limit needs to be kept more exactly
+RECLAIM_INTERVAL_S: Final = 1.0  # a killed reader's slot is back this soon even if no writer asks for it
+# Connections above the limit that are still answered BUSY; beyond them a newcomer is closed without a word.
 BUSY_ANSWERS: Final = 16
-"""Connections above the limit that are still answered BUSY; beyond them a newcomer is closed without a word."""
-
+# The first and the longest pause between two looks for a payload that a client waits for.
 SOON_S: Final = 0.5e-3
 LATER_S: Final = 5e-3
-"""The first and the longest pause between two looks for a payload that a client waits for."""
-
-LAST_FRAMES_S: Final = 0.1
-"""How long a port that is to stop takes in what had arrived: acknowledgements, above all."""
+LAST_FRAMES_S: Final = 0.1  # a port that is to stop takes in what had arrived: acknowledgements, above all
 
 
 class Port:
-    """Serves a ring at one port.
-
-    Args:
-        ring: the ring.
-        settings: of the server.
-        index: of the port among the server's; the first one also gives back what dead processes hold.
-        reactor: what runs it, in whatever thread.
-
-    Attributes:
-        slots: of the ring.
-    """
+    """Serves a ring at one port; number 0 of a server's also gives back what dead processes hold."""
 
     def __init__(self, ring: SharedRingBuffer, settings: ServerConfig, index: int, reactor: Reactor) -> None:
         self._reactor = reactor
@@ -94,13 +76,12 @@ class Port:
     def start(self, candidates: Sequence[int]) -> int:
         """Listen on the first of `candidates` that is free, 0 being any free one; returns the port.
 
-        Raises:
-            ConfigError: none of them can be bound, or the link cannot be opened.
+        A ConfigError: none of them can be bound, or the link cannot be opened.
         """
         link, last = self._reactor.link, None
-        for port in candidates:
+        for candidate in candidates:
             try:
-                self._listener = listener = link.listen(port, self._admit)
+                self._listener = link.listen(candidate, self._admit)
                 break
             except ConfigError as error:
                 last = error
@@ -110,11 +91,11 @@ class Port:
                 "ServerConfig(ports=…) or 0 for any free one",
                 errno=errno.EADDRINUSE,
             ) from last
-        self._counters.words[PORT] = listener.port
+        port = self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0
         self._reclaim_s = self._reactor.now()
         self._beat()
-        return listener.port
+        return port
 
     def stop(self) -> None:
         """Take no further connection and close those there are; it has `stopped` some turns later."""
@@ -136,8 +117,6 @@ class Port:
         """The link is closed, or given up: keep what UCX may still read from, for good."""
         self._counters.retire()
         self.slots.retire()
-
-    # --- Callbacks ---
 
     def _admit(self, endpoint: Endpoint) -> Connection | None:
         if self._is_stopping:
@@ -208,12 +187,7 @@ class Port:
 
 
 class PortThread:
-    """Serves the port number `index` of a server.
-
-    Args:
-        ring, settings, index: see `Port`.
-        candidates: the ports that it tries, in order; 0 is any free one.
-        link_factory: opens its link; None for one over UCX.
+    """A `Port`, and the thread that runs it; over UCX where no `link_factory` opens another link.
 
     Attributes:
         up: the port, once it listens; or why it does not. `stop` it after an error.
@@ -230,9 +204,9 @@ class PortThread:
         self._settings = settings
         self._candidates = candidates
         self._name = f"ucxx-port-{index}"
-        self._reactor = Reactor(link_factory or ucxx_links(settings), spin_s=settings.spin_s)
-        settings = replace(settings, max_connections=self._max_connections())
-        self._port = Port(ring, settings, index, self._reactor)
+        self._reactor = Reactor(link_factory or _ucxx_links(settings), spin_s=settings.spin_s)
+        limited = replace(settings, max_connections=_max_connections(settings))
+        self._port = Port(ring, limited, index, self._reactor)
         self.up: Future[int] = Future()
         self._stop_by_s = math.inf
         self._thread: Thread | None = None
@@ -289,21 +263,18 @@ class PortThread:
             reactor.close()
             port.retire()
 
-    def _max_connections(self) -> int:
-        """The setting, or less where the process has no descriptors for so many; the ports in it share them."""
-        asked, ports = self._settings.max_connections, self._settings.ports
-        sharing = 1
-        if self._settings.mode == "thread":
-            sharing = ports if isinstance(ports, int) else len(ports)
-        limit = raised_limit()
-        budget = connection_budget(limit=limit, in_use=descriptors_in_use(), asked=asked * sharing) // sharing
-        if budget < asked:
-            _log.warning("connections_limited", connections=budget, asked=asked, descriptors=limit, see="ulimit -n")
-        return max(1, budget)
+
+def _max_connections(settings: ServerConfig) -> int:
+    """The setting, or less where the process has no descriptors for so many; the ports in it share them."""
+    asked, sharing = settings.max_connections, settings.port_count if settings.mode == "thread" else 1
+    limit = raised_limit()
+    budget = connection_budget(limit=limit, in_use=descriptors_in_use(), asked=asked * sharing) // sharing
+    if budget < asked:
+        _log.warning("connections_limited", connections=budget, asked=asked, descriptors=limit, see="ulimit -n")
+    return max(1, budget)
 
 
-def ucxx_links(settings: ServerConfig) -> LinkFactory:
-    """Opens links over UCX."""
+def _ucxx_links(settings: ServerConfig) -> LinkFactory:
     from ucxx_transport.link.ucx import UCXXLink
 
     address = choose_address(settings.host)

@@ -40,23 +40,20 @@ class RingSource:
         sidecar: a process that may renew its lease beside its other work; a ring alone has none.
     """
 
+    sidecar: Sidecar | None = None
+
     def __init__(self, ring: SharedRingBuffer) -> None:
         self._ring = ring
         self._awaited = ring.server_words[AWAITED : AWAITED + 1]
         self._last_old: int | None = None
         self._was_bound = False
-        self.sidecar: Sidecar | None = None
 
     def offer(self) -> Offer:
         """What can be read now, and where."""
-        host, ports = self._ring.address()
-        return Offer(
-            ring_id=self._ring.ring_id,
-            ring_name=self._ring.name,
-            host_id=host_id(self._ring.folder),
-            host=host,
-            ports=tuple(ports),
-        )
+        ring = self._ring
+        host, ports = ring.address()
+        here = host_id(ring.folder)
+        return Offer(ring_id=ring.ring_id, ring_name=ring.name, host_id=here, host=host, ports=tuple(ports))
 
     def hold(self) -> None:
         """Answer NOT_READY until it is bound; what is written up to now belongs to the epoch that ended, if any."""
@@ -65,23 +62,15 @@ class RingSource:
             self._last_old = self._ring.write_sequence
 
     def bind(self) -> None:
-        """Serve, without what was written under an epoch before.
-
-        Raises:
-            DeadlineExceededError: the ring's lock was not to be had in time; it still answers NOT_READY.
-        """
+        """Serve, without what was written under an epoch before; errors as `discard_old`, then it still holds."""
         self.discard_old()
         self._was_bound = True
         self._awaited[0] = 0
 
     def discard_old(self) -> int:
-        """Drop what an epoch before has left and no one is reading now.
+        """Drop what an epoch before has left and no one is reading now; returns how much of it is still in use.
 
-        Returns:
-            How many of its payloads are still being read or written; call again until there are none.
-
-        Raises:
-            DeadlineExceededError: the ring's lock was not to be had in time.
+        A DeadlineExceededError: the ring's lock was not to be had in time.
         """
         if self._last_old is None:
             return 0
@@ -129,9 +118,9 @@ class UCXXServer(RingSource):
         super().__init__(ring)
         self._config = made_of(ServerConfig, config, "config")
         self._link_factory = link_factory
-        self._indices = range(self._config.ports if isinstance(self._config.ports, int) else len(self._config.ports))
-        self._sidecars = [self._sidecar_of(index) for index in self._indices if self._config.mode == "process"]
-        self._counters = [PortCounters(ring.server_words, index) for index in self._indices]
+        self._counters = [PortCounters(ring.server_words, index) for index in range(self._config.port_count)]
+        is_process = self._config.mode == "process"
+        self._sidecars = [self._sidecar_of(index) for index in range(self._config.port_count) if is_process]
         self._running: Sequence[Sidecar | PortThread] = ()
         self.address: str | None = None
         self.ports: tuple[int, ...] = ()
@@ -225,7 +214,7 @@ class UCXXServer(RingSource):
         """All side by side: a process takes a second to be up."""
         self._running = self._sidecars or [
             PortThread(self._ring, self._config, index, self._candidates(index), self._link_factory)
-            for index in self._indices
+            for index in range(len(self._counters))
         ]
         for port in self._running:
             port.start()
@@ -242,7 +231,7 @@ class UCXXServer(RingSource):
             port.begin_stop(until_s)
         for port in self._running:
             port.stop(until_s)
-        self._clean_up(*self._indices)
+        self._clean_up(*self._counters)
 
     def _candidates(self, index: int) -> list[int]:
         """The ports that a port tries, in order; 0 is any free one.
@@ -256,42 +245,42 @@ class UCXXServer(RingSource):
         every = range(base, min(65536, base + self._config.port_attempts))
         return [*every[index:], *every[:index]]
 
-    # in a sidecar's thread
-
     def _sidecar_of(self, index: int) -> Sidecar:
-        return Sidecar(
+        """A port's process; what it calls, it calls in its own thread."""
+        counters = self._counters[index]
+
+        def order() -> dict[str, object]:
+            return {
+                "ring_name": self._ring.name,
+                "ring_folder": self._ring.folder,
+                "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
+                "index": index,
+                # after another's death the very port that it had
+                "candidates": [sidecar.up.result()] if sidecar.up.done() else self._candidates(index),
+                "settings": self._config,
+            }
+
+        def is_stalled() -> bool:
+            """Its loop has not turned for so long that it will not: it hangs inside UCX, say."""
+            return time.monotonic_ns() - counters.words[BEAT] > self._config.stall_timeout_s * 1e9
+
+        sidecar = Sidecar(
             f"ucxx port {index}",
-            serve=lambda: self._order(index),
+            serve=order,
             pauses_s=(0.1, 1.0),
             start_timeout_s=self._config.start_timeout_s,
-            on_death=lambda: self._clean_up(index),
-            is_stalled=lambda: self._is_stalled(index),
+            on_death=lambda: self._clean_up(counters),
+            is_stalled=is_stalled,
         )
+        return sidecar
 
-    def _order(self, index: int) -> dict[str, object]:
-        """What a process is to serve: after another's death the very port that it had."""
-        up = self._sidecars[index].up
-        return {
-            "ring_name": self._ring.name,
-            "ring_folder": self._ring.folder,
-            "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
-            "index": index,
-            "candidates": [up.result()] if up.done() else self._candidates(index),
-            "settings": self._config,
-        }
-
-    def _clean_up(self, *indices: int) -> None:
+    def _clean_up(self, *ports: PortCounters) -> None:
         """Do what killed ports could not: say that they listen no longer, and give back what they held."""
         if self._ring.closed:
             return
-        for index in indices:
-            self._counters[index].retire()
+        for counters in ports:
+            counters.retire()
         try:
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
             _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
-
-    def _is_stalled(self, index: int) -> bool:
-        """Whether the port's loop has not turned for so long that it will not: it hangs inside UCX, say."""
-        silent_ns = time.monotonic_ns() - self._counters[index].words[BEAT]
-        return silent_ns > self._config.stall_timeout_s * 1e9

@@ -27,23 +27,15 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-MAX_ANSWERS: Final = 4096
-"""Slots, by length, whose memory is kept prepared for the link."""
-
-MAX_SPARE: Final = 128
-"""Leases that are kept for further attempts: making one costs 2 µs."""
-
-MAX_PACK_BUFFERS: Final = 16
-"""Kept for further packed payloads."""
-
-CLOGGED: Final = 8
-"""The part of the ring that stuck sends may hold."""
-
+MAX_ANSWERS: Final = 4096  # slots, by length, whose memory is kept prepared for the link
+MAX_SPARE: Final = 128  # leases that are kept for further attempts: making one costs 2 µs
+MAX_PACK_BUFFERS: Final = 16  # kept for further packed payloads
+CLOGGED: Final = 8  # the part of the ring that stuck sends may hold
 NO_EPOCH: Final = "the worker has no epoch yet"
 _LOCKED: Final = "the ring's lock is held by a process that does not get on"
 
+# Of ports that are gone: while UCX may read from a slot, its lease must not be dropped.
 _never_ended: list[Attempt] = []
-"""Of ports that are gone: while UCX may read from a slot, its lease must not be dropped."""
 
 
 class Answer(NamedTuple):
@@ -56,13 +48,8 @@ class Answer(NamedTuple):
 class Slots:
     """See the module.
 
-    Args:
-        ring: the ring.
-        counters: of the port.
-        reactor: the port's.
-
     Attributes:
-        words: of the counters. awaited: one word, not 0 while the source waits for its epoch.
+        words: of the port's counters. awaited: one word, not 0 while the source waits for its epoch.
         pack_buffers: for packed payloads, those that are not in use.
         is_clogged: UCX has not ended the sends of so many slots that only the end of this process can give them back.
     """
@@ -86,7 +73,7 @@ class Slots:
         return self._locked_turn == self.reactor.turns
 
     def acquire(self, attempt: Attempt, reader: int) -> Answer:
-        """Enter the attempt at its slot; the answer that this is, or a TransportError, see `status_of`."""
+        """Enter the attempt at its slot; the answer that this is, or a TransportError: see `status_of`."""
         self.words[REQUESTS] += 1
         if self.awaited[0]:
             raise errors.NotReadyError(NO_EPOCH)
@@ -116,11 +103,7 @@ class Slots:
         return known
 
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
-        """What is there and fits; none where the lock is not to be had.
-
-        Raises:
-            ConfigError: the first one is larger than `max_bytes`.
-        """
+        """What is there and fits; none where the lock is not to be had. A ConfigError: the first one does not fit."""
         if not max_payloads or self.is_locked:
             return []
         try:
@@ -213,7 +196,7 @@ class Slots:
         self.is_clogged = sum(not _is_over(attempt) for attempt in self._kept) > self._ring.slots // CLOGGED
 
     def reclaim(self) -> None:
-        """Give back what dead processes hold; the next time where the lock is not to be had."""
+        """Give back what dead processes hold; where the lock is not to be had, the next time."""
         if self.is_locked:
             return
         try:

@@ -69,7 +69,7 @@ _INTERPRETERS: Final = ("python", "pypy")
 class Sidecar:
     """Keeps one sidecar beside this process, from a thread: starts it, reads its reports, starts it again when it dies.
 
-    It may be started again after a stop. A forked child must leave it alone.
+    A forked child must leave it alone.
 
     Args:
         role: in front of its log lines, such as "ucxx port 0".
@@ -106,6 +106,7 @@ class Sidecar:
         self._thread: threading.Thread | None = None
         self._process: _Process | None = None
         self._leases: dict[int, Order] = {}
+        self._unsent: dict[int, Order | None] = {}
         self._stop_by_s = math.inf
         self._wake: Wakeup  # while there is a thread
         self.pid: int | None = None
@@ -114,11 +115,9 @@ class Sidecar:
         self.kept: set[int] = set()
 
     def start(self) -> None:
-        """Start it from the thread, and return at once; one that runs goes on."""
-        with self._lock:
-            if self._thread is None:
-                self._stop_by_s, self.up, self._wake = math.inf, Future(), Wakeup()
-                self._thread = start_thread(self._run, name="ucxx-sidecar")
+        """Start it from the thread, and return at once; after a stop, too, with the leases that it was to renew."""
+        self._stop_by_s, self.up, self._wake = math.inf, Future(), Wakeup()
+        self._thread = start_thread(self._run, name="ucxx-sidecar")
 
     def begin_stop(self, until_s: float) -> None:
         """`stop` without its wait, so that several end side by side."""
@@ -134,8 +133,7 @@ class Sidecar:
             DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
         """
         self.begin_stop(until_s)
-        thread = self._thread
-        if thread is None:
+        if (thread := self._thread) is None:
             return
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
         if thread.is_alive():
@@ -153,8 +151,8 @@ class Sidecar:
                 self.kept.discard(lease_id)
             else:
                 self._leases[lease_id] = store
-            if self._process is not None:
-                self._process.order({lease_id: store})
+            self._unsent[lease_id] = store
+            self._send_orders()
 
     # the thread
 
@@ -190,8 +188,7 @@ class Sidecar:
             reason = f"{type(error).__name__}: {error}"
             raise TransportError("the sidecar could not be started", role=self._role, reason=reason) from error
         with self._lock:
-            self._process = process
-            process.order(self._leases)
+            self._process, self._unsent = process, {**self._leases}
         try:
             self._follow(process)
         finally:
@@ -200,25 +197,20 @@ class Sidecar:
                 self._process = self.pid = None
                 self.kept.clear()
                 self.restarts += process.came_up_s is not None and not was_asked
-            if was_asked:
-                process.end(self._stop_by_s)
-            else:
-                process.popen.kill()  # unless it has ended
-            how = process.reap()
-        if was_asked:
-            return 0.0, how
+            how = process.end(self._stop_by_s if was_asked else -math.inf)
         if process.came_up_s is None:
             raise TransportError(f"the sidecar died at its start: {how}", role=self._role)
-        self._on_death()
+        if not was_asked:
+            self._on_death()
         return time.monotonic() - process.came_up_s, how
 
     def _follow(self, process: _Process) -> None:
         """Read its reports until it ends or a stop is asked for."""
         judged_s = time.monotonic()
         start_by_s = judged_s + self._start_timeout_s
+        self._send_orders()
         while not self._wait(min(LOOK_S, self._start_timeout_s), process.fileno()):
-            with self._lock:
-                process.order({})
+            self._send_orders()
             had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
             report = process.receive()
             if report:
@@ -250,6 +242,14 @@ class Sidecar:
         elif "kept" in report:
             self.kept.add(report["kept"])
 
+    def _send_orders(self) -> None:
+        """Of what it did not take before, which may be stopped, the newest order of each lease."""
+        with self._lock:
+            for lease_id, store in [*self._unsent.items()]:
+                if self._process is None or not self._process.send({"lease_id": lease_id, "store": store}):
+                    return
+                del self._unsent[lease_id]
+
     def _wait(self, timeout_s: float, process: int = -1) -> bool:
         """Until there is a report, the time is up, or a stop is asked for: True."""
         watched = select.poll()
@@ -267,13 +267,15 @@ class _Process:
         self._role = role
         self.came_up_s: float | None = None  # from then on it writes to the worker's standard error
         self.last_words = ""  # what it says that it died of
-        self._unsent: dict[int, Order | None] = {}
+        passed: list[int] = []
         open_standard_streams()  # else what it is handed could have a number that its own streams take
-        descriptor = serve.get("descriptor") if serve is not None else None
-        inherited = [descriptor] if isinstance(descriptor, int) else []
         with ExitStack() as handed, ExitStack() as kept:
-            for number in inherited:
-                handed.callback(os.close, number)
+            descriptor = None if serve is None else serve.get("descriptor")
+            if isinstance(descriptor, int):
+                handed.callback(os.close, descriptor)
+                passed.append(descriptor)
+            passed.append(errors := os.dup(2))
+            handed.callback(os.close, errors)
             path = handed.enter_context(_scratch())
             # imports skip what is no string, such as a Path
             path.write(json.dumps([entry for entry in sys.path if type(entry) is str]).encode())
@@ -281,17 +283,15 @@ class _Process:
             self._first_words = kept.enter_context(_scratch())
             self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
             kept.enter_context(self._socket)
-            handed.enter_context(theirs)
-            errors = os.dup(2)
-            handed.callback(os.close, errors)
+            worker = handed.enter_context(theirs).fileno()
             flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing starts its own
             self.popen = subprocess.Popen(
                 # -P: the folder of the script is none of the worker's `sys.path`
-                [interpreter(), *flags, "-P", str(_BOOT), str(theirs.fileno()), str(errors), role],
+                [interpreter(), *flags, "-P", str(_BOOT), str(worker), str(errors), role],
                 stdin=path,
                 stdout=self._first_words,  # UCX logs there, and the worker's own may be what it talks to a program by
                 stderr=self._first_words,
-                pass_fds=(theirs.fileno(), errors, *inherited),
+                pass_fds=(worker, *passed),
                 process_group=0,
             )
             kept.pop_all()
@@ -309,14 +309,6 @@ class _Process:
             pass
         return True
 
-    def order(self, stores: Mapping[int, Order | None]) -> None:
-        """Send where these leases are to be renewed, and of what it did not take before the newest order of each."""
-        self._unsent.update(stores)
-        for lease_id, store in [*self._unsent.items()]:
-            if not self.send({"lease_id": lease_id, "store": store}):
-                return
-            del self._unsent[lease_id]
-
     def receive(self) -> dict[str, Any] | None:
         """The next report; an empty one where there is none, None at the end of file."""
         try:
@@ -327,18 +319,16 @@ class _Process:
             return None
         return json.loads(report) if report else None
 
-    def end(self, until_s: float) -> None:
-        """By the close frame, and by SIGKILL once `until_s` has passed."""
-        self.send({})
-        self.popen.terminate()  # in its first moments it does not read yet, but dies of this; later it ignores it
-        try:
-            self.popen.wait(max(0.0, until_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _log.warning("sidecar_killed", role=self._role, pid=self.popen.pid, reason="it did not stop in time")
-            self.popen.kill()
-
-    def reap(self) -> str:
-        """Wait for its end, close what is left of it, and say how it ended."""
+    def end(self, until_s: float) -> str:
+        """End it, by SIGKILL once `until_s` has passed, before that by the close frame; returns how it ended."""
+        if until_s > -math.inf:
+            self.send({})
+            self.popen.terminate()  # in its first moments it does not read yet, but dies of this; later it ignores it
+            try:
+                self.popen.wait(max(0.0, until_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _log.warning("sidecar_killed", role=self._role, pid=self.popen.pid, reason="it did not stop in time")
+        self.popen.kill()  # unless it has ended
         code = self.popen.wait()
         self._socket.close()
         said = self.forward() if self.came_up_s is None else ""

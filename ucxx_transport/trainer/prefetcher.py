@@ -28,7 +28,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import several
-from ucxx_transport.settings import known_options, unknown_name
+from ucxx_transport.settings import check_names, known_options
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.accounts import Account, Accounts, Alone, PrefetchStatistics
 from ucxx_transport.trainer.batch import Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut, given_up
@@ -252,7 +252,7 @@ class Prefetcher:
     ) -> None:
         if unknown:
             choices = {*FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
-            raise unknown_name(f"setting of {type(self).__name__}", next(iter(unknown)), choices)
+            check_names(f"setting of {type(self).__name__}", unknown, choices)
         self.limits = FetchLimits(
             deadline_s, max_fetch_rounds, max_staleness, unreachable_batches, on_loss, discard_lost=discard_lost
         )

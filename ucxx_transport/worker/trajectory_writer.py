@@ -26,7 +26,7 @@ from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord
 from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import checked_meta, finite_meta, refuse
 from ucxx_transport.server import RingSource, UCXXServer
-from ucxx_transport.settings import check_keywords, gather, known_options, made_of
+from ucxx_transport.settings import check_names, gather, known_options, made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
@@ -107,7 +107,7 @@ class TrajectoryWriter:
         **unknown: Never,
     ) -> None:
         # refused here rather than with the first episode
-        check_keywords(f"setting of {type(self).__name__}", unknown, WriterSettings)
+        check_names(f"setting of {type(self).__name__}", unknown, WriterSettings.__annotations__)
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
         for name, word, permitted in (
             ("serve", serve, (True, False)),
@@ -182,7 +182,7 @@ class TrajectoryWriter:
             RingFullError: no slot, and a ring that does not wait was chosen.
         """
         if _unknown:
-            check_keywords("option of write", _unknown, WriteOptions)
+            check_names("option of write", _unknown, WriteOptions.__annotations__)
         policy_version = as_policy_version(policy_version)
         if deadline_s is not None:
             deadline_s = checked_seconds(deadline_s, "deadline_s")

@@ -90,7 +90,6 @@ def test_a_stopped_one_can_be_started_again() -> None:
     sidecar = Sidecar("lease", pauses_s=AT_ONCE)
     for _ in range(2):
         sidecar.start()
-        sidecar.start()
         assert sidecar.up.result(MINUTE) is None
         sidecar.stop(soon())
         assert sidecar.pid is None
