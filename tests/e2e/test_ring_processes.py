@@ -260,7 +260,7 @@ def test_a_stopped_holder_of_the_lock_costs_a_bounded_wait_and_nothing_else() ->
 
 def test_a_lease_dropped_while_the_lock_is_stuck_ends_when_the_lock_is_free_again() -> None:
     with ring_of(lock_timeout_s=0.2) as ring, Actor("sit_in_section", ring.name, "between transitions") as holder:
-        array = ring.acquire(ring.write_raw(b"payload")).detach()
+        array = ring.acquire(ring.write_raw(b"payload")).hand_over()
         assert holder.hear() == "ready"
         stop_process(holder.process.pid)
         del array
@@ -332,7 +332,7 @@ def make(*_):
         ("make(); raise SystemExit", 0),
         ("make()\nif os.fork() == 0: sys.exit()\nos.wait()\nSharedRingBuffer.attach(ring.name)", 0),
         ("process = multiprocessing.get_context('fork').Process(target=make); process.start(); process.join()", 0),
-        ("make(); lease = ring.reserve(); kept = ring.acquire(ring.write_raw(b'x')).detach()", 0),
+        ("make(); lease = ring.reserve(); kept = ring.acquire(ring.write_raw(b'x')).hand_over()", 0),
         ("make(); signal.raise_signal(signal.SIGINT)", -signal.SIGINT),
     ],
 )

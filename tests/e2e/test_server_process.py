@@ -29,7 +29,7 @@ from ucxx_transport import (
     SlotState,
     SyncUCXXClient,
 )
-from ucxx_transport.ring.holders import process_name
+from ucxx_transport.ring.handle import process_name
 from ucxx_transport.ring.segment import segment_path
 from ucxx_transport.wire.frames import Kind, Status
 

@@ -283,8 +283,7 @@ class RingMachine(RuleBasedStateMachine):
         RingMachine.steps += 1
         held = self.reading.pop(index % len(self.reading))
         assert isinstance(held.lease, ReadLease)
-        array = held.lease.detach()
-        self.retire(held)
+        array = held.lease.hand_over()
         self.detached.append(replace(held, lease=array[:]))
 
     @precondition(lambda self: self.detached)

@@ -9,7 +9,6 @@ from time import monotonic_ns
 from ucxx_transport.config import RingConfig
 from ucxx_transport.native import Library
 from ucxx_transport.ring import SlotState
-from ucxx_transport.ring.handle import create_ring
 from ucxx_transport.ring.layout import (
     ABORTED,
     COMMIT_TIME,
@@ -48,7 +47,7 @@ from ucxx_transport.ring.layout import (
 )
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.states import generation_of, state_of
-from ucxx_transport.ring.transitions import HoldWords, TakeWords, Transitions, Words
+from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words, create_ring
 from ucxx_transport.wire import codec
 
 LIVING = Owner(1, 1)
@@ -60,8 +59,8 @@ class RingBench:
 
     def __init__(self, library: Library | None = None, *, slots: int = 3, readers: int = 3) -> None:
         config = RingConfig(slots=slots, slot_bytes=64, readers=readers, prefault=False)
-        self.segment, self.identity, _ = create_ring(config)
-        self.transitions = Transitions(self.segment, self.identity, library=library)
+        self.transitions = create_ring(config, library)
+        self.identity, self.words = self.transitions.identity, self.transitions.words
         self.leases = 0
 
     def hold(self, owner: Owner, slot: int = 0, generation: int = 0, reader: int = 0) -> Words:
@@ -73,17 +72,17 @@ class RingBench:
         return self.identity.first_slot_word + slot * self.identity.slot_words
 
     def state(self, slot: int) -> SlotState:
-        return state_of(self.segment.words[self.base(slot) + STATE])
+        return state_of(self.words[self.base(slot) + STATE])
 
     def generation(self, slot: int) -> int:
-        return generation_of(self.segment.words[self.base(slot) + STATE])
+        return generation_of(self.words[self.base(slot) + STATE])
 
     def states(self) -> list[SlotState]:
         return [self.state(slot) for slot in range(self.identity.slots)]
 
     def listed(self, first: int, links: int = PREVIOUS) -> list[int]:
         """The slots of a list, from its first to its last; checked against the same backwards."""
-        words, forwards, before = self.segment.words, [], 0
+        words, forwards, before = self.words, [], 0
         at = words[first]
         while at:
             base = self.base(at - 1)
@@ -96,7 +95,7 @@ class RingBench:
 
     def check(self) -> None:
         """Lists and counts say what the state words say."""
-        words, states = self.segment.words, self.states()
+        words, states = self.words, self.states()
         held = [slot for slot, state in enumerate(states) if state in (SlotState.READY, SlotState.READING)]
         by_age = sorted(held, key=lambda slot: words[self.base(slot) + SEQUENCE])
         assert self.listed(HELD_FIRST_WORD) == by_age
@@ -129,13 +128,13 @@ class RingBench:
         )
         if state in (SlotState.FREE, SlotState.WRITING):
             return state, self.generation(slot), owners
-        words, first = self.segment.words, base + FIRST_ENTRY
+        words, first = self.words, base + FIRST_ENTRY
         entries = [first + ENTRY_WORDS * index for index in range(self.identity.entries)]
         had = [words[entry + ENTRY_READER] for entry in entries if words[entry + ENTRY_LEASE] & 1]
         facts = [words[base + word] for word in (NBYTES, SEQUENCE, REQUIRED_READS, ENVELOPE_BYTES)]
         assert words[base + COMMIT_TIME]
         start = self.identity.first_payload_byte + slot * self.identity.stride_bytes - HEADROOM_BYTES
-        message = self.segment.memory[start : start + message_bytes(facts[0])]
+        message = self.transitions.memory[start : start + message_bytes(facts[0])]
         header = codec.decode_header(message)
         codec.check_trailer(message, header)
         assert (header.slot, header.generation, header.nbytes) == (slot, self.generation(slot), facts[0])
@@ -181,7 +180,7 @@ class RingBench:
         return self.transitions.holds(SlotState.WRITING, SlotState.READING)
 
     def counted(self, counter: str) -> int:
-        return self.segment.words[COUNTER_WORD + COUNTERS.index(counter)]
+        return self.words[COUNTER_WORD + COUNTERS.index(counter)]
 
     def reclaim(self, owner: Owner) -> None:
         for words in list(self.holds()):

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import ctypes
 import os
-import secrets
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Self
+from time import monotonic_ns
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError, SlotError
+from ucxx_transport.errors import ConfigError, SlotError
 from ucxx_transport.ring import layout, leases
-from ucxx_transport.ring.holders import Holder, find_holders
-from ucxx_transport.ring.layout import Identity, RingStatistics, round_up
-from ucxx_transport.ring.owner import Owner, boot_id, current_owner, host_id, owner_alive, pid_namespace
-from ucxx_transport.ring.segment import Segment, create_segment, open_segment, sweep_orphans
-from ucxx_transport.ring.states import SlotState, state_of
-from ucxx_transport.ring.transitions import Transitions
-from ucxx_transport.schema import Schema, SlotRef
-from ucxx_transport.schema.slot_ref import Common, common_of
+from ucxx_transport.ring.layout import RingStatistics
+from ucxx_transport.ring.owner import Owner, host_id, owner_alive
+from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
+from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
+from ucxx_transport.schema.slot_ref import Common, SlotRef, common_of
 from ucxx_transport.settings import made_of
 from ucxx_transport.units import MAX_PORTS
 
@@ -37,8 +35,28 @@ MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
 """Number of ports, bytes of the host, the ports, the host."""
 
+_NAMED: Final = 3
+"""Holders of slots in a message; of the others it says how many there are."""
+
+
+_SIDECAR: Final = b"ucxx_transport/sidecar/boot.py\0"
+"""In the command line of a process that serves a port."""
+
 _SnapshotWords = ctypes.c_uint64 * (len(layout.COUNTERS) + len(SlotState))
-_READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
+
+
+class Holder(NamedTuple):
+    """A reader that has attempts in flight: its process, on the ring's host, and its id (0: unnamed).
+
+    `slots` is how many it holds; `held_s` how long the one that it has held longest. `process` names it in a message:
+    what it runs, or that it is the ring's server, which reads for a client of another host.
+    """
+
+    pid: int
+    reader: int
+    process: str
+    slots: int
+    held_s: float
 
 
 class RingHandle:
@@ -49,34 +67,25 @@ class RingHandle:
 
     def __init__(
         self,
-        segment: Segment,
-        identity: Identity,
-        schema: Schema | None,
+        transitions: Transitions,
         *,
         owner: Owner | None = None,
         alive: Callable[[int, int], bool] = owner_alive,
     ) -> None:
-        self.name, self.folder = segment.name, segment.path.parent
-        self.ring_id, self.schema, self.fingerprint = identity.ring_id, schema, identity.fingerprint
+        self._transitions = transitions
+        self._creation, self._words = transitions.creation, transitions.words
+        self._identity = identity = transitions.identity
+        self.name, self.folder = self._creation.name, self._creation.path.parent
+        self.ring_id, self.schema, self.fingerprint = identity.ring_id, transitions.schema, identity.fingerprint
         self.slots, self.slot_bytes, self.readers = identity.slots, identity.slot_bytes, identity.readers
-        self.mapping = np.frombuffer(segment.memory, np.uint8)
-        self.server_words = segment.words[layout.SERVER_WORD : layout.SERVER_WORD + layout.SERVER_WORDS]
+        self.mapping = np.frombuffer(transitions.memory, np.uint8)
+        self.server_words = self._words[layout.SERVER_WORD : layout.SERVER_WORD + layout.SERVER_WORDS]
         self.closed = False
-        self._segment, self._identity = segment, identity
-        self._words = segment.words
-        own = current_owner if owner is None else lambda: owner
-        self._transitions = Transitions(segment, identity, schema, owner=own)
         self._alive = alive
-        template = SlotRef(
-            ring_id=identity.ring_id,
-            ring_name=segment.name,
-            slot=0,
-            generation=0,
-            nbytes=0,
-            host_id=host_id(self.folder),
-            fingerprint=identity.fingerprint,
-        )
-        self._addressed = 0, template, common_of(template)
+        if owner is not None:
+            transitions.owner = lambda: owner
+        self._host_id = host_id(self.folder)
+        self._addressed: tuple[int, Common] = -1, (b"", "", "", None, (), 0)  # of no version
 
     @classmethod
     def create(cls, config: RingConfig | Mapping[str, object], **seams: Any) -> Self:
@@ -89,7 +98,7 @@ class RingHandle:
         Raises:
             ConfigError: a setting is wrong, the name is in use by a live creator, or the ring does not fit its folder.
         """
-        return cls(*create_ring(made_of(RingConfig, config, "config")), **seams)
+        return cls(create_ring(made_of(RingConfig, config, "config")), **seams)
 
     @classmethod
     def attach(
@@ -115,11 +124,8 @@ class RingHandle:
             NotReadyError: it is still being made.
             ProtocolError: no ring, another layout version, or damaged; says what was found.
         """
-        segment = open_segment(name, None if folder is None else Path(folder), descriptor)
-        identity, schema = _read_identity(segment)
-        if populate:
-            segment.populate()
-        return cls(segment, identity, schema, **seams)
+        folder = None if folder is None else Path(folder)
+        return cls(open_ring(name, folder, descriptor, populates=populate), **seams)
 
     @property
     def schema_bytes(self) -> bytes:
@@ -138,7 +144,7 @@ class RingHandle:
         None where this handle did not make the ring, in this process.
         """
         self._require_open()
-        return self._segment.duplicate()
+        return self._creation.duplicate()
 
     def slot_state(self, slot: int) -> SlotState:
         """What a slot holds now; a SlotError where the ring has no such slot."""
@@ -156,7 +162,7 @@ class RingHandle:
     def get_ready_count(self) -> int:
         """How many payloads wait to be read."""
         self._require_open()
-        return self._words[_READY]
+        return self._words[layout.STATE_COUNT_WORD + SlotState.READY]
 
     def creator_alive(self) -> bool:
         """Whether the process that made the ring lives."""
@@ -193,7 +199,7 @@ class RingHandle:
     def holders(self) -> list[Holder]:
         """Whose read attempts hold slots now, and for how long; the one with the most first."""
         self._require_open()
-        return find_holders(self._segment, self._identity)
+        return _holders(*_headers(self._transitions))
 
     def reclaim_dead(self) -> int:
         """Give back the slots that dead processes hold. Writes do so by themselves when the ring is full.
@@ -214,12 +220,12 @@ class RingHandle:
 
         False: it was removed before, or this handle did not make it.
         """
-        return self._segment.unlink()
+        return self._creation()
 
     def close(self) -> None:
         """End the use of this handle; the one that made the ring removes it. Leases stay valid. Idempotent."""
         self.closed = True
-        self._segment.unlink()
+        self._creation()
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +235,7 @@ class RingHandle:
 
     def __repr__(self) -> str:
         """Name, sizes and role."""
-        role = "closed" if self.closed else "creator" if self._segment.is_creator else "attached"
+        role = "closed" if self.closed else "attached" if self._creation.descriptor() is None else "creator"
         return f"<SharedRingBuffer {self.name!r} {self.slots} × {self.slot_bytes} bytes, {role}, pid {os.getpid()}>"
 
     def _require_open(self) -> None:
@@ -253,7 +259,7 @@ class RingHandle:
     def _common(self) -> Common:
         """What a reference made now has in common with the ring's others: its name, and where its server is."""
         words = self._words
-        known, template, common = self._addressed
+        known, common = self._addressed
         version = words[layout.ADDRESS_VERSION_WORD]
         while version != known:
             bank = layout.ADDRESS_WORD + (version & 1) * layout.ADDRESS_BANK_WORDS
@@ -262,74 +268,102 @@ class RingHandle:
             known, version = version, words[layout.ADDRESS_VERSION_WORD]
             if known == version:
                 count, length, *ports, name = _BANK.unpack(content)
-                host = name[: min(length, MAX_HOST_BYTES)].decode(errors="replace") if count else None
-                template = replace(template, host=host, ports=tuple(ports[:count]))
+                template = SlotRef(
+                    ring_id=self.ring_id,
+                    ring_name=self.name,
+                    slot=0,
+                    generation=0,
+                    nbytes=0,
+                    host_id=self._host_id,
+                    host=name[: min(length, MAX_HOST_BYTES)].decode(errors="replace") if count else None,
+                    ports=tuple(ports[:count]),
+                    fingerprint=self.fingerprint,
+                )
                 common = common_of(template)
-                self._addressed = version, template, common
+                self._addressed = version, common
         return common
 
 
-def create_ring(config: RingConfig) -> tuple[Segment, Identity, Schema | None]:
-    """Make a segment that describes itself, after a sweep of what dead creators left; errors as `create_segment`."""
-    folder = Path(config.folder)
-    sweep_orphans(folder)
-    given = config.schema
-    schema = given if given is None or isinstance(given, Schema) else Schema.from_dict(given.to_dict())
-    described = b"" if schema is None else schema.to_bytes()
-    creator = current_owner()
-    identity = Identity(
-        ring_id=secrets.token_bytes(16),
-        slots=config.slots,
-        # a schema of empty arrays alone has payloads of no bytes
-        slot_bytes=max(1, schema.nbytes) if schema is not None else (config.slot_bytes or 1),
-        readers=config.readers,
-        schema_bytes=len(described),
-        fingerprint=0 if schema is None else schema.fingerprint,
-        on_full=config.on_full,
-        checksum=config.checksum,
-        block_timeout_ns=int(config.block_timeout_s * 1e9),
-        lock_timeout_ns=int(config.lock_timeout_s * 1e9),
-        envelope_bytes=round_up(config.envelope_bytes, 64),
-        creator_pid=creator.pid,
-        creator_start=creator.start,
-        boot_id=boot_id(),
-        pid_namespace=pid_namespace(),
-    )
-    name = config.name or f"{os.getpid()}-{secrets.token_hex(6)}"
-    segment = create_segment(name, identity.total_bytes, folder)
-    try:
-        if config.prefault:
-            segment.populate()
-        Transitions(segment, identity).initialise()
-        for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
-            segment.memory[first : first + len(content)] = content
-        segment.words[layout.COMPLETE_WORD] = 1  # the last store
-    except BaseException:
-        segment.unlink()
-        raise
-    return segment, identity, schema
+def process_name(pid: int) -> str:
+    """A process in the words of a message: what it runs, or that it is one of a ring's server."""
+    with suppress(OSError):
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        is_server = _SIDECAR in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return f"the ring's server, pid {pid}" if is_server else f"pid {pid} ({name})"
+    return f"pid {pid}"
 
 
-def _read_identity(segment: Segment) -> tuple[Identity, Schema | None]:
-    """Check that a segment is a ring which this process can use, and what it says of itself; errors as `attach`."""
-    words = segment.words[: layout.COMPLETE_WORD + 1].tolist()
-    of_ours = words[layout.MAGIC_WORD] == layout.MAGIC and words[layout.VERSION_WORD] == layout.LAYOUT_VERSION
-    if not any(words) or (of_ours and not words[layout.COMPLETE_WORD]):  # its sizes may not be there yet
-        raise NotReadyError("the ring is still being made; try again", name=segment.name)
-    identity = Identity.from_bytes(segment.memory[: layout.IDENTITY_BYTES].tobytes(), segment.nbytes)
-    if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
-        raise ConfigError(
-            "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
-            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
-            field="name",
-            name=segment.name,
-            reason="pid_namespace",
-            creator_namespace=identity.pid_namespace,
-            own_namespace=pid_namespace(),
+def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
+    """Why a write found no slot, in words that end with what helps, and the numbers behind them.
+
+    It looks at all slots without the lock: one that changes meanwhile may be missing.
+    """
+    states, entries = _headers(ring)
+    holders = _holders(states, entries)
+    had = (entries[:, :, layout.ENTRY_LEASE] & 1).sum(axis=1)[states == SlotState.READY]
+    partly_read = dict(zip(*(column.tolist() for column in np.unique(had, return_counts=True)), strict=True))
+    unread, writing = partly_read.pop(0, 0), int((states == SlotState.WRITING).sum())
+    parts, remedies = [], []
+    for holder in holders[:_NAMED]:
+        name = holder.process + (f", reader {holder.reader:x}," if holder.reader else "")
+        longest = "the longest for" if holder.slots > 1 else "for"
+        parts.append(f"{name} holds {holder.slots}, {longest} {holder.held_s:.1f} s")
+    if len(holders) > _NAMED:
+        parts.append(f"{len(holders) - _NAMED} other readers hold some")
+    if holders:
+        remedies.append("a trainer that keeps arrays keeps their slots: clone them, or read with local='copy'")
+    for readers, slots in partly_read.items():
+        which = {1: "second", 2: "third"}.get(readers, f"{readers + 1}th")
+        parts.append(f"{_wait(slots)} for a {which} reader")
+    if partly_read:
+        remedies.append(
+            "start the missing reader; if it is gone for good, write(readers=1), and discard(refs) by a client that "
+            "has not read them"
         )
-    if not identity.schema_bytes:
-        return identity, None
-    schema = Schema.from_bytes(segment.memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())
-    if schema.fingerprint != identity.fingerprint or schema.nbytes > identity.slot_bytes:
-        raise ProtocolError("a ring whose schema is not the one it names", field="schema", name=segment.name)
-    return identity, schema
+    if unread:
+        parts.append(f"{_wait(unread)} for a first reader")
+        remedies.append("start more readers")
+    if writing:
+        parts.append(f"{writing} {'is' if writing == 1 else 'are'} being written")
+    text = (
+        f"of {ring.identity.slots} on host {os.uname().nodename}: {'; '.join(parts)}. What helps: "
+        f"{'; '.join([*remedies, 'more ring.slots'])}"
+    )
+    facts: dict[str, object] = {
+        "slots": ring.identity.slots,
+        "reading": sum(holder.slots for holder in holders),
+        "holders": tuple(dict.fromkeys(holder.pid for holder in holders)),
+        "held_s": round(max((holder.held_s for holder in holders), default=0.0), 3),
+        "unread": unread,
+        "partly_read": sum(partly_read.values()),
+        "writing": writing,
+    }
+    return text, facts
+
+
+def _headers(ring: Transitions) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The slots' states, shape (slots,), and their read entries, (slots, entries, words), uint64."""
+    identity = ring.identity
+    first, step = identity.first_slot_word, identity.slot_words
+    headers = np.array(ring.words[first : first + identity.slots * step]).reshape(identity.slots, step)
+    entries = headers[:, layout.FIRST_ENTRY : layout.FIRST_ENTRY + identity.entries * layout.ENTRY_WORDS]
+    return headers[:, layout.STATE] & STATE_MASK, entries.reshape(identity.slots, identity.entries, layout.ENTRY_WORDS)
+
+
+def _holders(states: npt.NDArray[Any], entries: npt.NDArray[Any]) -> list[Holder]:
+    now_ns, leases = monotonic_ns(), entries[:, :, layout.ENTRY_LEASE]
+    in_flight = (leases != 0) & (leases & 1 == 0) & (states == SlotState.READING)[:, None]
+    since_ns: dict[tuple[int, int], dict[int, int]] = {}  # by process and reader: of each slot that it holds
+    for slot, index in np.argwhere(in_flight).tolist():
+        _, pid, _, reader, since = entries[slot, index].tolist()
+        held = since_ns.setdefault((pid, reader), {})
+        held[slot] = min(since, held.get(slot, since))
+    found = [
+        Holder(pid, reader, process_name(pid), len(held), (now_ns - min(held.values())) / 1e9)
+        for (pid, reader), held in since_ns.items()
+    ]
+    return sorted(found, key=lambda holder: -holder.slots)
+
+
+def _wait(slots: int) -> str:
+    return f"{slots} wait{'s' if slots == 1 else ''}"

@@ -287,10 +287,7 @@ class Identity:
 
     @classmethod
     def from_bytes(cls, raw: bytes, segment_bytes: int) -> Identity:
-        """Read an identity that anyone may have written, of a segment that is really so large.
-
-        A ProtocolError: not a ring, another layout version, or sizes that contradict each other; says what was found.
-        """
+        """Read an identity that anyone may have written, of a segment of that size; a ProtocolError: it is none."""
         magic, version, total_bytes, _, *values = _IDENTITY.unpack(raw)
         if magic != MAGIC:
             found = raw[:WORD_BYTES]

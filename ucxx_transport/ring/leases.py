@@ -11,7 +11,6 @@ import itertools
 import os
 import struct
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -46,7 +45,6 @@ live: dict[int, ref[Any]] = {}
 forked child inherits the objects only."""
 unsettled: list[Hold] = []
 """Holds that were dropped while the lock was not to be had: `settle` ends them."""
-_detaching = threading.RLock()
 
 
 class Hold:
@@ -226,30 +224,12 @@ class ReadLease(Hold):
         """
         return self.end(RELEASED) or self._came_late()
 
-    def detach(self) -> npt.NDArray[np.uint8]:
-        """Hand the attempt over to an array.
+    def hand_over(self, again: list[ReadLease] | None = None) -> npt.NDArray[np.uint8]:
+        """Hand the attempt, which is in use and which no caller has, over to an array.
 
         Returns:
             The payload, read-only, shape (nbytes,), uint8. When it and every view derived from it are gone, in any
-            thread and at any time, the attempt is consumed. The lease itself ends with this call.
-
-        Raises:
-            SlotError: the lease has ended.
-        """
-        # Two threads that detach it at once would have two arrays that do not know of each other, and the slot would be
-        # written to when the first of them is gone.
-        with _detaching:
-            self.require_live()
-            hold = ReadLease.__new__(ReadLease)
-            hold.lease_id, hold.transitions, hold.words = self.lease_id, self.transitions, self.words
-            array = hold.hand_over()
-            self.lease_id = 0
-        return array
-
-    def hand_over(self, again: list[ReadLease] | None = None) -> npt.NDArray[np.uint8]:
-        """`detach` for a lease that is in use and that no caller has: it is the array's from now on.
-
-        When the array and all that is derived from it are gone, the lease may serve again: it is appended to `again`.
+            thread and at any time, the attempt is consumed; the lease may then serve again, and is appended to `again`.
         """
         self.reason = CONSUMED
         words, transitions = self.words, self.transitions
@@ -260,7 +240,7 @@ class ReadLease(Hold):
         return array
 
     def __exit__(self, *error: object) -> None:
-        """Release the attempt if it was neither finalised nor detached."""
+        """Release the attempt if it was not finalised."""
         self.end(RELEASED)
 
     def _memory(self, first: int, nbytes: int) -> memoryview:
@@ -277,7 +257,7 @@ class ReadLease(Hold):
             transitions.warned_late = True
             _log.warning(
                 "finalise_ignored",
-                ring=transitions.segment.name,
+                ring=transitions.creation.name,
                 slot=self.slot,
                 generation=self.generation,
                 attempt=self.attempt,
@@ -362,10 +342,8 @@ def settle() -> None:
 
 
 def _forget_inherited() -> None:
-    global _detaching  # noqa: PLW0603 - a module has one
     live.clear()
     unsettled.clear()
-    _detaching = threading.RLock()  # another thread may have held it
 
 
 os.register_at_fork(after_in_child=_forget_inherited)

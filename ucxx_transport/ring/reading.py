@@ -24,10 +24,12 @@ from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
 from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords
 from ucxx_transport.schema.episode_record import slot_ref_of
-from ucxx_transport.schema.slot_ref import SlotRef, renumbered, with_meta
+from ucxx_transport.schema.slot_ref import SlotRef, renumbered
 from ucxx_transport.schema.wire_form import record_and_meta
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ucxx_transport.ring.transitions import Words
     from ucxx_transport.schema.episode_record import Referring
 
@@ -107,7 +109,7 @@ class ReadableRing(RingHandle):
     ) -> ReadLease:
         """`acquire` for a port and a client: the ring's id has been checked, the numbers have not.
 
-        `again` has leases that have ended, and that no caller has: the last of them is used, if there is one.
+        `again` has leases that have ended, and that no caller has, to be used again.
         """
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
@@ -245,9 +247,7 @@ class ReadableRing(RingHandle):
         self._require_open()
         if lease.transitions.identity.ring_id != self.ring_id:
             raise SlotError("this lease is of another ring", slot=lease.slot, name=self.name)
-        meta = record_and_meta(lease.envelope)[1]
-        ref = self._named(lease.words)
-        return with_meta(ref, meta) if meta else ref
+        return self._named(lease.words, record_and_meta(lease.envelope)[1])
 
     def read(self, ref: Referring, *, reader: int = 0) -> dict[str, Any]:
         """A copy of a payload's arrays, nested as the schema says (`{"data": uint8}` of a raw ring); consumes it.
@@ -278,22 +278,15 @@ class ReadableRing(RingHandle):
     def discard(self, ref: Referring) -> bool:
         """Drop an unread payload; False: it is being read, or not in the ring any more."""
         self._require_open()
-        if type(ref) is not SlotRef:
-            ref = slot_ref_of(ref)
+        ref = slot_ref_of(ref)
         return ref.ring_id == self.ring_id and not self._transitions.call("discard", ref.slot, ref.generation)
 
     def discard_until(self, sequence: int) -> int:
-        """Drop the unread payloads of all writes up to one: their references must not be read any more.
-
-        Args:
-            sequence: the last write to drop, a `write_sequence` of before.
+        """Drop the unread payloads of all writes up to one, a `write_sequence`: no reference to them is to be read.
 
         Returns:
             How many payloads of these writes are still being read: call again, until there are none. A write that is
             completed later than `sequence` keeps its payload, whenever it began.
-
-        Raises:
-            DeadlineExceededError: the ring's lock was not to be had in time.
         """
         self._require_open()
         in_use = set()
@@ -303,11 +296,11 @@ class ReadableRing(RingHandle):
                 in_use.add(slot)
         return len(in_use)
 
-    def _named(self, words: Words) -> SlotRef:
-        """The reference of a hold's payload, without `meta`."""
+    def _named(self, words: Words, meta: Mapping[str, object] | None = None) -> SlotRef:
+        """The reference of a hold's payload."""
         slot, generation, nbytes = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION], words[layout.HOLD_NBYTES]
         checksum = words[layout.HOLD_CHECKSUM] if words[layout.HOLD_HAS_CHECKSUM] else None
-        return renumbered(self._common(), slot, generation, nbytes, checksum)
+        return renumbered(self._common(), slot, generation, nbytes, checksum, meta)
 
     def _prepare(self, reader: int) -> None:
         """Before leases are made: is the handle open, the reader's id one, and nothing dropped left to be ended?"""

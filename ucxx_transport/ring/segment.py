@@ -8,11 +8,9 @@ a half-made file from an abandoned one.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
-import multiprocessing.util
 import os
 import stat
 import time
@@ -40,28 +38,40 @@ _MADV_POPULATE_READ: Final = 22
 """<linux/mman.h>, since Linux 5.14; `mmap` has no name for it."""
 
 
-class _Creation:
-    """What its creator has of a file: a descriptor that holds its lock, and its removal; never in a forked child."""
+class Creation:
+    """What its creator has of a file: a descriptor that holds its lock, and its removal; never in a forked child.
+
+    To call it removes the file: on request, when its segment is garbage, or at exit.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path, self.name = path, path.name.removeprefix(NAME_PREFIX)
         self._fd: int | None = None
         self._process_id = os.getpid()
 
-    def open(self) -> int:
+    def make(self, nbytes: int) -> mmap.mmap:
+        """Make a zeroed file, all of it allocated, and map it; an error leaves its removal to the caller.
+
+        A ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's
+        cgroup may have; says how much is needed and free.
+        """
+        _allocate(self._open(), nbytes, self.path.parent)
+        return map_segment(self.path)
+
+    def _open(self) -> int:
         """Make a new empty file, and lock it; returns its descriptor."""
         open_standard_streams()
         for _ in range(_CREATE_ATTEMPTS):
             try:
                 fd = self._fd = os.open(
-                    self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                    self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
             except FileExistsError:
-                if not remove_orphan(self._path):
+                if not remove_orphan(self.path):
                     break
                 continue
             except OSError as exc:
-                raise ConfigError(f"{self._path} cannot be made: {exc.strerror}", field="name") from exc
+                raise ConfigError(f"{self.path} cannot be made: {exc.strerror}", field="name") from exc
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(fd).st_nlink:  # else a sweep took the file, still unlocked, for an abandoned one
@@ -72,24 +82,34 @@ class _Creation:
         raise ConfigError(
             "a ring of that name is in use; choose another ring.name, or leave it out for a random one",
             field="name",
-            name=self._path.name.removeprefix(NAME_PREFIX),
+            name=self.name,
             reason="in_use",
         )
 
     def descriptor(self) -> int | None:
-        """Of the file, whose lock it holds; None once it is removed, and in a forked child."""
+        """Of the file, whose lock it holds; None where this process did not make it, or has removed it."""
         return self._fd if self._process_id == os.getpid() else None
 
+    def duplicate(self) -> int | None:
+        """See `RingHandle.duplicate`."""
+        fd = self.descriptor()
+        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
+        return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def lost_name(self) -> bool:
+        """Whether another program removed the file's name."""
+        fd = self.descriptor()
+        return fd is not None and os.fstat(fd).st_nlink == 0
+
     def __call__(self) -> bool:
-        """Remove it, on request, when its segment is garbage, or at exit; whether this call did."""
         fd = self.descriptor()
         if fd is None:
             return False
         removed = False
         with suppress(FileNotFoundError):
             # held by flock until here, so no other file can have taken its place
-            if os.stat(self._path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
-                os.unlink(self._path)
+            if os.stat(self.path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
+                os.unlink(self.path)
                 removed = True
         self._close()  # not before: what an interrupt cuts off is done by the next call
         return removed
@@ -100,55 +120,14 @@ class _Creation:
             os.close(fd)
 
 
-class Segment:
-    """A mapped file. The memory stays mapped as long as this object or any view of it is referenced.
-
-    `memory` is its bytes; `words` the same as unsigned 64-bit words, for single aligned loads and stores; `address` is
-    where it is mapped. Its `name` is the file's without the common prefix.
-    """
-
-    def __init__(self, path: Path, mapping: mmap.mmap, creation: _Creation) -> None:
-        self._map = mapping
-        self._creation = creation
-        self.name = path.name.removeprefix(NAME_PREFIX)
-        self.path = path
-        self.nbytes = len(mapping)
-        self.memory = memoryview(mapping)
-        self.words = self.memory.cast("Q")
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        if self.is_creator:
-            # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
-            multiprocessing.util.Finalize(self, creation, exitpriority=0)
-
-    @property
-    def is_creator(self) -> bool:
-        """Whether this object made the file, in this process, and has not removed it."""
-        return self._creation.descriptor() is not None
-
-    @property
-    def lost_its_name(self) -> bool:
-        """Whether another program removed the file's name, which this object made, in this process."""
-        fd = self._creation.descriptor()
-        return fd is not None and os.fstat(fd).st_nlink == 0
-
-    def duplicate(self) -> int | None:
-        """See `RingHandle.duplicate`."""
-        fd = self._creation.descriptor()
-        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
-        return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-
-    def unlink(self) -> bool:
-        """Remove the file's name if this object made it in this process (whether it did); mappings stay valid."""
-        return self._creation()
-
-    def populate(self) -> None:
-        """Touch all pages now: the first use of each then runs at memory speed."""
-        for start in range(0, self.nbytes, _CHUNK_BYTES):
-            length = min(_CHUNK_BYTES, self.nbytes - start)
-            try:
-                self._map.madvise(_MADV_POPULATE_READ, start, length)
-            except OSError:  # before Linux 5.14
-                bytes(self.memory[start : start + length : PAGE_BYTES])
+def populate(mapping: mmap.mmap) -> None:
+    """Touch all pages now: the first use of each then runs at memory speed."""
+    for start in range(0, len(mapping), _CHUNK_BYTES):
+        length = min(_CHUNK_BYTES, len(mapping) - start)
+        try:
+            mapping.madvise(_MADV_POPULATE_READ, start, length)
+        except OSError:  # before Linux 5.14
+            bytes(memoryview(mapping)[start : start + length : PAGE_BYTES])
 
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
@@ -161,31 +140,8 @@ def segment_path(name: str, folder: Path | None = None) -> Path:
     return path
 
 
-def create_segment(name: str, nbytes: int, folder: Path) -> Segment:
-    """Make a zeroed file, all of it allocated, and map it. It holds no complete identity yet.
-
-    A ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's cgroup
-    may have; says how much is needed and free.
-    """
-    path = segment_path(name, folder)
-    creation = _Creation(path)
-    try:
-        _allocate(creation.open(), nbytes, folder)
-        return Segment(path, _mapped(path), creation)
-    except BaseException:
-        creation()
-        remove_orphan(path)  # an interrupt may have come between the file and what removes it
-        raise
-
-
-def open_segment(name: str, folder: Path | None = None, descriptor: int | None = None) -> Segment:
-    """Map an existing file, whatever it holds; by its descriptor, which stays the caller's, whatever its name."""
-    path = segment_path(name, folder)
-    return Segment(path, _mapped(path, descriptor), _Creation(path))
-
-
-def _mapped(path: Path, descriptor: int | None = None) -> mmap.mmap:
-    """A file's memory; errors as `RingHandle.attach`."""
+def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
+    """The memory of a file, or of its descriptor, which stays the caller's; errors as `RingHandle.attach`."""
     open_standard_streams()
     fd = descriptor
     try:
@@ -277,10 +233,7 @@ def list_segments(folder: Path | None = None) -> list[SegmentInfo]:
 
 
 def sweep_orphans(folder: Path | None = None) -> list[str]:
-    """Remove the segments of dead creators in a folder (None: `segment_folder()`); returns their names.
-
-    Processes that have one mapped keep it.
-    """
+    """Remove the segments of dead creators in a folder (None: `segment_folder()`); returns their names."""
     return [path.name.removeprefix(NAME_PREFIX) for path in _segment_paths(folder) if remove_orphan(path)]
 
 

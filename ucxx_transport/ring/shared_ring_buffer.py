@@ -20,7 +20,7 @@ from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, RingFullError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.holders import why_full
+from ucxx_transport.ring.handle import why_full
 from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
@@ -76,7 +76,7 @@ class SharedRingBuffer(ReadableRing):
 
     def __init__(self, *parts: Any, **seams: Any) -> None:
         super().__init__(*parts, **seams)
-        self._bytes = self._segment.memory
+        self._bytes = self._transitions.memory
         self._overwrites = self._identity.on_full == "overwrite"
         self._targets: dict[int, tuple[Placement, list[Array]]] = {}
         self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
@@ -281,12 +281,12 @@ class SharedRingBuffer(ReadableRing):
 
     def _look_for_name(self) -> None:
         """Say once when another program removed the ring's name: readers on this host then go over the network."""
-        self._warned_name = self._segment.lost_its_name
+        self._warned_name = self._creation.lost_name()
         if self._warned_name:
             _log.warning(
                 "ring_name_removed",
                 ring=self.name,
-                path=str(self._segment.path),
+                path=str(self._creation.path),
                 reason="removed by another program, such as systemd-logind (RemoveIPC; `loginctl enable-linger`); the "
                 "ring works on, over UCX for those who have not attached yet",
             )
@@ -330,7 +330,7 @@ class SharedRingBuffer(ReadableRing):
             transitions.sleep(words[layout.HOLD_STATE], left_s)
             self._require_open()
         transitions.count("full")
-        text, facts = why_full(self._segment, self._identity)
+        text, facts = why_full(transitions)
         if blocks:
             waited_s = round(monotonic() - started, 3)
             raise DeadlineExceededError(f"no slot became free in {waited_s:g} s; {text}", **facts, waited_s=waited_s)

@@ -2,28 +2,40 @@
 
 Each call is one whole transition under the segment's lock. It is tried without releasing the GIL first, since a
 critical section takes a fraction of a microsecond; where the lock is taken for longer it is waited for with the GIL
-released, in slices, so that Ctrl-C is noticed.
-
-A hold is passed to the transitions as a `HoldWords`, an array whose words `layout` names (`HOLD_SLOT` …).
+released, in slices, so that Ctrl-C is noticed. A hold is passed as a `HoldWords`, whose words `layout` names.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import multiprocessing.util
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, SlotError, StaleSlotError
+from ucxx_transport.config import RingConfig
+from ucxx_transport.errors import (
+    BusyError,
+    ConfigError,
+    DeadlineExceededError,
+    NotReadyError,
+    ProtocolError,
+    SlotError,
+    StaleSlotError,
+)
 from ucxx_transport.native import Library, load
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.layout import Identity
-from ucxx_transport.ring.owner import Owner, current_owner
-from ucxx_transport.ring.segment import Segment
+from ucxx_transport.ring.layout import Identity, round_up
+from ucxx_transport.ring.owner import Owner, boot_id, current_owner, pid_namespace
+from ucxx_transport.ring.segment import Creation, map_segment, populate, remove_orphan, segment_path, sweep_orphans
 from ucxx_transport.ring.states import SlotState, generation_of, state_of
 from ucxx_transport.schema import Schema
 
@@ -43,46 +55,52 @@ _THREAD_ID_MASK: Final = 0x3FFFFFFF
 
 
 class Transitions:
-    """The transitions of one segment's slots, as one handle makes them.
+    """A mapped segment, as one handle has it, and the transitions of its slots.
 
-    Each waits for the lock as long as the segment says, or less if it is asked to.
+    Each waits for the lock as long as the segment says, or less if it is asked to. The memory stays mapped as long as
+    this object or any view of it is referenced.
 
-    `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given. Slot 0's payload
-    is at `first_payload` in this process's memory, at `first_byte` in the segment, its envelope at `first_envelope`;
-    the next slot's are `stride` bytes further. `readable` is the segment as bytes, read-only. `owner` takes the holds.
+    `memory` is its bytes, `readable` the same read-only, `words` the same as unsigned 64-bit words, for single aligned
+    loads and stores. `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given.
+    Slot 0's payload is at `first_payload` in this process's memory, at `first_byte` in the segment, its envelope at
+    `first_envelope`; the next slot's are `stride` bytes further. `owner` takes the holds.
     """
 
     def __init__(
         self,
-        segment: Segment,
+        creation: Creation,
+        mapping: mmap.mmap,
         identity: Identity,
-        schema: Schema | None = None,
-        *,
-        owner: Callable[[], Owner] = current_owner,
+        schema: Schema | None,
         library: Library | None = None,
     ) -> None:
-        self.segment, self.identity, self.schema, self.owner = segment, identity, schema, owner
+        self.creation, self.identity, self.schema = creation, identity, schema
+        self.owner: Callable[[], Owner] = current_owner
         self.warned_late = False
+        self.memory = memoryview(mapping)
+        self.readable, self.words = self.memory.toreadonly(), self.memory.cast("Q")
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self.first_byte, self.stride = identity.first_payload_byte, identity.stride_bytes
-        self.first_payload = segment.address + self.first_byte
+        self.first_payload = start + self.first_byte
         self.first_envelope = self.first_byte - layout.HEADROOM_BYTES - identity.envelope_bytes
-        self.readable = segment.memory.toreadonly()
         self._lock_wait_s = identity.lock_timeout_ns / 1e9
         self._struct = _RingWords(
-            segment.address,
+            start,
             *(identity.slots, identity.slot_bytes, identity.first_slot_word, identity.slot_words, identity.entries),
             *(identity.max_attempts, self.first_byte, self.stride, identity.envelope_bytes),
         )
         self.address = ctypes.addressof(self._struct)
-        brief, self._sleeping = library or load()
-        self._brief = brief
-        self._reserve, self._commit = brief.ring_reserve, brief.ring_commit
-        self._acquire, self._finalise = brief.ring_acquire, brief.ring_finalise
+        self._brief, self._sleeping = library or load()
+        self._reserve, self._commit = self._brief.ring_reserve, self._brief.ring_commit
+        self._acquire, self._finalise = self._brief.ring_acquire, self._brief.ring_finalise
+        if creation.descriptor() is not None:
+            # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
+            multiprocessing.util.Finalize(self, creation, exitpriority=0)
 
     def payload(self, words: Words) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,), writable; they do not keep the hold."""
         start = self.first_byte + words[layout.HOLD_SLOT] * self.stride
-        return np.frombuffer(self.segment.memory, np.uint8, words[layout.HOLD_NBYTES], start)
+        return np.frombuffer(self.memory, np.uint8, words[layout.HOLD_NBYTES], start)
 
     def initialise(self) -> None:
         """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
@@ -119,19 +137,15 @@ class Transitions:
             raise _refusal(code, words)
 
     def finalise(self, words: Words, reason: int, wait_s: float | None = None) -> bool:
-        """End a hold, counted by `reason`: `CONSUMED` when a reader has had the payload; False: it was over.
-
-        A write leaves its slot FREE. The last read attempt takes it to FREE, or back to READY while a reader is
-        missing.
-        """
+        """End a hold, counted by `reason`: `CONSUMED` when a reader has had the payload; False: it was over."""
         words[layout.HOLD_ARGUMENT] = reason
         code = self._finalise(words)
         return not (code and self._waited_for(code, wait_s, "finalise", words))
 
     def holds(self, *states: SlotState) -> Iterator[Words]:
-        """What is in the slots in these states, as the calls take it, read in several critical sections.
+        """Each write and each read attempt in slots of these states, read in several critical sections.
 
-        Each write and each read attempt; of a READY slot its payload, under no lease.
+        Of a READY slot it is the payload, under no lease.
         """
         mask = sum(1 << state for state in states)
         first, number = ctypes.c_uint64(0), ctypes.c_uint64(0)
@@ -149,9 +163,7 @@ class Transitions:
     def call(self, name: str, *arguments: Any, wait_s: float | None = None) -> int:
         """Make a call that takes the segment's address first and the wait last; returns its outcome.
 
-        Raises:
-            DeadlineExceededError: the lock was not to be had in time: its holder is stopped.
-            SlotError: the lock or a list of slots is damaged.
+        A DeadlineExceededError: the lock was not to be had in time. A SlotError: it or a list of slots is damaged.
         """
         code: int = getattr(self._brief, f"ring_{name}")(self.address, *arguments, 0)
         if code:
@@ -161,10 +173,7 @@ class Transitions:
         return code
 
     def sleep(self, seen: int, left_s: float, *, for_ready: bool = False) -> None:
-        """Sleep until a slot has become FREE, or READY, since its count was `seen`; a slice of `LOOK_EVERY_S` at most.
-
-        Between two slices signals are noticed, and it can be looked for processes that died.
-        """
+        """Sleep until a slot has become FREE, or READY, since its count was `seen`; `LOOK_EVERY_S` at most."""
         wait = self._sleeping.ring_wait_ready if for_ready else self._sleeping.ring_wait
         wait(self.address, seen, int(min(left_s, LOOK_EVERY_S) * 1e9))
 
@@ -192,11 +201,85 @@ class Transitions:
                     raise DeadlineExceededError(
                         "the ring's lock is held by a thread that does not get on (stopped?)",
                         waited_s=bound_s,
-                        holder_thread_id=self.segment.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK,
+                        holder_thread_id=self.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK,
                     )
         if code == layout.DAMAGED:
             raise SlotError("the lock or a list of slots of the segment is damaged; recreate the ring")
         return code
+
+
+def create_ring(config: RingConfig, library: Library | None = None) -> Transitions:
+    """Make a segment that describes itself, after a sweep of what dead creators left; errors as `RingHandle.create`."""
+    folder = Path(config.folder)
+    sweep_orphans(folder)
+    given = config.schema
+    schema = given if given is None or isinstance(given, Schema) else Schema.from_dict(given.to_dict())
+    described = b"" if schema is None else schema.to_bytes()
+    creator = current_owner()
+    identity = Identity(
+        ring_id=secrets.token_bytes(16),
+        slots=config.slots,
+        # a schema of empty arrays alone has payloads of no bytes
+        slot_bytes=max(1, schema.nbytes) if schema is not None else (config.slot_bytes or 1),
+        readers=config.readers,
+        schema_bytes=len(described),
+        fingerprint=0 if schema is None else schema.fingerprint,
+        on_full=config.on_full,
+        checksum=config.checksum,
+        block_timeout_ns=int(config.block_timeout_s * 1e9),
+        lock_timeout_ns=int(config.lock_timeout_s * 1e9),
+        envelope_bytes=round_up(config.envelope_bytes, 64),
+        creator_pid=creator.pid,
+        creator_start=creator.start,
+        boot_id=boot_id(),
+        pid_namespace=pid_namespace(),
+    )
+    name = config.name or f"{os.getpid()}-{secrets.token_hex(6)}"
+    creation = Creation(segment_path(name, folder))
+    try:
+        mapping = creation.make(identity.total_bytes)
+        if config.prefault:
+            populate(mapping)
+        made = Transitions(creation, mapping, identity, schema, library)
+        made.initialise()
+        for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
+            made.memory[first : first + len(content)] = content
+        made.words[layout.COMPLETE_WORD] = 1  # the last store
+    except BaseException:
+        creation()
+        remove_orphan(creation.path)  # an interrupt may have come between the file and what removes it
+        raise
+    return made
+
+
+def open_ring(name: str, folder: Path | None, descriptor: int | None, *, populates: bool) -> Transitions:
+    """Map a segment, and check that it is a ring which this process can use; errors as `RingHandle.attach`."""
+    creation = Creation(segment_path(name, folder))
+    mapping = map_segment(creation.path, descriptor)
+    memory = memoryview(mapping)
+    words = memory.cast("Q")[: layout.COMPLETE_WORD + 1].tolist()
+    of_ours = words[layout.MAGIC_WORD] == layout.MAGIC and words[layout.VERSION_WORD] == layout.LAYOUT_VERSION
+    if not any(words) or (of_ours and not words[layout.COMPLETE_WORD]):  # its sizes may not be there yet
+        raise NotReadyError("the ring is still being made; try again", name=creation.name)
+    identity = Identity.from_bytes(memory[: layout.IDENTITY_BYTES].tobytes(), len(mapping))
+    if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
+        raise ConfigError(
+            "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
+            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
+            field="name",
+            name=creation.name,
+            reason="pid_namespace",
+            creator_namespace=identity.pid_namespace,
+            own_namespace=pid_namespace(),
+        )
+    schema = None
+    if identity.schema_bytes:
+        schema = Schema.from_bytes(memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())
+        if schema.fingerprint != identity.fingerprint or schema.nbytes > identity.slot_bytes:
+            raise ProtocolError("a ring whose schema is not the one it names", field="schema", name=creation.name)
+    if populates:
+        populate(mapping)
+    return Transitions(creation, mapping, identity, schema)
 
 
 _REFUSALS: Final[Mapping[int, tuple[type[SlotError | BusyError], str]]] = {

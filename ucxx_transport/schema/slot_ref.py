@@ -46,7 +46,8 @@ def are_ports(ports: Any) -> bool:
 class SlotRef:
     """Names one payload for ever, and says where it can be fetched.
 
-    Hashed by `name`; equal when every field is. Pickles, and travels as `to_bytes` (≈ 200 bytes) or `to_dict` (JSON).
+    A ConfigError names the field that is out of its bounds (`facts["field"]`). Hashed by `name`; equal when every field
+    is. Pickles, and travels as `to_bytes` (≈ 200 bytes) or `to_dict` (JSON).
 
     Attributes:
         ring_id: the ring's random id, new for every created segment.
@@ -75,11 +76,6 @@ class SlotRef:
     meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
 
     def __post_init__(self) -> None:
-        """Check every field against its bounds.
-
-        Raises:
-            ConfigError: one is out of them; `facts["field"]` names it.
-        """
         if type(self.ring_id) is not bytes or len(self.ring_id) != RING_ID_BYTES:
             refuse("ring_id", self.ring_id, f"{RING_ID_BYTES} bytes")
         name = self.ring_name
@@ -216,11 +212,6 @@ def renumbered(  # noqa: PLR0917 - one is made at every write
     ref.__class__ = SlotRef
     made: SlotRef = ref
     return made
-
-
-def with_meta(ref: SlotRef, meta: object) -> SlotRef:
-    """A reference with this `meta`; a ConfigError where none can have it."""
-    return renumbered(common_of(ref), ref.slot, ref.generation, ref.nbytes, ref.checksum, checked_meta(meta)[0])
 
 
 def _rebuilt(values: Sequence[Any], digits: bool = False) -> SlotRef:  # noqa: FBT001, FBT002 - a keyword takes longer

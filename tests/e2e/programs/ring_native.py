@@ -222,7 +222,7 @@ def cut_once(library: Library, step: Callable[[RingBench], Call], stores: int, r
     bench.reclaim(LIVING)
     bench.check()
     bench.drain()
-    bench.segment.unlink()
+    bench.transitions.creation()
     return was_cut
 
 
@@ -244,7 +244,7 @@ def step_done(library: Library, step: Callable[[RingBench], Call]) -> list[tuple
         bench = RingBench(library)
         step(bench)()
         _done[step] = [bench.meaning(slot) for slot in range(bench.identity.slots)]
-        bench.segment.unlink()
+        bench.transitions.creation()
     return _done[step]
 
 
@@ -280,7 +280,7 @@ def drive(library: Library, steps: int) -> dict[str, int]:
             assert len(ready) == bench.states().count(SlotState.READY)
     bench.reclaim(LIVING)
     bench.drain()
-    bench.segment.unlink()
+    bench.transitions.creation()
     return {"steps": steps}
 
 

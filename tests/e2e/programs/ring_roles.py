@@ -29,7 +29,7 @@ from ucxx_transport.errors import RingFullError, StaleSlotError, TransportError
 from ucxx_transport.logs import log_to_stderr
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import IN_TRANSITION_WORD, MUTEX_BYTE
-from ucxx_transport.ring.segment import open_segment
+from ucxx_transport.ring.transitions import open_ring
 from ucxx_transport.schema import SlotRef
 
 RAMP = np.arange(1 << 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -158,7 +158,7 @@ def victim_reader(ring_name: str, seed: str) -> None:
             for lease in leases:
                 how = choice.randrange(4)
                 if how == 0:
-                    kept.append(lease.detach())
+                    kept.append(lease.hand_over())
                 elif how == 1:
                     kept.append(lease)
                 elif how == 2:
@@ -188,8 +188,8 @@ def keep_arrays(ring_name: str, *refs: str) -> None:
 
 def sit_in_section(ring_name: str, how: str) -> None:
     """Enters the critical section and stays there until it is killed, or told to go on."""
-    segment = open_segment(ring_name)
-    libc, mutex = ctypes.CDLL(None), ctypes.c_void_p(segment.address + MUTEX_BYTE)
+    segment = open_ring(ring_name, None, None, populates=False)
+    libc, mutex = ctypes.CDLL(None), ctypes.byref(ctypes.c_char.from_buffer(segment.memory, MUTEX_BYTE))
     assert libc.pthread_mutex_lock(mutex) == 0
     if how == "in transition":
         segment.words[IN_TRANSITION_WORD] = 1
@@ -229,7 +229,7 @@ def actions_on(ring: SharedRingBuffer, choice: random.Random) -> list[Callable[[
         lambda: ring.write_raw(content.make(9, 1, 64)),
         reserve_one,
         read_one,
-        lambda: ring.acquire(ring.ready_refs()[0]).detach(),
+        lambda: ring.acquire(ring.ready_refs()[0]).hand_over(),
         ring.reclaim_dead,
     ]
 

@@ -42,8 +42,8 @@ def acquire_and_release(ring: SharedRingBuffer) -> None:
         pass
 
 
-def acquire_and_detach(ring: SharedRingBuffer) -> None:
-    ring.acquire(ring.ready_refs()[0]).detach()
+def acquire_and_hand_over(ring: SharedRingBuffer) -> None:
+    ring.acquire(ring.ready_refs()[0]).hand_over()
 
 
 def read(ring: SharedRingBuffer) -> None:
@@ -88,7 +88,7 @@ def forgetful_hook(monkeypatch: pytest.MonkeyPatch) -> None:
         reserve_and_forget,
         acquire_and_consume,
         acquire_and_release,
-        acquire_and_detach,
+        acquire_and_hand_over,
         read,
         discard,
         publish,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
-from ucxx_transport.ring.holders import process_name
+from ucxx_transport.ring.handle import process_name
 from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_start
 
 

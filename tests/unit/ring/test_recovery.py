@@ -135,7 +135,7 @@ def test_a_waiting_writer_notices_a_death_while_it_waits(cast_of: Cast) -> None:
 def test_a_forked_child_cannot_end_what_it_inherited(make_ring: MakeRing) -> None:
     ring = make_ring(slots=3)
     ref = ring.write_raw(b"payload")
-    reading, writing, detached = ring.acquire(ref), ring.reserve(), ring.acquire(ref).detach()
+    reading, writing, detached = ring.acquire(ref), ring.reserve(), ring.acquire(ref).hand_over()
 
     def child() -> bool:
         outcomes = [reading.mark_consumed(), reading.release_reading(), writing.abort()]
@@ -210,7 +210,7 @@ def test_views_that_go_while_the_lock_is_held_wait_for_it_once_and_are_settled_l
 
     monkeypatch.setattr(Transitions, "finalise", noted)
     ring = cast_of.create(A, slots=20)
-    views = [ring.acquire(ring.write_raw(b"x")).detach() for _ in range(20)]
+    views = [ring.acquire(ring.write_raw(b"x")).hand_over() for _ in range(20)]
     libc, mutex = ctypes.CDLL(None), ring.mapping.ctypes.data + MUTEX_BYTE
     assert libc.pthread_mutex_lock(ctypes.c_void_p(mutex)) == 0
     views.clear()

@@ -38,11 +38,11 @@ def bench() -> Iterator[RingBench]:
     bench = RingBench()
     yield bench
     bench.check()
-    bench.segment.unlink()
+    bench.transitions.creation()
 
 
 def contents(bench: RingBench) -> bytes:
-    return bytes(bench.segment.memory[: bench.identity.header_bytes])
+    return bytes(bench.transitions.memory[: bench.identity.header_bytes])
 
 
 def changed(words: Words, index: int, by: int) -> Words:
@@ -73,7 +73,7 @@ def test_a_generation_grows_by_one_at_every_write_and_never_otherwise() -> None:
     assert payload[HOLD_GENERATION] == 6
     bench.transitions.finalise(bench.reading(payload), RELEASED)
     assert bench.generation(0) == 6
-    bench.segment.unlink()
+    bench.transitions.creation()
 
 
 def test_a_slot_in_use_cannot_be_reserved() -> None:
@@ -98,7 +98,7 @@ def test_a_slot_in_use_cannot_be_reserved() -> None:
             for overwrites in (False, True):
                 assert not bench.transitions.reserve(bench.hold(DYING), overwrites=overwrites)
             assert contents(bench) == before
-            bench.segment.unlink()
+            bench.transitions.creation()
 
 
 def test_the_free_slots_are_written_in_the_order_in_which_they_became_free(bench: RingBench) -> None:
@@ -212,18 +212,18 @@ def test_room_for_attempts_remains_when_all_readers_but_one_have_had_the_payload
         bench.reading(payload, LIVING, 64)
     with pytest.raises(BusyError):
         bench.reading(payload, LIVING, 64)
-    bench.segment.unlink()
+    bench.transitions.creation()
 
 
 def test_a_payload_longer_than_its_slot_is_damage_and_gives_no_memory(bench: RingBench) -> None:
     payload = bench.written()
     length = bench.base(payload[HOLD_SLOT]) + NBYTES
-    bench.segment.words[length] = bench.identity.slot_bytes + 1
+    bench.words[length] = bench.identity.slot_bytes + 1
     for required in (1, 2):
-        bench.segment.words[bench.base(payload[HOLD_SLOT]) + REQUIRED_READS] = required
+        bench.words[bench.base(payload[HOLD_SLOT]) + REQUIRED_READS] = required
         with row(required=required), pytest.raises(SlotError, match="damaged"):
             bench.reading(payload)
-    bench.segment.words[length] = bench.identity.slot_bytes
+    bench.words[length] = bench.identity.slot_bytes
     assert bench.reading(payload)[HOLD_NBYTES] == bench.identity.slot_bytes
 
 
@@ -235,7 +235,7 @@ def test_holds_of_many_slots_are_listed_in_several_critical_sections() -> None:
     seen = list(bench.holds())
     assert {words[HOLD_LEASE] for words in seen} == expected
     assert sum(state_of(words[HOLD_STATE]) is SlotState.WRITING for words in seen) == 100
-    bench.segment.unlink()
+    bench.transitions.creation()
 
 
 def test_a_take_looks_at_a_bounded_number_of_slots_at_a_time_and_finds_what_there_is() -> None:
@@ -257,7 +257,7 @@ def test_a_take_looks_at_a_bounded_number_of_slots_at_a_time_and_finds_what_ther
             assert max(steps) <= 1024
             assert (asked[TAKE_NUMBER], hold[HOLD_SLOT]) == (1, payloads[wanted][HOLD_SLOT])
             bench.check()
-            bench.segment.unlink()
+            bench.transitions.creation()
 
 
 def test_a_take_looks_at_nothing_again_that_its_reader_has_had() -> None:
@@ -277,7 +277,7 @@ def test_a_take_looks_at_nothing_again_that_its_reader_has_had() -> None:
                     bench.transitions.finalise(hold, CONSUMED)
                 place = (asked[TAKE_SLOT], asked[TAKE_SEQUENCE], asked[TAKE_RETURNS])
             bench.check()
-            bench.segment.unlink()
+            bench.transitions.creation()
 
 
 def test_a_walk_whose_place_is_gone_begins_again() -> None:
@@ -295,4 +295,4 @@ def test_a_walk_whose_place_is_gone_begins_again() -> None:
     while asked[TAKE_NEXT]:
         bench.take([hold], asked)
     assert (asked[TAKE_NUMBER], hold[HOLD_SLOT]) == (1, payloads[-1][HOLD_SLOT])
-    bench.segment.unlink()
+    bench.transitions.creation()
