@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
@@ -77,7 +77,7 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRecord:
-    """One episode, as the control plane sees it.
+    """One episode, as the control plane sees it; a ConfigError names the field that is out of its bounds.
 
     Attributes:
         worker_id: who played it.
@@ -98,11 +98,6 @@ class EpisodeRecord:
     policy_version: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ConfigError: one is out of its bounds; `facts["field"]` names it.
-        """
         if not is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS):
             refuse("worker_id", self.worker_id, f"1 to {MAX_WORKER_ID_CHARS} printable characters")
         if not is_unsigned(self.sequence, 64):
@@ -229,11 +224,13 @@ _CARRIERS: Final = ("completion", "output")
 Reference: TypeAlias = "EpisodeRecord | SlotRef"
 
 Referring: TypeAlias = "Reference | Mapping[str, object] | str | bytes"
-"""What a caller may give where a reference is wanted; see `reader_of`."""
+"""What a caller may give where a reference is wanted; see `form_of`."""
+
+Form: TypeAlias = "Reference | Mapping[str, object] | bytes | ProtocolError"
 
 
-def reader_of(value: object) -> Callable[[Any], Reference] | None:
-    """What makes a reference of `value`, or refuses it by a ProtocolError, if it looks like one of ours; else None.
+def form_of(value: Any) -> Form | None:
+    """What `reference_of` makes a reference of, or refuses, if `value` looks like one of ours; else None.
 
     | `value`                                                              | is                               |
     |----------------------------------------------------------------------|----------------------------------|
@@ -242,28 +239,38 @@ def reader_of(value: object) -> Callable[[Any], Reference] | None:
     | an object or a mapping whose `completion` or `output` is one of these | that of it                       |
     | text that `str` made of one, or that was cut off; a list of these    | refused                          |
     """
-    reader = _reader_of(value)
-    if reader is not None or isinstance(value, (str, bytes, bytearray, memoryview, list, tuple)):
-        return reader
-    for name in _CARRIERS:
-        carried = value.get(name) if isinstance(value, (dict, Mapping)) else getattr(value, name, None)
-        reader = _reader_of(carried)
-        if reader is not None:
-            return lambda _: reader(carried)
-    return None
+    form = _form_of(value)
+    if form is None and not isinstance(value, (str, bytes, bytearray, memoryview, list, tuple)):
+        for name in _CARRIERS:
+            form = _form_of(value.get(name) if isinstance(value, (dict, Mapping)) else getattr(value, name, None))
+            if form is not None:
+                break
+    return form
 
 
-def slot_ref_of(value: object) -> SlotRef:
-    """The payload that a caller names, in whatever form; see `reader_of`.
+def reference_of(form: Any) -> Reference:
+    """The record or reference that a form is, which is not trusted; a ProtocolError."""
+    if isinstance(form, ProtocolError):
+        raise form
+    if isinstance(form, bytes):
+        if form.startswith(_PACKED_REF):
+            return SlotRef.from_bytes(form)
+        form = wire_form.unpack(form, "episode record", max_bytes=MAX_SLOT_REF_BYTES)
+    if isinstance(form, (dict, Mapping)):
+        return EpisodeRecord.from_dict(form) if MARK in form else SlotRef.from_dict(form)
+    found: Reference = form
+    return found
 
-    Raises:
-        ConfigError: it is none of those. ProtocolError: it is malformed.
-        StaleSlotError: a record without a payload.
+
+def slot_ref_of(value: Any) -> SlotRef:
+    """The payload that a caller names, in whatever form (see `form_of`); a ConfigError where it names none.
+
+    A ProtocolError: it is malformed. A StaleSlotError: a record without a payload.
     """
-    reader = reader_of(value)
-    if reader is None:
+    form = form_of(value)
+    if form is None:
         refuse("ref", value, "a SlotRef or an episode record, as an object, its to_dict() or JSON")
-    found = reader(value)
+    found = reference_of(form)
     if isinstance(found, SlotRef):
         return found
     if found.ref is None:
@@ -282,66 +289,44 @@ def several(given: Iterable[Any], field: str) -> Iterable[Any]:
         return given
     are_several = any(hasattr(type(given), name) for name in ("__iter__", "__getitem__"))
     is_one = isinstance(given, (str, bytes, bytearray, memoryview, Mapping))
-    if not are_several or is_one or any(_reader_of(getattr(given, name, None)) for name in _CARRIERS):
+    if not are_several or is_one or any(_form_of(getattr(given, name, None)) is not None for name in _CARRIERS):
         words = f"{field} must be a list, not {wire_form.describe(given)}; give a list: [{field.removesuffix('s')}]"
         raise ConfigError(words, field=field)
     return given
 
 
-def _reader_of(value: object) -> Callable[[Any], Reference] | None:
+def _form_of(value: Any) -> Form | None:
     if isinstance(value, (EpisodeRecord, SlotRef)):
-        return lambda itself: itself
+        return value
     if isinstance(value, (dict, Mapping)):  # a dict first: an ABC's look takes longer
-        if MARK in value:
-            return EpisodeRecord.from_dict
-        return SlotRef.from_dict if value.keys() >= _REF_KEYS else None
+        return value if MARK in value or value.keys() >= _REF_KEYS else None
+    if isinstance(value, memoryview):  # a message's, such as pyzmq's frames have
+        value = value.tobytes() if value.nbytes <= MAX_SLOT_REF_BYTES else b""
+    if isinstance(value, (bytes, bytearray)):
+        if value.startswith((_PACKED_REF, _PACKED_RECORD)):
+            return bytes(value)
+        value = value.decode(errors="replace") if value.lstrip()[:1] in (b"{", b'"') else ""
     if isinstance(value, str):
-        return _text_reader_of(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return _bytes_reader_of(value)
-    if isinstance(value, (list, tuple)) and value and _reader_of(value[0]) is not None:
-        return _refuse_list
+        return _form_of_text(value)
+    if isinstance(value, (list, tuple)) and value and _form_of(value[0]) is not None:
+        return _refusal(value, "records is not one; give each of them by itself")
     return None
 
 
-def _bytes_reader_of(raw: bytes | bytearray | memoryview) -> Callable[[Any], Reference] | None:
-    if isinstance(raw, memoryview):  # a message's, such as pyzmq's frames have
-        copy = raw.tobytes() if raw.nbytes <= MAX_SLOT_REF_BYTES else b""
-        reader = _bytes_reader_of(copy)
-        return None if reader is None else lambda _: reader(copy)
-    if raw.startswith((_PACKED_REF, _PACKED_RECORD)):
-        return SlotRef.from_bytes if raw.startswith(_PACKED_REF) else _packed_record
-    return _text_reader_of(raw.decode(errors="replace")) if raw.lstrip()[:1] in (b"{", b'"') else None
-
-
-def _text_reader_of(text: str) -> Callable[[Any], Reference] | None:
+def _form_of_text(text: str) -> Form | None:
     if text.startswith(_PYTHONS):
-        return _refuse_text
+        words = "is Python's text for a record, which cannot be read back; send the dict itself, or json.dumps(record)"
+        return _refusal(text, words)
     if not text.lstrip().startswith(("{", '"')) or not (MARK in text or "ring_id" in text):
         return None
     try:
-        form = json.loads(text)  # text again, where it became JSON twice
+        return _form_of(json.loads(text))  # text again, where it became JSON twice
     except (ValueError, RecursionError):
-        return _refuse_json if text.lstrip(" \t\r\n{").startswith(f'"{MARK}":') else None
-    reader = _reader_of(form)
-    return None if reader is None else lambda _: reader(form)
-
-
-def _packed_record(raw: bytes | bytearray) -> EpisodeRecord:
-    return EpisodeRecord.from_dict(wire_form.unpack(raw, "episode record", max_bytes=MAX_SLOT_REF_BYTES))
-
-
-def _refuse_text(text: str) -> Reference:
-    words = "is Python's text for a record, which cannot be read back; send the dict itself, or json.dumps(record)"
-    raise ProtocolError(f"{wire_form.describe(text)} {words}", field="episode record")
-
-
-def _refuse_json(text: str) -> Reference:
+        if not text.lstrip(" \t\r\n{").startswith(f'"{MARK}":'):
+            return None
     words = "begins as a record and is no JSON: it was cut off, or is more than one; send all of json.dumps(record)"
-    raise ProtocolError(f"{wire_form.describe(text)} {words}", field="episode record")
+    return _refusal(text, words)
 
 
-def _refuse_list(values: Sequence[object]) -> Reference:
-    raise ProtocolError(
-        f"{wire_form.describe(values)} records is not one; give each of them by itself", field="episode record"
-    )
+def _refusal(value: object, words: str) -> ProtocolError:
+    return ProtocolError(f"{wire_form.describe(value)} {words}", field="episode record")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -16,7 +16,7 @@ from ucxx_transport.errors import ConfigError, ProtocolError, nearest_remedy
 from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.tensor_spec import TensorSpec
 from ucxx_transport.schema.tensors import Array, Placement, as_array, byte_view, fit, make_placer, view_fields
-from ucxx_transport.schema.tree import ArrayTree, TreeShape, flatten
+from ucxx_transport.schema.tree import ArrayTree, collect, flatten, grown, listed, nesting_of
 from ucxx_transport.schema.wire_form import describe, is_unsigned, misfit, refuse, untrusted
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ MAX_SCHEMA_BYTES = 1 << 20
 
 MAX_PAYLOAD_BYTES = 1 << 48
 
+_COMPARED = 20
+"""Names, at most, that are looked at for the one that was meant: each takes some µs."""
+
 
 class Schema:
     """What a ring's payloads look like. Not to be changed; equal schemas have equal fingerprints.
@@ -45,9 +48,6 @@ class Schema:
             or none; "any". It is the writer's own: equality, fingerprint and `to_dict` are without it, and a reader's
             schema has "any".
         fingerprint: 64-bit identity: xxh3_64 of the msgpack form, whose keys have a fixed order; never 0.
-        gather: `gather(tree)` gives the leaves of a tree in field order, whatever they are; a ConfigError names fields
-            that are missing or unknown.
-        nest: `nest(leaves)` is the tree of these, given in field order.
 
     Examples:
         >>> image = TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True)
@@ -59,8 +59,8 @@ class Schema:
     """
 
     __slots__ = (
-        *("_alike", "_by_name", "_full", "_place", "_varlen", "_varlen_maxima"),
-        *("fields", "fingerprint", "gather", "lengths", "nbytes", "nest", "offsets", "varlen"),
+        *("_alike", "_by_name", "_flat", "_full", "_names", "_nesting", "_place", "_varlen", "_varlen_maxima"),
+        *("fields", "fingerprint", "lengths", "nbytes", "offsets", "varlen"),
     )
 
     def __init__(self, fields: Iterable[TensorSpec], lengths: Lengths = "any") -> None:
@@ -80,8 +80,8 @@ class Schema:
             raise ConfigError(
                 f"a Schema is made of 1 to {MAX_FIELDS} TensorSpec objects, not of {describe(fields)}", field="fields"
             )
-        shape = TreeShape(self.fields)
-        self.gather, self.nest = shape.gather, shape.build
+        self._names = tuple(field.name for field in self.fields)
+        self._nesting, self._flat = nesting_of(self._names), not any("/" in name for name in self._names)
         self._by_name = {field.name: field for field in self.fields}
         self._varlen = tuple(index for index, field in enumerate(self.fields) if field.varlen)
         self._varlen_maxima = tuple(self.fields[index].shape[0] for index in self._varlen)
@@ -108,23 +108,18 @@ class Schema:
         self.fingerprint = xxhash.xxh3_64_intdigest(packed) or 1
 
     def __len__(self) -> int:
-        """Number of fields."""
         return len(self.fields)
 
     def __iter__(self) -> Iterator[TensorSpec]:
-        """The fields, in payload order."""
         return iter(self.fields)
 
     def __eq__(self, other: object) -> bool:
-        """Same fields in the same order."""
         return self.fields == other.fields if isinstance(other, Schema) else NotImplemented
 
     def __hash__(self) -> int:
-        """Consistent with equality, in every process."""
         return self.fingerprint
 
     def __repr__(self) -> str:
-        """Size and identity; the fields would fill pages."""
         return f"<Schema {len(self.fields)} fields, {self.nbytes} bytes, fingerprint {self.fingerprint:016x}>"
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -211,6 +206,43 @@ class Schema:
         """
         return cls.from_dict(wire_form.unpack(raw, "schema", max_bytes=MAX_SCHEMA_BYTES))
 
+    def gather(self, tree: object) -> list[Any]:
+        """The leaves of `tree` in field order, whatever they are; a ConfigError names those missing or unknown."""
+        try:
+            if self._flat and type(tree) is dict and len(tree) == len(self._names):
+                return [tree[name] for name in self._names]
+            leaves: list[object] = [None] * len(self._names)
+            collect(self._nesting, tree, leaves)
+        except LookupError:
+            return self._gather_any(tree)
+        return leaves
+
+    def _gather_any(self, tree: object) -> list[object]:
+        """The same by definition rather than by structure: accepts keys that are paths, words what does not fit."""
+        known = self._by_name
+        found = flatten(tree, self._names)
+        missing = [name for name in known if name not in found]
+        unknown = [name for name in found if name not in known]
+        if missing or unknown:
+            words = [f"missing: {listed(missing)}"] * bool(missing) + [f"unknown: {listed(unknown)}"] * bool(unknown)
+            near = (nearest_remedy(name, missing[:_COMPARED]) for name in unknown[:_COMPARED])
+            remedy = next(filter(None, near), None) or (
+                known[missing[0]].absence_remedy
+                if missing
+                else "name in schema= every field that any episode has, and give 0 rows where one has none"
+            )
+            raise ConfigError(
+                f"the data does not fit the schema; {'; '.join(words)}: {remedy}", field=(missing or unknown)[0]
+            )
+        return [found[name] for name in known]
+
+    def nest(self, leaves: Sequence[object]) -> ArrayTree:
+        """A new tree of these leaves, given in field order."""
+        if self._flat:
+            return dict(zip(self._names, leaves, strict=True))
+        tree: ArrayTree = grown(self._nesting, leaves)
+        return tree
+
     def layout(self, lengths: Mapping[str, int] | None = None) -> Placement:
         """Where the fields lie in a payload of these lengths.
 
@@ -231,11 +263,7 @@ class Schema:
         return self._place(tuple(map(lengths.get, self.varlen, self._varlen_maxima)))
 
     def arrange(self, tree: Mapping[str, object]) -> tuple[list[Array], Placement]:
-        """The arrays of `tree` in field order, each fitting its field, and where they go.
-
-        Raises:
-            ConfigError: the tree does not fit the schema; the message names the field and the remedy.
-        """
+        """The arrays of `tree` in field order, each fitting its field, and where they go, or a ConfigError."""
         ndarray = np.ndarray
         arrays: list[Array] = self.gather(tree)
         for index, field in enumerate(self.fields):
@@ -266,11 +294,7 @@ class Schema:
         return self.nest(view_fields(memory, self.placement_in(memory)))
 
     def placement_in(self, memory: memoryview) -> Placement:
-        """Where the fields of a payload lie in its bytes, which may be somewhere else by then.
-
-        Raises:
-            ProtocolError: as for `views`.
-        """
+        """Where the fields of a payload lie in its bytes, which may be somewhere else by then; errors as `views`."""
         placement = self._full
         if self._varlen:
             count = len(self._varlen)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -61,10 +61,7 @@ DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in map(_of_text, (*_BUIL
 
 
 def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
-    """The supported dtype that a name, a scalar type or a dtype means, in the payload's byte order; `field` for errors.
-
-    Raises:
-        ConfigError: not a dtype, or one that cannot be shared as plain bytes; the message gives the remedy.
+    """The supported dtype that a name, a scalar type or a dtype means, in the payload's byte order, or a ConfigError.
 
     >>> canonical_dtype("bfloat16", "w").itemsize, canonical_dtype(">f4", "obs").name
     (2, 'float32')
@@ -104,16 +101,21 @@ def casts_exactly(source: DType, target: DType) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Name, shape and element type of one array in a payload.
 
     Attributes:
-        name: the field's path in the payload's tree, segments joined by "/": "obs/image", "layers/0/w". A segment of
-            decimal digits is a position in a list.
-        shape: sizes of the dimensions; for a `varlen` field the first is the maximum.
-        dtype: the element type (always little-endian).
+        name: the field's path in the payload's tree, 1 to 32 segments joined by "/", none empty, at most 255 printable
+            characters: "obs/image", "layers/0/w". A segment of decimal digits is a position in a list.
+        shape: sizes of the dimensions, ≥ 0, at most 32 of them; one integer stands for one dimension; () is a scalar.
+            For a `varlen` field the first is the maximum.
+        dtype: what numpy takes as a numeric, bool or complex dtype, or a bfloat16/float8 of ml_dtypes, or its name;
+            always little-endian here.
         varlen: whether the leading dimension varies from payload to payload, between 0 and `shape[0]`.
+
+    Raises:
+        ConfigError: one of them is not so; the message names the field.
 
     >>> TensorSpec("obs/image", (500, 84, 84), "uint8", varlen=True).nbytes
     3528000
@@ -122,31 +124,24 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: DType
-    varlen: bool
+    varlen: bool = False
 
-    def __init__(
-        self,
-        name: str,
-        shape: SupportsIndex | Iterable[SupportsIndex],
-        dtype: npt.DTypeLike,
-        varlen: bool = False,  # noqa: FBT001, FBT002  # a field reads as one row: name, shape, dtype, varlen
-    ) -> None:
-        """Describe a field.
+    if TYPE_CHECKING:
 
-        Args:
-            name: its path, at most 255 printable characters and 32 segments, none of them empty.
-            shape: sizes ≥ 0, at most 32 of them; one integer stands for one dimension; () is a scalar.
-            dtype: what numpy takes as a numeric, bool or complex dtype, or a bfloat16/float8 of ml_dtypes or its name.
-            varlen: let the leading dimension vary up to `shape[0]`.
+        def __init__(
+            self,
+            name: str,
+            shape: SupportsIndex | Iterable[SupportsIndex],
+            dtype: npt.DTypeLike,
+            varlen: bool = False,  # noqa: FBT001, FBT002  # a field reads as one row: name, shape, dtype, varlen
+        ) -> None: ...
 
-        Raises:
-            ConfigError: one of them is not so; the message names the field.
-        """
+    def __post_init__(self) -> None:
+        name, varlen = self.name, self.varlen
         _check_name(name)
         object.__setattr__(self, "name", str(name))
-        object.__setattr__(self, "shape", _checked_shape(shape, name))
-        object.__setattr__(self, "dtype", canonical_dtype(dtype, name))
-        object.__setattr__(self, "varlen", varlen)
+        object.__setattr__(self, "shape", _checked_shape(self.shape, name))
+        object.__setattr__(self, "dtype", canonical_dtype(self.dtype, name))
         if not isinstance(varlen, bool):
             raise misfit(name, f"varlen must be True or False, not {describe(varlen)}")
         if varlen and (not self.shape or self.shape[0] == 0):

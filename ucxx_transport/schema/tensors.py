@@ -54,6 +54,11 @@ _NUMBERS = (bool, int, float, complex)
 # DLDeviceType, <dlpack/dlpack.h>: kDLCUDA and kDLCUDAManaged. kDLCUDAHost is page-locked memory of the host.
 _DLPACK_GPUS = (2, 13)
 
+_DENSE = (
+    "give one dense tensor in host memory (of torch: to_dense(), dequantize(), to_padded_tensor(0), full_tensor(); a "
+    "meta or fake one: it has no values), or its parts as fields of their own, of a dtype that numpy knows"
+)
+
 
 class DeviceArrayError(ConfigError):
     """An array lies on a GPU where one in host memory is wanted."""
@@ -92,7 +97,7 @@ def as_array(value: object, field: str) -> Array:
     except FOREIGN_ERRORS as exc:
         raise misfit(
             field,
-            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); {_remedy_for(value)}",
+            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); {_DENSE}",
         ) from exc
 
 
@@ -130,8 +135,9 @@ def _of_list(value: list[Any] | tuple[Any, ...], field: str) -> Array:
     try:
         array = np.asarray(nested)
     except ValueError as exc:
-        text = f"{_raggedness(value)}; pad them, or give one flat list and the lengths as a field of their own"
-        raise misfit(field, text) from exc
+        text = f"its rows are of unequal lengths, or it is nested deeper than {MAX_DIMENSIONS}"
+        remedy = "pad them, or give one flat list and the lengths as a field of their own"
+        raise misfit(field, f"{text}; {remedy}") from exc
     if array.dtype.kind not in "biu" and len(leaves) == array.size:
         pairs = zip(leaves, array.ravel().tolist(), strict=True)
         if any(isinstance(leaf, (int, np.integer)) and leaf != number for leaf, number in pairs):
@@ -151,35 +157,6 @@ def _unwrapped(value: Any, field: str, leaves: list[object]) -> Any:
     return leaf
 
 
-def _raggedness(value: object) -> str:
-    """What lengths the rows of nested lists have that are no array."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DIMENSIONS):
-        lengths = [len(item) if isinstance(item, (list, tuple)) else np.shape(item)[:1] for item in level]
-        if len({*map(str, lengths)}) > 1:
-            shown = ", ".join("a number" if length == () else str(length).strip("(,)") for length in lengths[:8])
-            return f"its rows are of unequal lengths ({shown}{', …' * (len(lengths) > 8)})"
-        level = [child for item in level for child in item]
-    return f"it is nested deeper than {MAX_DIMENSIONS}"
-
-
-def _remedy_for(value: Any) -> str:
-    """What makes an array in host memory of a tensor that is none."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        if value.is_nested:
-            return "pad it (to_padded_tensor), or give its values and lengths as two fields"
-        if value.layout != torch.strided:
-            return "give value.to_dense(), or its indices and values as two fields"
-        if value.is_quantized:
-            return "give value.dequantize(), or value.int_repr() and its scale"
-        if hasattr(value, "full_tensor"):
-            return "give value.full_tensor(), or value.to_local()"
-        if value.is_meta or hasattr(value, "fake_mode"):
-            return "it has no values: give the tensor that it stands for"
-    return "copy it to the host, or view it as a dtype that numpy knows"
-
-
 def _of_tensor(tensor: Any, torch: Any) -> Array:
     """A torch tensor's memory; whatever cannot be one array in host memory raises what torch raises for it."""
     plain = tensor.detach().resolve_conj().resolve_neg()
@@ -193,11 +170,7 @@ def _of_tensor(tensor: Any, torch: Any) -> Array:
 
 
 def fit(value: object, spec: TensorSpec) -> Array:
-    """`value` as an array that fits its field, and whose every element keeps its value in the field's dtype.
-
-    Raises:
-        ConfigError: another shape, too long, or a dtype that would narrow; with what is expected, and the remedy.
-    """
+    """`value` as an array that fits its field, and whose every element keeps its value there, or a ConfigError."""
     if value is None:
         raise misfit(spec.name, f"None is no array; {spec.absence_remedy}")
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
@@ -306,28 +279,21 @@ def make_placer(fields: tuple[TensorSpec, ...]) -> Callable[[tuple[int, ...]], P
     """A function from actual lengths, which are checked, to a `Placement`: 2 µs for 8 fields, a remembered one 0.1."""
     dtypes = tuple(spec.dtype for spec in fields)
     table_bytes = LENGTH_BYTES * sum(spec.varlen for spec in fields)  # aligned by the first field
-    # (varlen?, bytes of a row or of the whole field, the fixed part of the shape)
-    plan = tuple(
-        (True, prod(spec.shape[1:]) * spec.dtype.itemsize, spec.shape[1:])
-        if spec.varlen
-        else (False, spec.nbytes, spec.shape)
+    # (varlen?, the shape of a row or of the whole field, its bytes)
+    plan = [
+        (spec.varlen, spec.shape[spec.varlen :], prod(spec.shape[spec.varlen :]) * spec.dtype.itemsize)
         for spec in fields
-    )
+    ]
 
     def place(lengths: tuple[int, ...], /) -> Placement:
         remaining = iter(lengths)
-        offsets, shapes = [], []
-        end = table_bytes
-        for varlen, fixed_bytes, fixed_shape in plan:
+        offsets, shapes, end = [], [], table_bytes
+        for varlen, shape, nbytes in plan:
             offset = (end + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
             offsets.append(offset)
-            if varlen:
-                length = next(remaining)
-                shapes.append((length, *fixed_shape))
-                end = offset + length * fixed_bytes
-            else:
-                shapes.append(fixed_shape)
-                end = offset + fixed_bytes
+            length = next(remaining) if varlen else 1
+            shapes.append((length, *shape) if varlen else shape)
+            end = offset + length * nbytes
         return Placement(lengths=lengths, offsets=tuple(offsets), shapes=tuple(shapes), dtypes=dtypes, nbytes=end)
 
     return lru_cache(maxsize=_CACHED_PLACEMENTS)(place)

@@ -20,74 +20,16 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from ucxx_transport.errors import FOREIGN_ERRORS, ConfigError, nearest_remedy
-from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH, TensorSpec
+from ucxx_transport.errors import FOREIGN_ERRORS, ConfigError
+from ucxx_transport.schema.tensor_spec import MAX_NAME_DEPTH
 from ucxx_transport.schema.wire_form import describe
 
 ArrayTree: TypeAlias = dict[str, Any]
 """Arrays by name; a value is an array, or again a dict or a list of these. `Any`, so that callers may index freely."""
 
 
-class TreeShape:
-    """The nesting that the names of fields stand for: dicts and lists, whose leaves are the indices of the fields."""
-
-    __slots__ = ("_fields", "_flat", "_root", "paths")
-
-    def __init__(self, fields: Sequence[TensorSpec]) -> None:
-        """Nest the fields; a ConfigError: a path is another's or begins it, or the positions of a list have gaps."""
-        self._fields = fields
-        self.paths = tuple(field.name for field in fields)
-        if positions := [path for path in self.paths if path.partition("/")[0].isdecimal()]:
-            raise ConfigError(
-                "the root of a tree is a mapping: a field's name may not begin with a list position", field=positions[0]
-            )
-        self._root = _nested([(path.split("/"), index) for index, path in enumerate(self.paths)], "")
-        self._flat = not any("/" in path for path in self.paths)
-
-    def gather(self, tree: object) -> list[Any]:
-        """The leaves of `tree` in field order, as they are; a ConfigError that names fields missing or unknown."""
-        try:
-            if self._flat and type(tree) is dict and len(tree) == len(self.paths):
-                return [tree[path] for path in self.paths]
-            leaves: list[object] = [None] * len(self.paths)
-            _collect(self._root, tree, leaves)
-        except LookupError:
-            return self._gather_any(tree)
-        return leaves
-
-    def build(self, leaves: Sequence[object]) -> ArrayTree:
-        """A new tree of these leaves, given in field order."""
-        if self._flat:
-            return dict(zip(self.paths, leaves, strict=True))
-        built: ArrayTree = _grown(self._root, leaves)
-        return built
-
-    def _gather_any(self, tree: object) -> list[object]:
-        """The same by definition rather than by structure: accepts keys that are paths, words what does not fit."""
-        known = dict(zip(self.paths, self._fields, strict=True))
-        found = flatten(tree, self.paths)
-        missing = [path for path in known if path not in found]
-        unknown = [path for path in found if path not in known]
-        if missing or unknown:
-            words = [f"missing: {listed(missing)}"] * bool(missing) + [f"unknown: {listed(unknown)}"] * bool(unknown)
-            near = (nearest_remedy(path, missing[:_COMPARED]) for path in unknown[:_COMPARED])
-            remedy = next(filter(None, near), None) or (
-                known[missing[0]].absence_remedy
-                if missing
-                else "name in schema= every field that any episode has, and give 0 rows where one has none"
-            )
-            raise ConfigError(
-                f"the data does not fit the schema; {'; '.join(words)}: {remedy}", field=(missing or unknown)[0]
-            )
-        return [found[path] for path in self.paths]
-
-
 def flatten(tree: object, paths: Sequence[str] = ()) -> dict[str, object]:
-    """Leaves by path, in the order of the tree. Where their `paths` are known, a list there is a leaf.
-
-    Raises:
-        ConfigError: not a mapping, a key that is not text or is all digits, an empty container, a path that occurs
-            twice, nesting deeper than 32.
+    """Leaves by path, in the tree's order, or a ConfigError. Where their `paths` are known, a list there is a leaf.
 
     >>> flatten({"obs": {"image": 1}, "layers": [{"w": 2}, {"w": [3, 4]}]})
     {'obs/image': 1, 'layers/0/w': 2, 'layers/1/w': [3, 4]}
@@ -135,9 +77,6 @@ def _walk(node: object, path: str, depth: int, is_leaf: Mapping[str, bool]) -> I
         raise ConfigError(f"an empty container at {path!r} would not come back: {remedy}", field=path)
 
 
-_COMPARED: Final = 20
-"""Names, at most, that are looked at for the one that was meant: each takes some µs."""
-
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 
 
@@ -182,8 +121,20 @@ def _check_key(key: object, path: str) -> None:
         )
 
 
+def nesting_of(paths: Sequence[str]) -> Any:
+    """The dicts and lists that names of fields stand for, whose leaves are the indices of the fields.
+
+    A ConfigError: a name is another's or begins it, or the positions of a list have gaps.
+    """
+    if positions := [path for path in paths if path.partition("/")[0].isdecimal()]:
+        raise ConfigError(
+            "the root of a tree is a mapping: a field's name may not begin with a list position", field=positions[0]
+        )
+    return _nested([(path.split("/"), index) for index, path in enumerate(paths)], "")
+
+
 def _nested(fields: Iterable[tuple[Sequence[str], int]], path: str) -> Any:
-    """The nesting of the fields below `path`, given the rest of each name, and its index: a leaf."""
+    """The nesting of the fields below `path`, given the rest of each name, and its index."""
     groups: dict[str, list[tuple[Sequence[str], int]]] = {}
     for (key, *rest), index in fields:
         groups.setdefault(key, []).append((rest, index))
@@ -207,7 +158,7 @@ def _nested(fields: Iterable[tuple[Sequence[str], int]], path: str) -> Any:
     return [children[key] for key in positions]
 
 
-def _collect(shape: Any, tree: Any, leaves: list[object]) -> None:
+def collect(shape: Any, tree: Any, leaves: list[object]) -> None:
     """Put the leaves of a tree of dicts and lists of this shape to their places; a LookupError: it has another."""
     if type(tree) is not type(shape) or len(tree) != len(shape):
         raise LookupError
@@ -215,13 +166,14 @@ def _collect(shape: Any, tree: Any, leaves: list[object]) -> None:
         if type(child) is int:
             leaves[child] = tree[key]
         else:
-            _collect(child, tree[key], leaves)
+            collect(child, tree[key], leaves)
 
 
-def _grown(shape: Any, leaves: Sequence[object]) -> Any:
+def grown(shape: Any, leaves: Sequence[object]) -> Any:
+    """A tree of this shape and of these leaves."""
     if type(shape) is dict:
-        return {key: _grown(child, leaves) for key, child in shape.items()}
-    return leaves[shape] if type(shape) is int else [_grown(child, leaves) for child in shape]
+        return {key: grown(child, leaves) for key, child in shape.items()}
+    return leaves[shape] if type(shape) is int else [grown(child, leaves) for child in shape]
 
 
 def listed(paths: Sequence[str]) -> str:

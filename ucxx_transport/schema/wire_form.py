@@ -173,20 +173,14 @@ def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
 
 
 def record_and_meta(raw: Buffer) -> tuple[dict[str, object] | None, Mapping[str, object]]:
-    """What an envelope says, None for an empty one, and the `meta` of the reference to its payload, read-only.
-
-    Raises:
-        ProtocolError: it is too long, no mapping of plain values, or a record's with something else for its meta.
-    """
+    """What an envelope says, None for an empty one, and the read-only `meta` of its reference, or a ProtocolError."""
     if not memoryview(raw):
         return None, NO_META
     form = unpack(raw, "envelope", max_bytes=MAX_ENVELOPE_BYTES)
     if not isinstance(form, dict):
         raise ProtocolError(f"an envelope must be a mapping, not {describe(form)}", field="envelope")
-    try:
+    with untrusted():
         record: dict[str, object] = plain(form)
-    except ConfigError as exc:
-        raise ProtocolError(exc.message, **exc.facts) from exc
     meta = form["ref"] if MARK in form and "ref" in form else form  # which nothing else refers to
     if meta is not None and not isinstance(meta, Mapping):
         raise ProtocolError(f"a record's envelope has {describe(meta)} for its meta", field="meta")

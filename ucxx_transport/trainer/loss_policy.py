@@ -39,7 +39,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 from ucxx_transport import errors
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, reader_of
+from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, form_of, reference_of
 from ucxx_transport.schema.wire_form import describe
 
 K = TypeVar("K")
@@ -177,17 +177,17 @@ def loss_of(wanted: Wanted, error: TransportError) -> Loss:
 
 
 def is_ours(output: object) -> bool:
-    """Whether `output` looks like a reference of ours to an episode, in any of the forms that `reader_of` knows."""
-    return reader_of(output) is not None
+    """Whether `output` looks like a reference of ours to an episode, in any of the forms that `form_of` knows."""
+    return form_of(output) is not None
 
 
 def record_of(output: object) -> AskedFor:
     """The episode that an output refers to, or why that cannot be said."""
     try:
-        reader = reader_of(output)
-        if reader is None:
+        form = form_of(output)
+        if form is None:
             return ProtocolError(f"{describe(output)} is no episode record and no SlotRef", field="episode record")
-        found = reader(output)
+        found = reference_of(form)
     except ProtocolError as error:
         if isinstance(output, Mapping):  # what can be read of it says whose it is
             worker, sequence = output.get("worker_id"), output.get("sequence")

@@ -10,7 +10,7 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, reader_of
+from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, form_of
 
 REF = SlotRef(ring_id=bytes(16), ring_name="r", slot=1, generation=2, nbytes=3, host_id="h", meta={"k": 1})
 FULL = EpisodeRecord(
@@ -46,9 +46,9 @@ def test_a_record_survives_a_json_whose_numbers_are_doubles(number: Any) -> None
 
 
 def test_a_record_is_known_among_other_values() -> None:
-    assert reader_of(FULL.to_dict()) is not None
+    assert form_of(FULL.to_dict()) is not None
     others: list[object] = [{}, {"ref": 1}, [], "ucxx_transport", None, b"{", '{"ucxx_transport"', '{"a": "ring_id"}']
-    assert not any(reader_of(other) for other in others)
+    assert not any(form_of(other) for other in others)
 
 
 def test_what_is_malformed_is_refused_by_name() -> None:
