@@ -324,6 +324,7 @@ class ClientCore(ClientBase):
 
     def statistics(self) -> ClientStatistics:
         """The counts now."""
+        refuse_forked(self.pid, "client")
         pool = self.pool.statistics()
         link = self.reactor.link if self.reactor.has_link and not self.reactor.closed else None
         return self.counters.snapshot(

@@ -111,6 +111,7 @@ class RankGroup:
 
         View and statistics of one state belong together; two reads of this property are of two moments.
         """
+        refuse_forked(self._pid, "RankGroup")
         return self._shared.now
 
     @property

@@ -108,12 +108,12 @@ class HeartbeatPublisher:
     @property
     def state(self) -> PublisherState:
         """Where it is now."""
-        return self._now.state
+        return self.statistics().state
 
     @property
     def epoch(self) -> int:
         """The epoch published last; 0 before the first."""
-        return self._now.epoch
+        return self.statistics().epoch
 
     def start(self) -> None:
         """Hold back the source until it has its epoch, and publish it from a thread; returns at once.

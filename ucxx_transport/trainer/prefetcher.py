@@ -81,10 +81,12 @@ class PendingBatch(BatchFetch):
     @property
     def is_ready(self) -> bool:
         """Whether it has come, so that its result need not be waited for."""
+        refuse_forked(self._core.pid, "PendingBatch")
         return self._outcome is not None
 
     def begin(self, after_s: float = 0.0) -> None:
         """Begin to fetch one that was prepared, in so many seconds, and return at once. Idempotent."""
+        refuse_forked(self._core.pid, "PendingBatch")
         self._core.reactor.submit(partial(self._begin, after_s))
 
     def result(self, timeout_s: float | str | None = None) -> Batch:

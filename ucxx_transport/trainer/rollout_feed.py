@@ -195,13 +195,15 @@ class RolloutFeed(Prefetcher):
 
         With `on_missing` it is what that makes of them.
         """
-        in_use = self._in_use
+        with self._locked():
+            in_use = self._in_use
         return None if in_use is None else in_use.to_train_on(self._on_missing)
 
     @property
     def missing(self) -> tuple[Loss, ...]:
         """What is lost of the batch in use, each with its reason and its place among the rollouts asked for."""
-        in_use = self._in_use
+        with self._locked():
+            in_use = self._in_use
         return () if in_use is None else in_use.batch.losses
 
     @known_options

@@ -5,16 +5,18 @@ Argument: the store's URL.
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 
@@ -23,6 +25,7 @@ from tests.support.rows import row
 from ucxx_transport import (
     ClientConfig,
     ConfigError,
+    EpisodeStream,
     HeartbeatPublisher,
     RankGroup,
     RingConfig,
@@ -31,6 +34,7 @@ from ucxx_transport import (
     SourceWatcher,
     SyncUCXXClient,
     TrajectoryWriter,
+    UCXXClient,
     UCXXDataPackerMixin,
     UCXXServer,
     open_store,
@@ -52,13 +56,56 @@ class Packer(UCXXDataPackerMixin, Base):
     pass
 
 
-def use_and_end(uses: Mapping[str, Callable[[], object]], ends: Sequence[Callable[[], object]]) -> None:
+AS_IT_WAS = {
+    *(
+        "pending.records",
+        "client.config",
+        "client.reader_id",
+        "async_client.config",
+        "async_client.reader_id",
+        "group.rank",
+    ),
+    *("packer.setup_ucxx_data_packer", "packer.ucxx_feed", "packer.on_episode_lost", "packer.rollout_output_of"),
+    *("prefetcher.in_a_batch", "feed.in_a_batch", "stream.in_a_batch"),
+}
+"""What says nothing but what an object was given, or is the application's own."""
+
+OF_ANOTHER = {
+    *("server.offer", "server.hold", "server.bind", "server.discard_old", "server.release"),  # the publisher's
+    *(f"{name}.discard" for name in ("prefetcher", "feed", "stream")),  # the thread's
+    *(f"pending.{name}" for name in ("has_begun", "start", "abandon", "fail", "ended")),
+}
+"""What only an object calls that is refused itself."""
+
+
+def use_and_end(
+    objects: Mapping[str, Any], arguments: Mapping[str, Sequence[Any]], ends: Mapping[str, Callable[[], object]]
+) -> None:
     """What a child does: every use is refused as one of a forked child, every end is nothing to it."""
-    for name, use in uses.items():
-        with row(use=name), pytest.raises(ConfigError, match="forked child"):
-            use()
-    for end in ends:
+    for of, one in objects.items():
+        for attribute in ("__next__", *dir(type(one))):
+            name = f"{of}.{attribute}"
+            if attribute.startswith("_") and not (attribute == "__next__" and hasattr(one, attribute)):
+                continue
+            if name in ends or name in AS_IT_WAS or name in OF_ANOTHER:
+                continue
+            with row(use=name), pytest.raises(ConfigError, match="forked child"):
+                use(one, attribute, *arguments.get(name, ()))
+    for end in ends.values():
         end()
+
+
+def use(one: object, attribute: str, *given: object) -> None:
+    """Ask for a property, or call a method."""
+    found = getattr(one, attribute)
+    if callable(found):
+        found = found(*given)
+    if inspect.iscoroutine(found):
+        anyio.run(partial(awaited, found))
+
+
+async def awaited(found: Awaitable[object]) -> object:
+    return await found
 
 
 def fork(child: Callable[[], object], exit_by: Callable[[int], object]) -> int:
@@ -100,6 +147,7 @@ def main(url: str) -> None:
     end_of_views = group.on_view(print)
     client = SyncUCXXClient(ClientConfig(local="off"), watcher=watcher)
     held = client.read(ring.write_raw(b"held"))
+    async_client = UCXXClient(ClientConfig(local="off"))
     prefetcher = Prefetcher(ClientConfig(local="off"))
     pending = prefetcher.begin([record_of(ring.write_raw(b"pending"))])
     packer = Packer()
@@ -119,48 +167,78 @@ def main(url: str) -> None:
     writer.write(episode)
     end_of_news = watcher.subscribe(on_remove=lambda _: None)
     ref = ring.write_raw(b"unread")
-    uses: dict[str, Callable[[], object]] = {
-        "client.read": lambda: client.read(ref),
-        "client.statistics": client.statistics,
-        "prefetcher.fetch": lambda: prefetcher.fetch([]),
-        "pending.result": pending.result,
-        "packer.start_prefetch": lambda: packer.start_prefetch([]),
-        "packer.defer_prefetch": lambda: packer.defer_prefetch([]),
-        "packer.wait_prefetch": packer.wait_prefetch,
-        "packer.collect_prefetch": packer.collect_prefetch,
-        "packer.is_cold_start": lambda: packer.is_cold_start,
-        "packer.get_policy_input": lambda: packer.get_policy_input(None, ref),
-        "feed.release": feed.release,
-        "feed.statistics": feed.statistics,
-        "watcher.wait_for": lambda: watcher.wait_for(1, 60),
-        "watcher.sources": watcher.sources,
-        "watcher.subscribe": lambda: watcher.subscribe(on_add=print),
-        "writer.write": lambda: writer.write(episode),
-        "writer.statistics": writer.statistics,
-        "publisher.statistics": publisher.statistics,
-        "watcher.report_to": lambda: watcher.report_to(print),
-        "publisher.wait_published": lambda: publisher.wait_published(60),
-        "server.start": server.start,
-        "server.statistics": server.statistics,
-        "server.is_healthy": lambda: server.is_healthy(60),
-        "group.join_group": lambda: group.join_group(60),
-        "group.wait_for_view": lambda: group.wait_for_view(1, 60),
-        "group.deactivate_ranks": lambda: group.deactivate_ranks([0]),
-        "group.on_gone": lambda: group.on_gone(print),
+    stream = EpisodeStream([ring.write_raw(b"streamed")], ClientConfig(local="off"))
+    objects: dict[str, Any] = {
+        "client": client,
+        "async_client": async_client,
+        "prefetcher": prefetcher,
+        "pending": pending,
+        "packer": packer,
+        "feed": feed,
+        "stream": stream,
+        "watcher": watcher,
+        "writer": writer,
+        "publisher": publisher,
+        "server": server,
+        "group": group,
     }
-    ends: list[Callable[[], object]] = [
-        packer.shutdown_ucxx_data_packer,
-        end_of_views,
-        end_of_news,
-        writer.close,
-        prefetcher.close,
-        client.close,
-        watcher.stop,
-        group.leave,
-        publisher.stop,
-    ]
-
-    child = partial(use_and_end, uses, (*ends, server.stop, ring.close))
+    reads = {
+        "client.read": (ref,),
+        "client.read_many": ([ref],),
+        "client.discard": ([ref],),
+        "client.take": (ref,),
+    }
+    arguments: dict[str, tuple[Any, ...]] = {
+        **reads,
+        **{f"async_{name}": given for name, given in reads.items()},
+        "prefetcher.fetch": ([],),
+        "prefetcher.prepared": (dict, None),
+        "feed.prepared": (dict, None),
+        "stream.prepared": (dict, None),
+        "prefetcher.prepare": ([],),
+        "feed.prepare": ([],),
+        "stream.prepare": ([],),
+        "prefetcher.begin": ([],),
+        "packer.start_prefetch": ([],),
+        "packer.defer_prefetch": ([],),
+        "packer.get_policy_input": (None, ref),
+        "feed.fetch": ([],),
+        "feed.begin": ([],),
+        "feed.start": ([],),
+        "feed.defer": ([],),
+        "feed.resolve": (ref,),
+        "stream.fetch": ([],),
+        "stream.begin": ([],),
+        "watcher.wait_for": (1, 60),
+        "watcher.report_to": (print,),
+        "writer.write": (episode,),
+        "publisher.wait_published": (60,),
+        "server.is_healthy": (60,),
+        "group.join_group": (60,),
+        "group.wait_for_view": (1, 60),
+        "group.activate_ranks": ([0],),
+        "group.deactivate_ranks": ([0],),
+        "group.set_policy_version": (1,),
+        "group.get_peer_state": (0,),
+        "group.on_view": (print,),
+        "group.on_gone": (print,),
+    }
+    ends: dict[str, Callable[[], object]] = {
+        "packer.shutdown_ucxx_data_packer": packer.shutdown_ucxx_data_packer,
+        "feed.close": feed.close,
+        "stream.close": stream.close,
+        "group.on_view's": end_of_views,
+        "watcher.subscribe's": end_of_news,
+        "writer.close": writer.close,
+        "pending.cancel": pending.cancel,
+        "prefetcher.close": prefetcher.close,
+        "client.close": client.close,
+        "async_client.aclose": lambda: anyio.run(async_client.aclose),
+        "watcher.stop": watcher.stop,
+        "group.leave": group.leave,
+        "publisher.stop": publisher.stop,
+    }
+    child = partial(use_and_end, objects, arguments, {**ends, "server.stop": server.stop, "ring.close": ring.close})
     trainer = threading.Thread(target=train)
     trainer.start()
     codes: dict[str, list[int | None]] = {"os._exit": [], "sys.exit": [], "multiprocessing": []}
@@ -186,7 +264,7 @@ def main(url: str) -> None:
         "written": writer.write(episode).sequence,
     }
     held.release()
-    for end in ends:
+    for end in ends.values():
         end()
     store.close()
     server.stop()
