@@ -203,6 +203,13 @@ def made_of(kind: type[SectionT], given: SectionT | Mapping[str, Any] | None, fi
     return kind(**(given or {}))
 
 
+def check_can(given: object, method: str, field: str, what: str) -> None:
+    """Refuse, by a ConfigError, an argument that has not the method by which `what` is used."""
+    if not callable(getattr(given, method, None)):
+        kind = type(given).__name__  # all that is said of it: an address may have a password in it
+        raise ConfigError(f"{field} must be {what}, not {kind}", field=field)
+
+
 def check_names(what: str, given: Iterable[str], known: Collection[str], **facts: object) -> None:
     """Refuse, by a ConfigError, the first of `given` that is none of `known`; with the one that was meant, or all."""
     for name in given:

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, NoReturn
 
 from ucxx_transport.errors import ConfigError, TransportError, article
 from ucxx_transport.logs import get_logger
@@ -46,6 +46,17 @@ def refuse_forked(pid: int, what: str) -> None:
     if os.getpid() != pid:
         raise ConfigError(
             f"{article(what)} cannot be used in a forked child; make one in the process that uses it", pid=pid
+        )
+
+
+class OfOneProcess:
+    """What holds threads, memory or connections of one process, and so cannot be sent to another."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse it, by the TypeError that pickle and copy have for that."""
+        raise TypeError(
+            f"{article(type(self).__name__)} cannot be pickled or copied: send records, or a ring's name, and make one "
+            "in each process"
         )
 
 

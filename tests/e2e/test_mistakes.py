@@ -6,6 +6,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -30,10 +31,13 @@ from ucxx_transport import (
     ConfigError,
     DeadlineExceededError,
     EpisodeStream,
+    HeartbeatPublisher,
     PeerLostError,
     ProtocolError,
     RolloutFeed,
     Schema,
+    SharedRingBuffer,
+    SourceWatcher,
     StaleSlotError,
     SyncUCXXClient,
     TensorSpec,
@@ -42,6 +46,7 @@ from ucxx_transport import (
     UCXXClient,
     UCXXDataPackerMixin,
     UCXXRolloutMixin,
+    UCXXServer,
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Prefetcher, fetch_batch
@@ -415,6 +420,34 @@ CALLS = [
         "EpisodeRecord",
         r"give a list: \[ref\]",
     ),
+    Mistake("a number as a store", lambda: SourceWatcher(cast("str", 5)), ConfigError, "store", "int", "or its URL"),
+    Mistake(
+        "text as what is published",
+        lambda: HeartbeatPublisher("local://", "w", cast("UCXXServer", "src")),
+        ConfigError,
+        "source",
+        "str",
+        "a UCXXServer",
+    ),
+    Mistake(
+        "text as a ring", lambda: UCXXServer(cast("SharedRingBuffer", "ring")), ConfigError, "ring", "str", "a Shared"
+    ),
+    Mistake(
+        "a truth as a version",
+        using(lambda job: job.worker.write(episode(3), policy_version=True)),
+        ConfigError,
+        "policy_version",
+        "True",
+        "an i64",
+    ),
+    Mistake(
+        "a setting of the packer's",
+        lambda: cast("Any", RolloutFeed)(client={}),
+        ConfigError,
+        "setting",
+        "'client'",
+        "config",
+    ),
     Mistake("text as a source", using(lambda job: job.client.take("abc")), ConfigError, "ref", "'abc'", "record"),
     Mistake("text in a stream", streaming_text, ConfigError, "references", "'abc'", "record.*SlotRef"),
     Mistake(
@@ -561,6 +594,18 @@ def test_a_misspelt_option_of_a_call_is_refused_with_the_one_that_was_meant() ->
             assert_says(caught.value, f"'{wrong}'; did you mean '{meant}'")
         assert feed.is_cold_start
         assert packer.is_cold_start
+
+
+def test_what_is_of_one_process_says_so_where_it_is_pickled() -> None:
+    with (
+        writer(schema=Schema([TensorSpec("obs", (4,), "float32")]), varlen=()) as worker,
+        SyncUCXXClient() as client,
+        packing() as packer,
+        EpisodeStream([]) as stream,
+    ):
+        for one in (worker, worker.ring, client, UCXXClient(), packer, packer.ucxx_feed, stream):
+            with row(one=one), pytest.raises(TypeError, match=r"cannot be pickled .* send records, or a ring's name"):
+                pickle.dumps(one)
 
 
 def test_lists_are_taken_with_varlen_as_arrays_are() -> None:

@@ -26,6 +26,7 @@ from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportE
 from ucxx_transport.machine import in_thread
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import several, slot_ref_of
+from ucxx_transport.teardown import OfOneProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -52,7 +53,7 @@ LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
 
 
-class UCXXClient:
+class UCXXClient(OfOneProcess):
     """Reads payloads. Belongs to the thread it is first used in; close it with `aclose()` or `async with`.
 
     Args and guarantees as `SyncUCXXClient`.

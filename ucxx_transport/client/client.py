@@ -19,7 +19,7 @@ from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import several, slot_ref_of
-from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.teardown import OfOneProcess, refuse_forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _CLOSE_WAIT_S: Final = 5.0
 
 
-class SyncUCXXClient:
+class SyncUCXXClient(OfOneProcess):
     """Reads payloads from code without an event loop. Thread-safe; close it with `close()` or `with`.
 
     One client is one reader: of a payload meant for several readers (`RingConfig(readers=N)`) it gets one share, and a

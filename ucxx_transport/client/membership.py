@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ucxx_transport.errors import ConfigError
+from ucxx_transport.settings import check_can
 
 if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor
@@ -37,8 +37,7 @@ class Membership:
     """
 
     def __init__(self, watcher: Watcher) -> None:
-        if not callable(getattr(watcher, "report_to", None)):
-            raise ConfigError(f"watcher must be a SourceWatcher, not {type(watcher).__name__}", field="watcher")
+        check_can(watcher, "report_to", "watcher", "a SourceWatcher")
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self._lock = threading.Lock()

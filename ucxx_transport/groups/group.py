@@ -21,8 +21,8 @@ from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, ch
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
-from ucxx_transport.settings import made_of
-from ucxx_transport.teardown import Teardown, may_end, refuse_forked
+from ucxx_transport.settings import check_can, made_of
+from ucxx_transport.teardown import OfOneProcess, Teardown, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -32,7 +32,7 @@ CHANGE_TIMEOUT_S: Final = 30.0
 """A change of the group that names no bound: several acknowledgement timeouts, and an outage of seconds."""
 
 
-class RankGroup:
+class RankGroup(OfOneProcess):
     """One rank's part in a group. Thread-safe.
 
     Until `join_group` nothing of it is in the store, and no member waits for it or knows of it: so a recovered rank
@@ -75,9 +75,7 @@ class RankGroup:
             raise errors.ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
         if not group:
             raise errors.ConfigError("a group needs a name", field="group")
-        if not callable(getattr(store, "grant", None)):
-            kind = type(store).__name__  # all that is said of it: an address may have a password in it
-            raise errors.ConfigError(f"store must be a store, such as open_store(url), not {kind}", field="store")
+        check_can(store, "grant", "store", "a store, such as open_store(url)")
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")

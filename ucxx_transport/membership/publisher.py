@@ -30,8 +30,8 @@ from ucxx_transport.membership.renewal import RETRIES_AN_INTERVAL, Keeper
 from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.settings import made_of
-from ucxx_transport.teardown import may_end, refuse_forked
+from ucxx_transport.settings import check_can, made_of
+from ucxx_transport.teardown import OfOneProcess, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ _LOSSES: Final = (errors.LeaseLostError, errors.ConflictError, errors.StoreReset
 _HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, errors.ConfigError, errors.ProtocolError)
 
 
-class HeartbeatPublisher:
+class HeartbeatPublisher(OfOneProcess):
     """Publishes a worker under a lease and keeps it there. Start it, stop it; or use `with`.
 
     A read that comes before the worker has its epoch is answered NOT_READY. When the lease is lost, since the worker
@@ -86,6 +86,7 @@ class HeartbeatPublisher:
         self._config = made_of(PublisherConfig, config, "config")
         self._store_config = made_of(StoreConfig, store_config, "store_config")
         self.worker_id = worker_id
+        check_can(source, "offer", "source", "a UCXXServer")
         self._source = source
         self._meta = dict(meta or {})
         self._clock = clock
@@ -93,6 +94,7 @@ class HeartbeatPublisher:
         self._record(1).to_bytes()  # refused here rather than in the thread
         self._owns_store = store is None or isinstance(store, str)
         self._store = open_store(store, self._store_config) if store is None or isinstance(store, str) else store
+        check_can(self._store, "grant", "store", "a store or its URL")
         # The lease of another worker of this id, and since when it is seen.
         self._rival: tuple[int | None, float] | None = None
         self._publication: Publication | None = None

@@ -39,7 +39,8 @@ from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
-from ucxx_transport.teardown import may_end, refuse_forked
+from ucxx_transport.settings import check_can
+from ucxx_transport.teardown import OfOneProcess, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -82,7 +83,7 @@ class WatcherStatistics:
     synced: bool = False
 
 
-class SourceWatcher:
+class SourceWatcher(OfOneProcess):
     """Follows the sources of a store. Thread-safe; `start` it and `stop` it, or use `with` or `async with`.
 
     ```python
@@ -121,6 +122,7 @@ class SourceWatcher:
     ) -> None:
         self._owns_store = store is None or isinstance(store, str)
         self._store = open_store(store) if store is None or isinstance(store, str) else store
+        check_can(self._store, "grant", "store", "a store or its URL")
         self._reset_grace_s = checked_seconds(reset_grace_s, "reset_grace_s")
         self._clock = clock
         self._changed = threading.Condition()

@@ -29,6 +29,7 @@ from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
 from ucxx_transport.schema.slot_ref import Common, SlotRef, common_of
 from ucxx_transport.settings import made_of
+from ucxx_transport.teardown import OfOneProcess
 from ucxx_transport.units import MAX_PORTS
 
 MAX_HOST_BYTES: Final = 255
@@ -59,7 +60,7 @@ class Holder(NamedTuple):
     held_s: float
 
 
-class RingHandle:
+class RingHandle(OfOneProcess):
     """The part of `SharedRingBuffer` that moves no payload.
 
     `owner` takes its holds, None for this process; `alive` says whether a process (pid, start time) lives.

@@ -210,7 +210,7 @@ def _check_policy_version(version: object) -> None:
 def as_policy_version(version: Any) -> int | None:
     """A policy version as a record has it: of numpy's integers, and torch's of one element, too; a ConfigError."""
     with suppress(TypeError):
-        version = operator.index(version)
+        version = version if isinstance(version, bool) else operator.index(version)
     _check_policy_version(version)
     return version  # type: ignore[no-any-return]  # checked
 

@@ -17,9 +17,9 @@ from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
-from ucxx_transport.settings import made_of
+from ucxx_transport.settings import check_can, made_of
 from ucxx_transport.sidecar.launch import Sidecar
-from ucxx_transport.teardown import Teardown, may_end, refuse_forked
+from ucxx_transport.teardown import OfOneProcess, Teardown, may_end, refuse_forked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
-class RingSource:
+class RingSource(OfOneProcess):
     """A ring as it is published: trainers of this host read it in place; `UCXXServer` puts ports in front of it.
 
     Args:
@@ -43,6 +43,7 @@ class RingSource:
     sidecar: Sidecar | None = None
 
     def __init__(self, ring: SharedRingBuffer) -> None:
+        check_can(ring, "publish_address", "ring", "a SharedRingBuffer")
         self._ring = ring
         self._awaited = ring.server_words[AWAITED : AWAITED + 1]
         self._last_old: int | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ucxx_transport.config import checked_count
@@ -87,7 +86,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         super().__init__(config, on_loss=on_loss, **settings)
         # the class, not an object of it: kept, that would keep the frames that it was raised through
         self._end: BaseException | type[StopIteration] | None = None
-        self._end_traceback: TracebackType | None = None
+        self._end_traceback: Any = None
         try:  # a daemon: it may wait for a reference that never comes
             start_thread(self._take, references, name="ucxx-stream")
         except TransportError:

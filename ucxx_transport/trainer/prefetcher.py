@@ -29,7 +29,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_names, known_options
-from ucxx_transport.teardown import refuse_forked
+from ucxx_transport.teardown import OfOneProcess, refuse_forked
 from ucxx_transport.trainer.accounts import Account, Accounts, Alone, PrefetchStatistics
 from ucxx_transport.trainer.batch import Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut, given_up
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, discardable_of
@@ -197,7 +197,7 @@ class PendingBatch(BatchFetch):
         return self._sorter(self.records)
 
 
-class Prefetcher:
+class Prefetcher(OfOneProcess):
     """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
 
     ```python
@@ -252,9 +252,8 @@ class Prefetcher:
         link_factory: LinkFactory | None = None,
         **unknown: Never,
     ) -> None:
-        if unknown:
-            choices = {*FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
-            check_names(f"setting of {type(self).__name__}", unknown, choices)
+        choices = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
+        check_names(f"setting of {type(self).__name__}", unknown, choices)
         self.limits = FetchLimits(
             deadline_s, max_fetch_rounds, max_staleness, unreachable_batches, on_loss, discard_lost=discard_lost
         )

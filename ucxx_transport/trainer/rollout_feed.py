@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import cycle
-from os import getpid
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 
 from ucxx_transport.errors import ConfigError, TransportError
@@ -300,7 +299,7 @@ class RolloutFeed(Prefetcher):
                 episodes in a row that are fetched now as `unreachable_batches`, each of which counts as a batch.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        if getpid() != self.core.pid:
+        if self.core.pid != self.core.process:
             self.check_usable()
         with self._state:  # in which the batch in use is not released
             payload = None if self._in_use is None else self._in_use.by_output.get(id(output))

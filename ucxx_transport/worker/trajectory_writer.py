@@ -27,7 +27,7 @@ from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import checked_meta, finite_meta, refuse
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_names, gather, known_options, made_of
-from ucxx_transport.teardown import may_end, refuse_forked
+from ucxx_transport.teardown import OfOneProcess, may_end, refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
 _log = get_logger(__name__)
@@ -48,7 +48,7 @@ class RolloutStatistics:
     dropped: Mapping[str, int]
 
 
-class TrajectoryWriter:
+class TrajectoryWriter(OfOneProcess):
     """A rollout worker's end of the transport. Thread-safe; close it with `close()` or `with`.
 
     It loses no episode by itself: with no free slot `write` waits, up to `ring.block_timeout_s` (30), and is then a

@@ -71,7 +71,14 @@ AS_IT_WAS = {
 """What says nothing but what an object was given, or is the application's own."""
 
 OF_ANOTHER = {
-    *("server.offer", "server.hold", "server.bind", "server.discard_old", "server.release"),  # the publisher's
+    *(
+        "server.sidecar",
+        "server.offer",
+        "server.hold",
+        "server.bind",
+        "server.discard_old",
+        "server.release",
+    ),  # the publisher's
     *(f"{name}.discard" for name in ("prefetcher", "feed", "stream")),  # the thread's
     *(f"pending.{name}" for name in ("has_begun", "start", "abandon", "fail", "ended")),
 }
