@@ -125,7 +125,6 @@ class RingHandle(OfOneProcess):
             NotReadyError: it is still being made.
             ProtocolError: no ring, another layout version, or damaged; says what was found.
         """
-        folder = None if folder is None else Path(folder)
         return cls(open_ring(name, folder, descriptor, populates=populate), **seams)
 
     @property
@@ -205,13 +204,8 @@ class RingHandle(OfOneProcess):
     def reclaim_dead(self) -> int:
         """Give back the slots that dead processes hold. Writes do so by themselves when the ring is full.
 
-        It ends every hold whose process is dead, and those of this process whose objects are gone.
-
-        Returns:
-            How many holds were ended.
-
-        Raises:
-            DeadlineExceededError: the lock was not to be had in time.
+        It ends every hold whose process is dead, and those of this process whose objects are gone, and returns how many
+        these were. A DeadlineExceededError: the lock was not to be had in time.
         """
         self._require_open()
         return self._reclaim()

@@ -24,6 +24,7 @@ from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.machine import check_file_name, memory_limit, open_standard_streams
 from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_BYTES, PAGE_BYTES, WORD_BYTES, Identity
 from ucxx_transport.ring.owner import boot_id, file_system, owner_alive, pid_namespace, segment_folder
+from ucxx_transport.units import format_bytes
 
 NAME_PREFIX: Final = "ucxx_transport-"
 
@@ -130,12 +131,12 @@ def populate(mapping: mmap.mmap) -> None:
             bytes(memoryview(mapping)[start : start + length : PAGE_BYTES])
 
 
-def segment_path(name: str, folder: Path | None = None) -> Path:
+def segment_path(name: str, folder: Path | str | None = None) -> Path:
     """The file of a segment, named with or without the common prefix; a ConfigError for no plain file name."""
     plain = name.removeprefix(NAME_PREFIX)
     if not plain or len(plain) > 200 or "/" in plain or "\0" in plain:
         raise ConfigError(f"name must be a file name, without a slash, not {name!r}", field="name", value=name)
-    path = (folder or segment_folder()) / (NAME_PREFIX + plain)
+    path = Path(folder or segment_folder(), NAME_PREFIX + plain)
     check_file_name(str(path))
     return path
 
@@ -173,10 +174,10 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     in_memory = file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
     if in_memory and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
         raise ConfigError(
-            f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
-            f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size of a slot, "
-            "or raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; systemd: "
-            "MemoryMax=)",
+            f"a ring of {format_bytes(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
+            f"{format_bytes(limit.room_bytes)} left of {format_bytes(limit.limit_bytes)}. Lower ring.slots or the size "
+            "of a slot, or raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; "
+            "systemd: MemoryMax=)",
             field="slots",
             needed_bytes=nbytes,
             room_bytes=limit.room_bytes,
@@ -185,9 +186,9 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     there = os.fstatvfs(fd)
     free = there.f_bavail * there.f_frsize
     too_large = ConfigError(
-        f"a ring of {_both(nbytes)} does not fit {folder}, which has {_both(free)} free: lower ring.slots or the size "
-        "of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it (docker: --shm-size; "
-        f"else: mount -o remount,size=… {folder})",
+        f"a ring of {format_bytes(nbytes)} does not fit {folder}, which has {format_bytes(free)} free: lower "
+        "ring.slots or the size of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it "
+        f"(docker: --shm-size; else: mount -o remount,size=… {folder})",
         field="slots",
         needed_bytes=nbytes,
         free_bytes=free,
@@ -201,10 +202,6 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
             if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
                 raise too_large from exc
             raise ConfigError(f"the memory of the ring cannot be allocated: {exc.strerror}", errno=exc.errno) from exc
-
-
-def _both(nbytes: int) -> str:
-    return f"{nbytes} bytes ({nbytes / 2**20:.1f} MiB)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

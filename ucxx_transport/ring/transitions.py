@@ -252,7 +252,7 @@ def create_ring(config: RingConfig, library: Library | None = None) -> Transitio
     return made
 
 
-def open_ring(name: str, folder: Path | None, descriptor: int | None, *, populates: bool) -> Transitions:
+def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, populates: bool) -> Transitions:
     """Map a segment, and check that it is a ring which this process can use; errors as `RingHandle.attach`."""
     creation = Creation(segment_path(name, folder))
     mapping = map_segment(creation.path, descriptor)

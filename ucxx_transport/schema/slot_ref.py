@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import wire_form
-from ucxx_transport.schema.wire_form import (
-    NO_META,
-    WIRE_VERSION,
-    checked_meta,
-    is_plain_text,
-    is_unsigned,
-    pack,
-    refuse,
-)
+from ucxx_transport.schema.wire_form import NO_META, WIRE_VERSION, checked_meta, pack, refuse
 from ucxx_transport.units import MAX_PORTS
 
 if TYPE_CHECKING:
@@ -39,7 +31,7 @@ MAX_SLOT_REF_BYTES = wire_form.MAX_META_BYTES + 4096
 def are_ports(ports: Any) -> bool:
     """Whether these are ports, and no more than a server may have."""
     is_list = isinstance(ports, (tuple, list)) and len(ports) <= MAX_PORTS
-    return is_list and all(is_unsigned(port, 16) and port for port in ports)
+    return is_list and all(wire_form.is_unsigned(port, 16) and port for port in ports)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +71,16 @@ class SlotRef:
         if type(self.ring_id) is not bytes or len(self.ring_id) != RING_ID_BYTES:
             refuse("ring_id", self.ring_id, f"{RING_ID_BYTES} bytes")
         name = self.ring_name
-        if not is_plain_text(name, MAX_RING_NAME_CHARS) or "/" in name or name in (".", ".."):
+        if not wire_form.is_plain_text(name, MAX_RING_NAME_CHARS) or "/" in name or name in (".", ".."):
             refuse("ring_name", name, f"a file name of at most {MAX_RING_NAME_CHARS} printable characters")
         for name, bits in (("slot", 32), ("generation", 64), ("nbytes", 64), ("fingerprint", 64)):
-            if not is_unsigned(value := getattr(self, name), bits):
+            if not wire_form.is_unsigned(value := getattr(self, name), bits):
                 refuse(name, value, f"an integer of {bits} bits, not negative")
-        if not is_plain_text(self.host_id, MAX_HOST_ID_CHARS):
+        if not wire_form.is_plain_text(self.host_id, MAX_HOST_ID_CHARS):
             refuse("host_id", self.host_id, f"1 to {MAX_HOST_ID_CHARS} printable characters")
-        if self.host is not None and not is_plain_text(self.host, MAX_HOST_CHARS):
+        if self.host is not None and not wire_form.is_plain_text(self.host, MAX_HOST_CHARS):
             refuse("host", self.host, f"1 to {MAX_HOST_CHARS} printable characters, or None")
-        if self.checksum is not None and not is_unsigned(self.checksum, 64):
+        if self.checksum is not None and not wire_form.is_unsigned(self.checksum, 64):
             refuse("checksum", self.checksum, "an integer of 64 bits, not negative, or None")
         if not are_ports(self.ports):
             refuse("ports", self.ports, f"at most {MAX_PORTS} numbers from 1 to 65535")
