@@ -64,7 +64,7 @@ class GroupModel:
             assert before.state is not RankState.GONE, "an incarnation that is gone stays gone"
         else:
             assert after.state is RankState.JOINING, "a new incarnation begins by joining"
-            assert after.awaited_epoch == view.epoch
+            assert after.awaited == view.epoch
             if before.state.is_seated:
                 assert before.incarnation not in self.alive, "a rank is taken from the dead alone"
         if after.state is RankState.ACTIVE:
@@ -81,7 +81,7 @@ class GroupModel:
             if seat.state is RankState.ACTIVE and seat.incarnation in self.alive:
                 was = self.view.state_of(seat.rank)
                 if was is RankState.ACTIVE or seat.rank == joiner.rank:
-                    assert self.applied[seat.incarnation] >= joiner.awaited_epoch, "all active ones know of it"
+                    assert self.applied[seat.incarnation] >= joiner.awaited, "all active ones know of it"
         assert joiner.incarnation not in self.resting
 
     def _judge_drop(self, dropped: Seat, now: float) -> None:
@@ -91,10 +91,10 @@ class GroupModel:
         """
         late = []
         for seat in self.view.seats:
-            written = [when for when, view in self.views if view.epoch == seat.awaited_epoch]
+            written = [when for when, view in self.views if view.epoch == seat.awaited]
             if seat.state is RankState.JOINING and written:
                 due = written[0] + self.ack_timeout_s - 1e-6
-                late.append(due <= min(now, self._acknowledged_at(dropped.incarnation, seat.awaited_epoch)))
+                late.append(due <= min(now, self._acknowledged_at(dropped.incarnation, seat.awaited)))
         assert late, "no rank was joining"
         assert any(late), "no joiner had waited for it for so long"
 

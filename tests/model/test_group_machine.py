@@ -29,15 +29,13 @@ from ucxx_transport.errors import (
     ConflictError,
     DeadlineExceededError,
     LeaseLostError,
-    NotReadyError,
+    RegistryError,
     StoreResetError,
     StoreUnavailableError,
 )
-from ucxx_transport.groups.participant import MembershipEndedError, Participant
-from ucxx_transport.groups.state import SharedState
+from ucxx_transport.groups.participant import MembershipEndedError, Participant, change_view
+from ucxx_transport.groups.state import RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, RankEvent, RankState
-from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view
-from ucxx_transport.membership.entries import Lease
 
 RULES_AN_EXAMPLE = 25
 STEPS_AN_EXAMPLE = 150
@@ -82,7 +80,7 @@ class Process:
     shared: SharedState
     store: MemoryStore
     incarnation: str = ""
-    lease: Lease | None = None
+    lease_id: int | None = None
     participant: Participant | None = None
     watch: MemoryWatch | None = None
     snapshot: GroupSnapshot | None = None
@@ -94,11 +92,6 @@ class Process:
     def is_member(self) -> bool:
         """Whether it is one, as far as it knows."""
         return self.participant is not None and not self.is_dead
-
-    @property
-    def lease_id(self) -> int:
-        assert self.lease is not None
-        return self.lease.lease_id
 
 
 class GroupMachine(RuleBasedStateMachine):
@@ -148,11 +141,12 @@ class GroupMachine(RuleBasedStateMachine):
             self.clock.now += min(seconds, 1.0)
             seconds -= 1.0
             for one in self.all_processes():
-                if one.lease is not None and not one.is_dead and one.store.reachable:
+                if one.lease_id is not None and not one.is_dead and one.store.reachable:
                     self.renew(one)
             self.judge()
 
     def renew(self, one: Process) -> None:
+        assert one.lease_id is not None
         try:
             one.store.keep_alive(one.lease_id)
         except (LeaseLostError, StoreUnavailableError):
@@ -171,9 +165,9 @@ class GroupMachine(RuleBasedStateMachine):
         wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.shared.now.epoch, ttl_s=TTL_S)
         self.model.alive.add(one.incarnation)
         self.model.applied[one.incarnation] = one.shared.now.epoch
-        one.lease = acquire_rank(self.retrying(one), wanted)
-        one.shared.begin(one.incarnation)
-        one.participant = Participant(one.context, one.shared, one.incarnation, one.lease_id)
+        one.participant = Participant(one.context, one.shared, wanted)
+        one.participant.acquire(self.retrying(one))
+        one.lease_id = one.participant.lease_id
         one.snapshot = one.watch = None
         self.judge()
 
@@ -187,7 +181,7 @@ class GroupMachine(RuleBasedStateMachine):
             one.participant.reset()
             return one.store.reachable
         except (MembershipEndedError, LeaseLostError) as over:
-            self.drop_out(one, left=isinstance(over, MembershipEndedError) and over.left)
+            self.drop_out(one, over.error if isinstance(over, MembershipEndedError) else over)
             return True
         finally:
             self.judge()
@@ -202,15 +196,16 @@ class GroupMachine(RuleBasedStateMachine):
             if batch is None:
                 break
             is_new = True
-            one.snapshot = one.snapshot.after(batch)
+            one.snapshot = one.snapshot.after(batch.revision, batch.events)
         revision = self.data.revision
         participant.step(one.snapshot)
         return is_new or self.data.revision != revision
 
-    def drop_out(self, one: Process, *, left: bool) -> None:
-        one.shared.end(NotReadyError("over"), left=left)
+    def drop_out(self, one: Process, error: RegistryError | None = None) -> None:
+        one.shared.end(error)
         one.participant = None
-        lease_id, one.lease = one.lease_id, None
+        lease_id, one.lease_id = one.lease_id, None
+        assert lease_id is not None
         self.admin.revoke(lease_id)
         self.judge()
 
@@ -321,7 +316,7 @@ class GroupMachine(RuleBasedStateMachine):
         with suppress(DeadlineExceededError):  # it is cut off, and its lease is given back by other means
             change_view(self.retrying(one), RankEvent.LEAVE, [rank], incarnation=one.incarnation)
         self.judge()
-        self.drop_out(one, left=True)
+        self.drop_out(one)
 
     # rules
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ucxx_transport.config import PublisherConfig, StoreConfig
-from ucxx_transport.groups.writes import RankContext
+from ucxx_transport.groups.state import RankContext
 from ucxx_transport.membership.store import Store
 
 __all__ = ["rank_context"]

@@ -53,7 +53,7 @@ def next_view(view: GroupView, members: Members, *, overdue: Collection[int] = (
             changed[rank] = before.after(RankEvent.ADMIT, epoch=epoch, incarnation=record.incarnation)
     after = view.with_seats(changed, epoch=epoch)
     for seat in after.seats:
-        if seat.state is RankState.JOINING and seat.awaited_epoch <= view.epoch and not _missing(seat, after, members):
+        if seat.state is RankState.JOINING and seat.awaited <= view.epoch and not _missing(seat, after, members):
             changed[seat.rank] = seat.after(RankEvent.ACTIVATE, epoch=epoch)
     is_behind = any(record.epoch > view.epoch for record in members.values())
     return view.with_seats(changed, epoch=epoch) if changed or is_behind else None
@@ -71,7 +71,7 @@ def _missing(joiner: Seat, view: GroupView, members: Members) -> tuple[int, ...]
         for seat in view.seats
         if (seat.state is RankState.ACTIVE or seat.rank == joiner.rank)
         and _is_present(seat, members)
-        and members[seat.rank].epoch < joiner.awaited_epoch
+        and members[seat.rank].epoch < joiner.awaited
     )
 
 
@@ -100,7 +100,7 @@ def view_after(
 
 def ack_waits(view: GroupView, known: AckWaits, now: float) -> AckWaits:
     """The waits of a view: those that are known go on, new ones begin now."""
-    keys = [(seat.rank, seat.awaited_epoch) for seat in view.seats if seat.state is RankState.JOINING]
+    keys = [(seat.rank, seat.awaited) for seat in view.seats if seat.state is RankState.JOINING]
     return {key: known.get(key, now) for key in keys}  # a later incarnation's epoch is larger
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final, Self
@@ -14,10 +15,9 @@ from typing import Final, Self
 from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.groups.decisions import awaited_ranks
-from ucxx_transport.groups.participant import Participant
-from ucxx_transport.groups.state import GONE, NOT_SEEN, GroupState, GroupStatistics, Member, SharedState
+from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
+from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
-from ucxx_transport.groups.writes import RankContext, Retrying, acquire_rank, change_view, has_left, put_policy_version
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
@@ -93,7 +93,7 @@ class RankGroup(OfOneProcess):
         self._shared = SharedState(group, rank)
         ttl_s = self._context.config.ttl_s
         self._record = MemberRecord(rank=rank, incarnation="", epoch=0, ttl_s=ttl_s, address=address, meta=meta or {})
-        self._joining = threading.Lock()
+        self._joining = threading.RLock()
         self._cancelled = threading.Event()
         self._participant: Participant | None = None
         self._pid = os.getpid()
@@ -164,9 +164,9 @@ class RankGroup(OfOneProcess):
         refuse_forked(self._pid, "RankGroup")
         self._shared.listeners.refuse_in_callback("join_group()")
         retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
-        while not self._joining.acquire(timeout=retrying.left_s):
-            retrying.check("another join_group() of this rank")
         try:
+            while not self._joining.acquire(timeout=retrying.left_s):
+                retrying.check("another join_group() of this rank")
             self._cancelled.clear()
             if self._participant is not None:
                 if self.state.state.is_seated:
@@ -179,7 +179,7 @@ class RankGroup(OfOneProcess):
                     _log.warning("join_restarted", reason=str(error), **self._context.keys)
                     retrying.pause(self._context.config.backoff_s)
         finally:
-            self._joining.release()
+            self._release()
 
     def leave(self) -> None:
         """End the membership: in the view first, then the lease is given back. Idempotent, and bounded.
@@ -193,14 +193,14 @@ class RankGroup(OfOneProcess):
             return
         self._cancelled.set()
         is_callback = self._participant is not None and self._participant.is_own_thread
-        has_lock = not is_callback and self._joining.acquire(timeout=self._context.config.stop_timeout_s)
         try:
+            if not is_callback:
+                self._joining.acquire(timeout=self._context.config.stop_timeout_s)
             participant, self._participant = self._participant, None
             if participant is not None:
-                self._stop(participant, leaves=True)
+                self._stop(participant)
         finally:
-            if has_lock:
-                self._joining.release()
+            self._release()
         self._shared.listeners.wait_idle()  # so that callbacks have ended with it, unless one blocks
 
     def __enter__(self) -> Self:
@@ -256,7 +256,7 @@ class RankGroup(OfOneProcess):
         retrying = Retrying(self._context, timeout_s, "setting the policy version")
         revision = put_policy_version(retrying, version, rewind=rewind)
         if not self._shared.listeners.is_calling_back():
-            self._shared.wait(lambda now: now.snapshot.revision >= revision, retrying, lambda _: f"revision {revision}")
+            self._shared.wait(lambda now: now.snapshot.revision >= revision, retrying, f"revision {revision}")
 
     def wait_for_view(self, min_epoch: int, timeout_s: float | str) -> GroupView:
         """The group's view once it is of `min_epoch` or later, and the callbacks of `on_view` have had it.
@@ -271,7 +271,7 @@ class RankGroup(OfOneProcess):
         self._shared.listeners.refuse_in_callback("wait_for_view()")
         self._member()
         retrying = Retrying(self._context, timeout_s, "waiting for a view")
-        return self._shared.wait(lambda now: now.notified_view(min_epoch), retrying, lambda _: f"epoch {min_epoch}")
+        return self._shared.wait(lambda now: now.notified_view(min_epoch), retrying, f"epoch {min_epoch}")
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
         """Call `callback` with each view from now on, also while joining; returns what ends that.
@@ -308,40 +308,42 @@ class RankGroup(OfOneProcess):
         refuse_forked(self._pid, "RankGroup")
         return self._shared.listeners.subscribe({ADD: on_add, REMOVE: on_remove})
 
+    def _release(self) -> None:
+        with suppress(RuntimeError):  # it is not this thread's: an interrupt may come right before, or after, it is
+            self._joining.release()
+
     def _join_once(self, retrying: Retrying) -> GroupState:
-        incarnation = uuid.uuid4().hex
-        lease = acquire_rank(retrying, replace(self._record, incarnation=incarnation, epoch=self.state.epoch))
-        self._shared.begin(incarnation)
-        participant = self._participant = Participant(self._context, self._shared, incarnation, lease.lease_id)
+        record = replace(self._record, incarnation=uuid.uuid4().hex, epoch=self.state.epoch)
+        participant = self._participant = Participant(self._context, self._shared, record)
 
         def joined(now: GroupState) -> GroupState | None:
             view = now.notified_view()
-            is_in = view is not None and view.seats_incarnation(self.rank, incarnation)
+            is_in = view is not None and view.seats_incarnation(self.rank, record.incarnation)
             return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
 
         def waiting_for(now: GroupState) -> str | tuple[int, ...]:
             seen = now.snapshot
-            return "store" if seen is NOT_SEEN else awaited_ranks(seen.view, seen.members, self.rank)
+            return awaited_ranks(seen.view, seen.members, self.rank) if seen.revision else "store"
 
         try:
+            participant.acquire(retrying)
             participant.start()
             return self._shared.wait(joined, retrying, waiting_for)
         except BaseException:
             self._stop(participant)
-            self._shared.end(errors.RegistryError("joining was cancelled", **self._context.keys), left=True)
             self._participant = None
             raise
 
-    def _stop(self, participant: Participant, *, leaves: bool = False) -> None:
-        timeout_s, incarnation = self._context.config.stop_timeout_s, participant.incarnation
+    def _stop(self, participant: Participant) -> None:
+        """End it: in the view first, if it is in the group, then for this rank's waiting calls, then the lease."""
+        timeout_s = self._context.config.stop_timeout_s
         until_s = time.monotonic() + timeout_s
         teardown = Teardown("rank", group=self._context.group, rank=self.rank)
-        if leaves and self.state.state.is_seated:
+        if self.state.state.is_seated:
             leaving = Retrying(self._context, timeout_s, "leaving")
-            change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=incarnation)
+            change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=participant.incarnation)
             teardown.step("view", change, until_s)
-        if leaves:
-            self._shared.end(has_left(self._context), left=True)
+        self._shared.end()
         participant.stop(teardown, until_s)
 
     def _member(self) -> None:
@@ -359,21 +361,20 @@ class RankGroup(OfOneProcess):
         if self._shared.listeners.is_calling_back() and self.view is not None:
             return self.view  # the next one may come by this very thread
 
-        def found(now: GroupState) -> GroupView | None:
+        if event is not RankEvent.RECALL:
+            return self._shared.wait(lambda now: now.notified_view(epoch), retrying, f"epoch {epoch}")
+
+        def recalled(now: GroupState) -> GroupView | None:
             view = now.notified_view(epoch)
-            if view is None or event is not RankEvent.RECALL:
-                return view
-            if gone := [rank for rank in ranks if not view.state_of(rank).is_seated]:
+            if view is not None and (gone := [rank for rank in ranks if not view.state_of(rank).is_seated]):
                 text = f"ranks {gone} have gone while they were waited for"
                 raise errors.NotReadyError(text, group=now.group, ranks=gone)
-            return view if set(ranks) <= set(view.active_ranks) else None
+            return view if view is not None and set(ranks) <= set(view.active_ranks) else None
 
-        def waiting_for(now: GroupState) -> str | tuple[int, ...]:
-            return (
-                tuple(sorted({*ranks}.difference(now.active_ranks))) if event is RankEvent.RECALL else f"epoch {epoch}"
-            )
+        def missing(now: GroupState) -> tuple[int, ...]:
+            return tuple(sorted({*ranks}.difference(now.active_ranks)))
 
-        return self._shared.wait(found, retrying, waiting_for)
+        return self._shared.wait(recalled, retrying, missing)
 
     def _check_ranks(self, ranks: Collection[int]) -> None:
         end = MAX_RANKS if self._world_size is None else self._world_size

@@ -1,6 +1,6 @@
 """A participant of a group: one life of a rank applies, acknowledges and writes views, in a thread of its own.
 
-Once `writes.acquire_rank` has published the rank's record, each `Participant.step` takes a snapshot of the group:
+Once `Participant.acquire` has published the rank's record, each `Participant.step` takes a snapshot of the group:
 
 1. is this rank still a member? Its key must be there, and its seat not GONE; else its membership is over;
 2. a newer view is applied: callbacks first, then waiting calls return;
@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
 from typing import Final
 
 from ucxx_transport import errors
-from ucxx_transport.groups.decisions import AckWaits, ack_waits, next_view, overdue_ranks, turn_of
-from ucxx_transport.groups.state import SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, RankEvent
-from ucxx_transport.groups.writes import CALL_S, RankContext, has_left
+from ucxx_transport.groups.decisions import AckWaits, ack_waits, is_alive, next_view, overdue_ranks, turn_of, view_after
+from ucxx_transport.groups.state import CALL_S, RankContext, Retrying, SharedState
+from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, MemberRecord, RankEvent, parse_policy_version
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import group_prefix, member_key, policy_key, view_key
@@ -48,25 +51,28 @@ LEAST_CALL_S: Final = 0.1
 LAST_TURN: Final = 20
 """The most turns that any member waits for, however many are before it."""
 
+POLL_S: Final = 0.25
+"""How often a rank whose holder's lease may still end is read."""
+
 TICK_S: Final = 0.05
 """How often time is looked at while an acknowledgement or a turn is waited for."""
 
 
 class MembershipEndedError(Exception):
-    """This rank is not in the group any more, and whether it `left`; `error` is for waiting calls and `on_gone`."""
+    """This rank is not in the group any more, by `error`, which waiting calls and `on_gone` get; None: it has left."""
 
-    def __init__(self, error: errors.TransportError, *, left: bool = False) -> None:
+    def __init__(self, error: errors.RegistryError | None = None) -> None:
         super().__init__(str(error))
-        self.error, self.left = error, left
+        self.error = error
 
 
 class Participant:
-    """See the module. `lease_id` keeps the rank in this life, `incarnation`."""
+    """See the module. `record` is of this life alone: its `incarnation` was never used before."""
 
-    def __init__(self, context: RankContext, shared: SharedState, incarnation: str, lease_id: int) -> None:
-        self._context, self._shared = context, shared
-        self._group, self._rank = context.group, context.rank
-        self.incarnation, self._lease_id = incarnation, lease_id
+    def __init__(self, context: RankContext, shared: SharedState, record: MemberRecord) -> None:
+        self._context, self._shared, self._record = context, shared, record
+        self._group, self._rank, self.incarnation = context.group, context.rank, record.incarnation
+        self.lease_id: int | None = None
         self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
         self._ending, self._lease_lost = threading.Event(), threading.Event()
@@ -74,9 +80,7 @@ class Participant:
         # what the store has answered last, since it was last heard
         self._away: type[errors.RegistryError] | None = None
         self._keeper = Keeper(context.store, context.store_config, context.config)
-        self._renewer = LeaseRenewer(
-            lambda: context.store, lease_id, context.config.interval_s, on_lost=self._on_lease_lost
-        )
+        self._renewer: LeaseRenewer | None = None
         self._thread: threading.Thread | None = None
         self.reset()
 
@@ -85,10 +89,47 @@ class Participant:
         """Whether the caller is a callback: it must not wait for what only this thread can bring."""
         return threading.current_thread() is self._thread
 
+    def acquire(self, retrying: Retrying) -> None:
+        """Publish this life, once the rank is free, under a new lease, whose TTL its record asks for.
+
+        A dead member has its rank until its lease ends, and that is waited for. A live one keeps it: a
+        DuplicateSourceError. However this ends, `stop` takes back what it has published.
+        """
+        context, store = self._context, self._context.store
+        key, began = member_key(self._group, self._rank), context.clock()
+        first: MemberRecord | None = None
+        for attempt in count():
+            entry = retrying.call(store.get, key)
+            holder = None if entry is None else MemberRecord.from_bytes(entry.value)
+            first = holder if attempt == 0 else first
+            if holder is None:
+                lease = retrying.call(store.grant, self._record.ttl_s)
+                self.lease_id = lease.lease_id  # before the key has it: an interrupt may come between any two lines
+                raw = replace(self._record, ttl_s=lease.ttl_s).to_bytes()
+                # Else another was first, an answer was lost, or the store was away for longer than the lease lived.
+                with suppress(errors.ConflictError, errors.LeaseLostError):
+                    retrying.call(store.put, key, raw, lease_id=lease.lease_id, expected=0)
+                    break
+            elif holder.incarnation == self.incarnation:
+                break
+            elif is_alive(holder, first=first, waited_s=context.clock() - began):
+                text = "a live member has this rank: give this process another one, or end that one"
+                facts = {"incarnation": holder.incarnation, "address": holder.address}
+                raise errors.DuplicateSourceError(text, **facts, **context.keys)
+            else:
+                retrying.pause(POLL_S)
+                retrying.check("the rank's holder")  # whose lease may still end
+        self._shared.begin(self.incarnation)
+
     def start(self) -> None:
         """Renew the lease, and take part."""
+        assert self.lease_id is not None
         self._keeper.start()
-        self._keeper.keep(self._lease_id)
+        self._keeper.keep(self.lease_id)
+        interval_s = self._context.config.interval_s
+        self._renewer = LeaseRenewer(
+            lambda: self._context.store, self.lease_id, interval_s, on_lost=self._on_lease_lost
+        )
         self._renewer.start()
         self._thread = start_thread(self._run, name=f"ucxx-group-{self._rank}")
 
@@ -105,7 +146,6 @@ class Participant:
         self._waits: AckWaits = {}
         self._due: tuple[int, float] | None = None  # a view's revision, and since when another should follow it
         self._seen_revision = 0
-        self._overtaken_revision = -1
 
     def step(self, snapshot: GroupSnapshot) -> float | None:
         """Do what the snapshot asks for; for one thread.
@@ -128,7 +168,7 @@ class Participant:
         epoch = self._shared.now.epoch
         if own.epoch < epoch:  # acknowledge
             raw = own.having_applied(epoch).to_bytes()
-            self._put(member_key(self._group, self._rank), raw, expected=own.revision, lease_id=self._lease_id)
+            self._put(member_key(self._group, self._rank), raw, expected=own.revision, lease_id=self.lease_id)
         return self._write(snapshot)
 
     def _apply(self, snapshot: GroupSnapshot) -> None:
@@ -150,7 +190,7 @@ class Participant:
         elif is_own or self._was_seated:  # else it is not admitted yet
             ended_by = (seat.ended_by if is_own else None) or RankEvent.LOSE
             if ended_by is RankEvent.LEAVE:
-                raise MembershipEndedError(has_left(self._context), left=True)
+                raise MembershipEndedError
             text = "the group goes on without this rank"
             raise self._ended(errors.LeaseLostError, text, epoch=view.epoch, ended_by=ended_by.value)
 
@@ -158,35 +198,31 @@ class Participant:
         return MembershipEndedError(error(f"{text}: join_group() again", **facts, **self._context.keys))
 
     def _write(self, snapshot: GroupSnapshot) -> float | None:
-        """Write the view that should follow, at this rank's turn."""
+        """Write the view that should follow, at this rank's turn, by what the store has then: a watch may be behind."""
         now = self._context.clock()
-        if view_key(self._group) in snapshot.problems or snapshot.view_revision == self._overtaken_revision:
-            return None
-        self._waits = ack_waits(snapshot.view, self._waits, now)
-        wanted, overdue = self._next(snapshot, now)
-        if wanted is None or snapshot.revision < self._seen_revision:
+        if self._next(snapshot, now) is None:
             self._due = None
-            return TICK_S if self._waits or wanted is not None else None
+            return TICK_S if self._waits else None
         if self._due is None or self._due[0] != snapshot.view_revision:
             self._due = (snapshot.view_revision, now)
         if now - self._due[1] >= TURN_S * min(turn_of(snapshot.view, snapshot.members, self._rank), LAST_TURN):
-            if overdue:  # by a watch that may be behind: none is dropped who has acknowledged meanwhile
-                found = self._context.store.snapshot(group_prefix(self._group), timeout_s=CALL_S)
-                wanted, _ = self._next(GroupSnapshot.of(self._group, found), now)
-                if wanted is None:
-                    return TICK_S
-            try:
-                self._put(view_key(self._group), wanted.to_bytes(), expected=snapshot.view_revision)
-            except errors.ConflictError:  # the other member may have decided the same
-                self._overtaken_revision = snapshot.view_revision
-                self._shared.count(conflicts=1)
+            found = self._context.store.snapshot(group_prefix(self._group), timeout_s=CALL_S)
+            latest = GroupSnapshot.of(self._group, found)
+            if (wanted := self._next(latest, now)) is not None:
+                try:
+                    self._put(view_key(self._group), wanted.to_bytes(), expected=latest.view_revision)
+                except errors.ConflictError:  # the other member may have decided the same
+                    self._shared.count(conflicts=1)
         return TICK_S
 
-    def _next(self, snapshot: GroupSnapshot, now: float) -> tuple[GroupView | None, frozenset[int]]:
-        """The view that should follow, if one should, and the ranks that it drops."""
+    def _next(self, snapshot: GroupSnapshot, now: float) -> GroupView | None:
+        """The view that should follow, without those that have kept joiners waiting for too long; None: as it is."""
+        if view_key(self._group) in snapshot.problems:
+            return None
         view, members, timeout_s = snapshot.view, snapshot.members, self._context.ack_timeout_s
+        self._waits = ack_waits(view, self._waits, now)
         overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
-        return next_view(view, members, overdue=overdue), overdue
+        return next_view(view, members, overdue=overdue)
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
         store = self._context.store
@@ -208,7 +244,7 @@ class Participant:
                         _log.warning("group_store_away", reason=str(error), **keys)
                     self._away = type(error)
             except MembershipEndedError as ended:
-                return self._end(ended.error, left=ended.left)
+                return self._end(ended.error)
             except errors.LeaseLostError as error:
                 return self._end(error)
             except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
@@ -231,12 +267,12 @@ class Participant:
                 batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
                 self._away = None
                 while batch is not None:  # what came together is one step
-                    snapshot = snapshot.after(batch)
+                    snapshot = snapshot.after(batch.revision, batch.events)
                     batch = watch.next(0.0)
 
     def _check_lease(self) -> None:
         if self._lease_lost.is_set():
-            raise self._ended(errors.LeaseLostError, "this rank's lease has ended", lease=self._lease_id)
+            raise self._ended(errors.LeaseLostError, "this rank's lease has ended", lease=self.lease_id)
 
     def _on_lease_lost(self) -> None:
         self._lease_lost.set()
@@ -248,18 +284,58 @@ class Participant:
 
     def _give_back(self, until_s: float) -> None:
         """End the renewals, then the lease; if the store does not answer, it ends by itself."""
-        self._renewer.stop(self._context.config.interval_s)
+        if self._renewer is not None:
+            self._renewer.stop(self._context.config.interval_s)
         self._keeper.close()
-        if not self._lease_lost.is_set():
-            self._context.store.revoke(self._lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
+        if self.lease_id is not None and not self._lease_lost.is_set():
+            self._context.store.revoke(self.lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
-    def _end(self, error: errors.TransportError, *, left: bool = False) -> None:
-        if not left:  # by `leave`, which may just be about to end it itself
+    def _end(self, error: errors.RegistryError | None) -> None:
+        if error is not None:  # else by `leave`, which may just be about to end it itself
             _log.warning("membership_lost", reason=str(error), **self._context.keys)
         try:  # before anything else hears of it: the next `join_group` finds the rank free
             self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
         except errors.RegistryError as failure:
-            _log.warning("lease_not_revoked", lease=self._lease_id, reason=str(failure))
-        self._shared.end(error, left=left)
+            _log.warning("lease_not_revoked", lease=self.lease_id, reason=str(failure))
+        self._shared.end(error)
         while self._shared.listeners.retry() and not self._ending.wait(PAUSE_S):
             pass  # `on_gone` waits for a thread, and this one has nothing else to do
+
+
+def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None) -> int:
+    """Make RECALL, DEACTIVATE or LEAVE happen to those of `ranks` that it concerns, in this life or (None) any.
+
+    Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
+    """
+    store, group = retrying.context.store, retrying.context.group
+    while True:
+        snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, group_prefix(group)))
+        view = snapshot.view
+        absent = [rank for rank in ranks if not view.state_of(rank).is_seated]
+        if absent and event is RankEvent.RECALL:
+            text = f"ranks {absent} are not in {group!r}: they can be active when they have joined"
+            raise errors.NotReadyError(text, group=group, ranks=absent, epoch=view.epoch)
+        wanted = view_after(view, snapshot.members, event, ranks, incarnation=incarnation)
+        if wanted is None:
+            return view.epoch
+        if retrying.swap(view_key(group), wanted.to_bytes(), snapshot.view_revision) is not None:
+            return wanted.epoch
+
+
+def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int:
+    """Write the policy version; returns the store's revision that has it.
+
+    A ConfigError: a larger one is there, and it is not to `rewind`.
+    """
+    key = policy_key(retrying.context.group)
+    while True:
+        entry = retrying.call(retrying.context.store.get, key)
+        known = None if entry is None else parse_policy_version(entry.value)
+        if entry is not None and known == version:
+            return entry.revision
+        if known is not None and known > version and not rewind:
+            text = f"policy version {version} is behind {known}, which the group has: give rewind=True to go back"
+            raise errors.ConfigError(text, field="version", known=known)
+        revision = retrying.swap(key, str(version).encode(), 0 if entry is None else entry.revision)
+        if revision is not None:
+            return revision

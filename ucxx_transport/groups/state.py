@@ -1,4 +1,4 @@
-"""The state of a group as one rank knows it: what programs read, and the shared object that keeps it over all joins.
+"""The state of a group as one rank knows it, the shared object that keeps it over all joins, and calls with a deadline.
 
 All that is known at one moment is one immutable `GroupState`, replaced whole. So a reader needs no lock, and never sees
 a view without the counts of what it changed.
@@ -11,21 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Final, TypeVar
 
-from ucxx_transport.errors import TransportError
-from ucxx_transport.groups.view import (
-    NO_VIEW,
-    GroupSnapshot,
-    GroupView,
-    RankEvent,
-    RankState,
-    Seat,
-    advance,
-)
-from ucxx_transport.groups.writes import Retrying
+from ucxx_transport import errors
+from ucxx_transport.backoff import random_pause_s
+from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
+from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, RankEvent, RankState, Seat, advance
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners
+from ucxx_transport.membership.store import Store
 from ucxx_transport.teardown import not_in_forks
 
 _log = get_logger(__name__)
@@ -36,11 +31,90 @@ ViewCallback = Callable[[GroupView], object]
 
 NOT_SEEN: Final = GroupSnapshot(group="", revision=0)
 
+_REASONS: Final[Mapping[RankEvent | None, str]] = {RankEvent.LEAVE: "left", RankEvent.DROP: "dropped"}
+
 GONE: Final = "gone"
 """To listeners: this rank is a member no longer, without having left."""
 
-POLL_S: Final = 0.2
+LOOK_S: Final = 0.2
 """How often a waiting call looks at the clock, and whether it is cancelled; what it waits for wakes it at once."""
+
+
+CALL_S: Final = 5.0
+"""The bound of one call of the store: one that never answers is asked again while there is time."""
+
+RACE_S: Final = 0.01
+"""Before the next read, when another member's write came first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankContext:
+    """What each part of a rank's membership works with: the arguments of `RankGroup`."""
+
+    store: Store
+    group: str
+    rank: int
+    config: PublisherConfig
+    store_config: StoreConfig
+    ack_timeout_s: float
+    clock: Callable[[], float]
+
+    @property
+    def keys(self) -> dict[str, object]:
+        """For errors and logs."""
+        return {"group": self.group, "rank": self.rank}
+
+
+class Retrying:
+    """Calls of a store for one purpose, such as "joining", under one deadline, until `cancelled` is set."""
+
+    def __init__(
+        self, context: RankContext, timeout_s: float | str, purpose: str, *, cancelled: threading.Event | None = None
+    ) -> None:
+        timeout_s = checked_seconds(timeout_s, "timeout_s")
+        if timeout_s <= 0:
+            raise errors.ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
+        self.context, self._purpose = context, purpose
+        self._deadline = context.clock() + timeout_s
+        self._cancelled = threading.Event() if cancelled is None else cancelled
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the deadline, never negative."""
+        return max(0.0, self._deadline - self.context.clock())
+
+    def call(self, method: Callable[..., T], *args: object, **settings: object) -> T:
+        """What a method of the store answers, or raises as its answer; it is called until then. Errors as `check`."""
+        config = self.context.config
+        self.check("store")
+        for attempt in count(1):
+            try:
+                return method(*args, **settings, timeout_s=min(self.left_s, CALL_S))
+            except errors.StoreUnavailableError as error:
+                self.pause(random_pause_s(attempt, first_s=config.backoff_s, longest_s=config.max_backoff_s))
+                self.check("store", reason=str(error))
+        raise AssertionError
+
+    def swap(self, key: str, value: bytes, expected: int) -> int | None:
+        """The revision of the write; None: another came first, or it was this one, its answer lost: read again."""
+        try:
+            return self.call(self.context.store.put, key, value, expected=expected)
+        except errors.ConflictError:
+            self.pause(RACE_S)
+            return None
+
+    def pause(self, seconds: float) -> None:
+        """Wait, at most until the deadline."""
+        self._cancelled.wait(min(seconds, self.left_s))
+
+    def check(self, waiting_for: str | Sequence[int], **facts: object) -> None:
+        """Raise a RegistryError when it was cancelled; a DeadlineExceededError, with what was waited for, when late."""
+        if self._cancelled.is_set():
+            raise errors.RegistryError(f"{self._purpose}: cancelled by leave()")
+        if self.left_s <= 0:
+            what = waiting_for if isinstance(waiting_for, str) else f"ranks {list(waiting_for)}"
+            text = f"{self._purpose}: the deadline passed, waiting for {what}"
+            raise errors.DeadlineExceededError(text, waiting_for=waiting_for, **facts, **self.context.keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +141,7 @@ class GroupStatistics:
     """What a rank has seen of its group, over all its joins.
 
     Attributes:
-        views: applied.
         admitted: ranks given a seat, those that came back included.
-        activated: ranks that became active.
         left: ranks gone by themselves.
         lost: ranks gone by the end of their lease.
         dropped: ranks gone for want of an acknowledgement.
@@ -80,9 +152,7 @@ class GroupStatistics:
         callback_waits: callbacks that had to wait, because no thread could be started for them.
     """
 
-    views: int = 0
     admitted: int = 0
-    activated: int = 0
     left: int = 0
     lost: int = 0
     dropped: int = 0
@@ -119,7 +189,7 @@ class GroupState:
     view: GroupView | None = None
     policy_version: int | None = None
     statistics: GroupStatistics = field(default_factory=GroupStatistics)
-    ended: TransportError | None = field(default=None, compare=False)
+    ended: errors.TransportError | None = field(default=None, compare=False)
     notified_epoch: int = field(default=0, compare=False)
     snapshot: GroupSnapshot = field(default=NOT_SEEN, compare=False, repr=False)
 
@@ -149,11 +219,6 @@ class GroupState:
         """The view, once all callbacks of `on_view` have had it, if its epoch is not smaller; else None."""
         return self.view if self.notified_epoch == self.epoch >= min_epoch else None
 
-    def not_in(self, view: GroupView | None) -> list[Member]:
-        """The members whose incarnation is not seated in `view`."""
-        members = self.members.values()
-        return [one for one in members if view is None or not view.seats_incarnation(one.rank, one.incarnation)]
-
 
 class SharedState:
     """The present `GroupState`: set by the rank's own thread, read and waited for by others. Thread-safe.
@@ -177,7 +242,7 @@ class SharedState:
         self,
         find: Callable[[GroupState], T | None],
         retrying: Retrying,
-        waiting_for: Callable[[GroupState], str | Sequence[int]],
+        waiting_for: str | Callable[[GroupState], str | Sequence[int]],
     ) -> T:
         """The first true answer of `find`, which is asked at each change, and must not block.
 
@@ -187,23 +252,20 @@ class SharedState:
             while not (answer := find(self.now)):
                 if self.now.ended is not None:
                     raise copy(self.now.ended)  # several may wait, and come back
-                problems = dict(self.now.snapshot.problems)
-                retrying.check(waiting_for(self.now), epoch=self.now.epoch, problems=problems)
-                self._changed.wait(min(retrying.left_s, POLL_S))
+                missing = waiting_for if isinstance(waiting_for, str) else waiting_for(self.now)
+                retrying.check(missing, epoch=self.now.epoch, problems=dict(self.now.snapshot.problems))
+                self._changed.wait(min(retrying.left_s, LOOK_S))
             return answer
 
     def on_view(self, callback: ViewCallback) -> Callable[[], None]:
         """Call `callback` with each view from now on, in the thread of `apply`, until what is returned is called."""
         registration = object()
+        self._view_callbacks[registration] = callback
 
-        @not_in_forks
         def end() -> None:
-            with self._changed:
-                self._view_callbacks.pop(registration, None)
+            self._view_callbacks.pop(registration, None)
 
-        with self._changed:
-            self._view_callbacks[registration] = callback
-        return end
+        return not_in_forks(end)
 
     def count(self, **more: int) -> None:
         """Add to the statistics."""
@@ -232,11 +294,13 @@ class SharedState:
             if view.seats_incarnation(before.rank, self._incarnation):
                 after = replace(after, state=view.state_of(before.rank))
                 self._has_joined = self._has_joined or after.state is not RankState.JOINING
-            removed, added = before.not_in(view), after.not_in(before.view)
-            activated = set(view.active_ranks) - set(before.active_ranks)
-            reasons = [_reason_gone(view, member) for member in removed]
-            counts = {"views": 1, "admitted": len(added), "activated": len(activated), **Counter(reasons)}
-            self.now = replace(after, statistics=before.statistics.plus(**counts))
+            were, are = ({_identity(one): one for one in state.members.values()} for state in (before, after))
+            removed = [one for identity, one in were.items() if identity not in are]
+            added = [one for identity, one in are.items() if identity not in were]
+            # by the seat of its next life, perhaps: then it was lost before
+            reasons = [_REASONS.get(view.seat_of(one.rank).ended_by, "lost") for one in removed]
+            counts = before.statistics.plus(admitted=len(added), **Counter(reasons))
+            self.now = replace(after, statistics=counts)
             self.listeners.put([(REMOVE, member) for member in removed] + [(ADD, member) for member in added])
         for member, reason in zip(removed, reasons, strict=True):
             if reason != "left":
@@ -252,24 +316,20 @@ class SharedState:
             self.now = replace(self.now, notified_epoch=view.epoch)
             self._changed.notify_all()
 
-    def end(self, error: TransportError, *, left: bool = False) -> None:
-        """This rank is a member no more: waiting calls raise `error`; `on_gone`, if it had joined and has not left."""
+    def end(self, error: errors.TransportError | None = None) -> None:
+        """This rank is a member no more; None: it has left. Waiting calls raise that; `on_gone`, if it had joined."""
         with self._changed:
             if not self.now.state.is_seated:
                 return
-            state = advance(self.now.state, RankEvent.LEAVE if left else RankEvent.LOSE)
-            self.now = replace(self.now, state=state, ended=error)
-            if self._has_joined and not left:
+            state = advance(self.now.state, RankEvent.LEAVE if error is None else RankEvent.LOSE)
+            self.now = replace(
+                self.now, state=state, ended=error or errors.NotReadyError("this rank has left", **self._keys)
+            )
+            if self._has_joined and error is not None:
                 self.listeners.put([(GONE, error)])
             self._changed.notify_all()
 
 
-def _identity(fact: Member | TransportError) -> tuple[int, str]:
+def _identity(fact: Member | errors.TransportError) -> tuple[int, str]:
     assert isinstance(fact, Member)  # only what stays known is asked for
     return fact.rank, fact.incarnation
-
-
-def _reason_gone(view: GroupView, member: Member) -> str:
-    """How a member that has gone from `view` is counted."""
-    ended_by = view.seat_of(member.rank).ended_by  # of its next incarnation, perhaps: then it was lost before
-    return "left" if ended_by is RankEvent.LEAVE else "dropped" if ended_by is RankEvent.DROP else "lost"

@@ -31,13 +31,13 @@ to be hostile, but not to be of this version: keys and types are checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
-from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Snapshot, policy_key, rank_of, view_key
+from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Entry, Event, Snapshot, policy_key, rank_of, view_key
 from ucxx_transport.schema.wire_form import (
     NO_META,
     WIRE_VERSION,
@@ -57,7 +57,7 @@ MAX_ADDRESS_CHARS: Final = 1024
 MAX_POLICY_DIGITS: Final = 18
 
 
-class RankState(Enum):
+class RankState(StrEnum):
     """What a rank is to its group. The values are part of the stored view."""
 
     ISOLATED = "isolated"
@@ -72,7 +72,7 @@ class RankState(Enum):
         return self in _SEATED
 
 
-class RankEvent(Enum):
+class RankEvent(StrEnum):
     """What can happen to a rank. The values are part of the stored view."""
 
     ADMIT = "admit"
@@ -129,19 +129,19 @@ class Seat:
         rank: the rank.
         incarnation: which life of that rank: a new word at each join; "" where there was none.
         state: see the module.
-        awaited_epoch: of the view that made it JOINING: it is ACTIVE once that one is acknowledged.
+        awaited: the epoch of the view that made it JOINING: it is ACTIVE once that one is acknowledged.
         ended_by: GONE: by LEAVE, LOSE or DROP; else None.
     """
 
     rank: int
     incarnation: str = ""
     state: RankState = RankState.ISOLATED
-    awaited_epoch: int = 0
+    awaited: int = 0
     ended_by: RankEvent | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no rank can have, by a ConfigError, as all values here do: a store has what others wrote."""
-        _check(self, "rank", "awaited_epoch", incarnation=MAX_INCARNATION_CHARS)
+        _check(self, "rank", "awaited", incarnation=MAX_INCARNATION_CHARS)
         if self.ended_by not in (_ENDS if self.state is RankState.GONE else (None,)):
             refuse("ended_by", str(self.ended_by), f"what ends a seat that is {self.state.value}")
 
@@ -151,35 +151,25 @@ class Seat:
         One that is admitted or RECALLed waits for its acknowledgement. Errors as `advance`.
         """
         state = advance(self.state, event)
-        return Seat(
-            rank=self.rank,
+        return replace(
+            self,
             incarnation=self.incarnation if incarnation is None else incarnation,
             state=state,
-            awaited_epoch=epoch if state is RankState.JOINING else self.awaited_epoch,
+            awaited=epoch if state is RankState.JOINING else self.awaited,
             ended_by=event if state is RankState.GONE else None,
         )
 
     @classmethod
     def from_form(cls, data: object) -> Seat:
-        """From its stored form; a ProtocolError where that is malformed."""
-        form = dict(take_fields(data, "seat", required=("rank", "incarnation", "state", "awaited", "ended_by")))
-        form["awaited_epoch"], state, ended_by = form.pop("awaited"), form["state"], form["ended_by"]
+        """From its stored form, its fields; a ProtocolError where that is malformed."""
+        form = dict(take_fields(data, "seat", required=cls.__slots__))
+        state, ended_by = form["state"], form["ended_by"]
         try:
             form |= {"state": RankState(state), "ended_by": None if ended_by is None else RankEvent(ended_by)}
         except ValueError as exc:
             raise ProtocolError(f"a seat of no known state: {describe(state)}", field="state") from exc
         with untrusted():
             return cls(**form)
-
-    def to_form(self) -> dict[str, object]:
-        """For the store."""
-        return {
-            "rank": self.rank,
-            "incarnation": self.incarnation,
-            "state": self.state.value,
-            "awaited": self.awaited_epoch,
-            "ended_by": None if self.ended_by is None else self.ended_by.value,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,13 +221,12 @@ class GroupView:
 
     def to_bytes(self) -> bytes:
         """For the store."""
-        seats = [seat.to_form() for seat in self.seats]
-        return pack_json({"version": WIRE_VERSION, "epoch": self.epoch, "seats": seats})
+        return pack_json({"version": WIRE_VERSION, **asdict(self)})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> GroupView:
         """From the store; a ProtocolError where it is malformed, or of another version."""
-        form = _form(raw, "group view", ("epoch", "seats"))
+        form = _form(raw, "group view", cls.__slots__)
         if not isinstance(form["seats"], list):
             raise ProtocolError(f"seats must be a list, not {describe(form['seats'])}", field="seats")
         with untrusted():
@@ -326,35 +315,31 @@ class GroupSnapshot:
     @classmethod
     def of(cls, group: str, snapshot: Snapshot) -> GroupSnapshot:
         """From the store's snapshot of the group's prefix."""
-        empty = cls(group=group, revision=snapshot.revision)
-        return empty._with((entry.key, entry.value, entry.revision) for entry in snapshot)
+        return cls(group=group, revision=0).after(snapshot.revision, snapshot.entries)
 
-    def after(self, batch: Batch) -> GroupSnapshot:
-        """The snapshot after the changes of one revision."""
-        changes = ((one.key, one.value if one.kind == "put" else None, one.revision) for one in batch.events)
-        return replace(self._with(changes), revision=batch.revision)
-
-    def _with(self, changes: Iterable[tuple[str, bytes | None, int]]) -> GroupSnapshot:
-        """With the new values of these keys, and the revisions of those; None: it was deleted."""
+    def after(self, revision: int, changes: Iterable[Entry]) -> GroupSnapshot:
+        """The snapshot after these changes of its keys, which are all up to that revision."""
         view, view_revision, policy_version = self.view, self.view_revision, self.policy_version
         members, problems = dict(self.members), dict(self.problems)
-        for key, value, revision in changes:
+        for entry in changes:
+            key, is_there = entry.key, not (isinstance(entry, Event) and entry.kind == "delete")
             problems.pop(key, None)
             try:
                 if key == view_key(self.group):
-                    view, view_revision = NO_VIEW, 0 if value is None else revision
-                    view = NO_VIEW if value is None else GroupView.from_bytes(value)
+                    view, view_revision = NO_VIEW, entry.revision if is_there else 0
+                    view = GroupView.from_bytes(entry.value) if is_there else NO_VIEW
                 elif key == policy_key(self.group):
                     policy_version = None
-                    policy_version = None if value is None else parse_policy_version(value)
+                    policy_version = parse_policy_version(entry.value) if is_there else None
                 elif (rank := rank_of(key, self.group)) is not None:
                     members.pop(rank, None)
-                    if value is not None:
-                        members[rank] = MemberRecord.from_bytes(value, rank=rank, revision=revision)
+                    if is_there:
+                        members[rank] = MemberRecord.from_bytes(entry.value, rank=rank, revision=entry.revision)
             except ProtocolError as error:
                 problems[key] = str(error)
-        return replace(
-            self,
+        return GroupSnapshot(
+            group=self.group,
+            revision=revision,
             view=view,
             view_revision=view_revision,
             members=members,

@@ -115,7 +115,7 @@ def test_a_dead_rank_s_new_life_takes_its_place_with_a_larger_epoch() -> None:
     view, alive = all_active(0, 1)
     after = follow(view, alive | members(record(1, life=1)))
     seat = after.seat_of(1)
-    assert (seat.incarnation, seat.state, seat.awaited_epoch) == ("1.1", RankState.JOINING, view.epoch + 1)
+    assert (seat.incarnation, seat.state, seat.awaited) == ("1.1", RankState.JOINING, view.epoch + 1)
 
 
 def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_the_same_lease() -> None:
@@ -162,7 +162,7 @@ def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_recall(
     waits = ack_waits(admitted, {}, 5.0)
     assert waits == {(1, admitted.epoch): 5.0}
     assert ack_waits(admitted, waits, 8.0) == waits
-    again = admitted.with_seats({1: replace(admitted.seats[1], awaited_epoch=9)}, epoch=9)
+    again = admitted.with_seats({1: replace(admitted.seats[1], awaited=9)}, epoch=9)
     assert ack_waits(again, waits, 8.0) == {(1, 9): 8.0}
     assert ack_waits(NO_VIEW, waits, 8.0) == {}
     assert overdue_ranks(NO_VIEW, alive, waits, now=99.0, ack_timeout_s=1) == frozenset()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.group_ranks import CONFIG, Ranks
+from tests.support.interrupts import every_point
 from tests.support.memory_store import MemoryStore
 from tests.support.thread_limit import no_more_threads
 from tests.support.waiting import wait_until
@@ -778,3 +779,16 @@ def test_its_own_leave_is_no_loss_even_if_its_thread_sees_it_first(
     assert type(waiting.exception(60)) is NotReadyError
     assert gone == []
     assert "membership_lost" not in [event["event"] for event in log_events]
+
+
+def test_an_interrupt_at_any_point_of_a_join_leaves_no_key_behind_and_the_rank_can_join(ranks: Ranks) -> None:
+    group = ranks.make(0)
+    key = "groups/trainers/members/0"
+    points = 0
+    for where in every_point(partial(group.join_group, 10), within=("ucxx_transport/groups/",)):
+        points += 1
+        assert group.state.state.is_seated or key not in ranks.data.entries, where
+        group.leave()
+        assert key not in ranks.data.entries, where
+    assert points > 40
+    assert group.state.state is RankState.ACTIVE

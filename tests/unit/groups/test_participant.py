@@ -10,9 +10,8 @@ from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
 from ucxx_transport.groups.decisions import next_view
 from ucxx_transport.groups.participant import Participant
-from ucxx_transport.groups.state import GroupStatistics, SharedState
+from ucxx_transport.groups.state import GroupStatistics, Retrying, SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, MemberRecord, RankState
-from ucxx_transport.groups.writes import Retrying, acquire_rank
 
 KEY = "groups/g/members/1"
 
@@ -44,7 +43,8 @@ class Claimant:
 
     def acquire(self, timeout_s: float = 60.0) -> str:
         context = rank_context(self.store, 1, clock=self.clock, backoff_s=0.1, max_backoff_s=1.0)
-        acquire_rank(Retrying(context, timeout_s, "joining", cancelled=self.waiting), self.record("mine"))
+        participant = Participant(context, SharedState("g", 1), self.record("mine"))
+        participant.acquire(Retrying(context, timeout_s, "joining", cancelled=self.waiting))
         return MemberRecord.from_bytes(self.store.data.entries[KEY].value).incarnation
 
     def held_by(self, life: str) -> int:
@@ -154,10 +154,9 @@ class Member:
         self.store = MemoryStore(MemoryData(clock=self.clock))
         context = rank_context(self.store, 1, clock=self.clock, ack_timeout_s=2.0)
         record = MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)
-        lease = acquire_rank(Retrying(context, 1.0, "joining"), record)
         self.shared = SharedState("g", 1)
-        self.shared.begin("mine")
-        self.participant = Participant(context, self.shared, "mine", lease.lease_id)
+        self.participant = Participant(context, self.shared, record)
+        self.participant.acquire(Retrying(context, 1.0, "joining"))
 
     def seen(self) -> GroupSnapshot:
         return GroupSnapshot.of("g", self.store.snapshot("groups/g/"))
@@ -169,8 +168,8 @@ class Member:
 
 def test_a_written_view_is_counted_when_it_is_applied() -> None:
     member = Member()
-    assert member.step().views == 0
-    assert member.step().views == 1
+    assert (member.step().admitted, member.shared.now.view) == (0, None)
+    assert (member.step().admitted, member.shared.now.epoch) == (1, 1)
 
 
 def test_the_same_view_written_by_another_rank_first_is_a_conflict() -> None:
@@ -188,7 +187,7 @@ def test_the_same_view_written_by_another_rank_first_is_a_conflict() -> None:
     member.step()
     applied = member.step()
     assert member.shared.now.view == wanted
-    assert (applied.views, applied.conflicts) == (1, 1)
+    assert (applied.admitted, applied.conflicts) == (1, 1)
 
 
 def test_a_rank_that_has_acknowledged_is_not_dropped_by_one_whose_watch_is_behind() -> None:

@@ -23,10 +23,10 @@ from ucxx_transport.membership.entries import member_key, policy_key, rank_of, v
 VIEW = GroupView(
     epoch=7,
     seats=(
-        Seat(rank=0, incarnation="a", state=RankState.ACTIVE, awaited_epoch=1),
-        Seat(rank=1, incarnation="b", state=RankState.JOINING, awaited_epoch=7),
-        Seat(rank=2, incarnation="c", state=RankState.GONE, awaited_epoch=3, ended_by=RankEvent.DROP),
-        Seat(rank=5, incarnation="d", state=RankState.INACTIVE, awaited_epoch=3),
+        Seat(rank=0, incarnation="a", state=RankState.ACTIVE, awaited=1),
+        Seat(rank=1, incarnation="b", state=RankState.JOINING, awaited=7),
+        Seat(rank=2, incarnation="c", state=RankState.GONE, awaited=3, ended_by=RankEvent.DROP),
+        Seat(rank=5, incarnation="d", state=RankState.INACTIVE, awaited=3),
     ),
 )
 RECORD = MemberRecord(rank=3, incarnation="e", epoch=7, ttl_s=6.5, address="10.0.0.1", meta={"ports": [1, 2]})
@@ -52,15 +52,15 @@ def test_what_is_stored_comes_back_and_is_readable_json() -> None:
 def test_an_incarnation_takes_a_free_or_a_gone_seat_and_no_other() -> None:
     fresh = Seat(rank=2).after(RankEvent.ADMIT, epoch=8, incarnation="new")
     assert VIEW.seat_of(2).after(RankEvent.ADMIT, epoch=8, incarnation="new") == fresh
-    assert (fresh.state, fresh.incarnation, fresh.awaited_epoch, fresh.ended_by) == (RankState.JOINING, "new", 8, None)
+    assert (fresh.state, fresh.incarnation, fresh.awaited, fresh.ended_by) == (RankState.JOINING, "new", 8, None)
     with pytest.raises(RegistryError):
         VIEW.seat_of(0).after(RankEvent.ADMIT, epoch=8, incarnation="new")
 
 
 def test_a_recalled_rank_joins_once_more_with_the_epoch_that_recalls_it() -> None:
     seat = VIEW.seats[3].after(RankEvent.RECALL, epoch=9)
-    assert (seat.state, seat.awaited_epoch) == (RankState.JOINING, 9)
-    assert VIEW.seats[0].after(RankEvent.DEACTIVATE, epoch=9).awaited_epoch == 1
+    assert (seat.state, seat.awaited) == (RankState.JOINING, 9)
+    assert VIEW.seats[0].after(RankEvent.DEACTIVATE, epoch=9).awaited == 1
     with pytest.raises(RegistryError):
         VIEW.seats[0].after(RankEvent.RECALL, epoch=9)
 
@@ -163,7 +163,7 @@ def test_a_group_s_snapshot_and_one_that_followed_a_watch_are_the_same() -> None
     store.revoke(lease.lease_id)
     store.put(view_key("other"), GroupView(epoch=9).to_bytes())
     while (batch := watch.next(0.0)) is not None:
-        snapshot = snapshot.after(batch)
+        snapshot = snapshot.after(batch.revision, batch.events)
     assert snapshot == GroupSnapshot.of(GROUP, store.snapshot("groups/"))
     assert snapshot.view == GroupView(epoch=5)
     assert (snapshot.view_revision, snapshot.policy_version, snapshot.revision) == (5, 7, 7)

@@ -9,11 +9,12 @@ import pytest
 from tests.support.memory_store import MemoryStore
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError
+from ucxx_transport.groups.participant import change_view
+from ucxx_transport.groups.state import Retrying
 from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
-from ucxx_transport.groups.writes import Retrying, change_view
 from ucxx_transport.membership.entries import view_key
 
-VIEW = GroupView(epoch=4, seats=(Seat(rank=1, incarnation="new", state=RankState.ACTIVE, awaited_epoch=3),))
+VIEW = GroupView(epoch=4, seats=(Seat(rank=1, incarnation="new", state=RankState.ACTIVE, awaited=3),))
 
 
 @pytest.fixture
