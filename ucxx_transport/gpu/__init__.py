@@ -20,21 +20,9 @@ from functools import cache
 from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import DeviceArray, PageLockError, Receiver, Runtime, Upload
+from ucxx_transport.gpu.runtime import Receiver, Runtime
 from ucxx_transport.schema.tensors import Array, as_array, is_on_device
 from ucxx_transport.schema.wire_form import describe
-
-__all__ = [
-    "DeviceArray",
-    "PageLockError",
-    "Receiver",
-    "Runtime",
-    "RuntimeFinder",
-    "Upload",
-    "on_host",
-    "receiver_for",
-    "runtime_of",
-]
 
 RuntimeFinder: TypeAlias = Callable[[object, str], Runtime]
 """Gives what can work with a leaf on a GPU, of the field named."""
@@ -91,9 +79,9 @@ def on_host(leaf: object, field: str, runtimes: RuntimeFinder = runtime_of) -> A
 
 
 def receiver_for(device: str) -> Receiver:
-    """What receives on a GPU: "cuda" or "cuda:N" for torch tensors, "cupy" or "cupy:N" for cupy arrays.
+    """What receives on "cuda", "cuda:N", "cupy" or "cupy:N"; without a number on the library's current device.
 
-    Without a number it is the library's current device. A ConfigError: it is not installed, or finds no such GPU here.
+    A ConfigError: the library is not installed, or finds no such GPU here.
     """
     library, colon, number = device.partition(":")
     if colon and not number.isdecimal():

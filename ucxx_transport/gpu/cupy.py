@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -188,11 +189,9 @@ class CupyReceiver(Receiver):
         return event
 
 
+@dataclass(eq=False)
 class _Loan:
     """A payload's memory as its arrays hold it: they keep this object, and so the memory, whatever else is gone."""
 
-    __slots__ = ("__weakref__", "memory", "streams")
-
-    def __init__(self, memory: Any) -> None:
-        self.memory = memory
-        self.streams: list[Any] = []
+    memory: Any
+    streams: list[Any] = field(default_factory=list)

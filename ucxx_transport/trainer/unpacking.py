@@ -35,13 +35,13 @@ import numpy as np
 
 from ucxx_transport.client import Payload
 from ucxx_transport.errors import ConfigError, SlotError, TransportError
-from ucxx_transport.gpu import PageLockError, Receiver, Upload, receiver_for
+from ucxx_transport.gpu import receiver_for
+from ucxx_transport.gpu.runtime import Bytes, PageLockError, Receiver, Upload
 from ucxx_transport.gpu.torch import host_tensor, import_torch
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 
 if TYPE_CHECKING:
-    from ucxx_transport.gpu.runtime import Bytes
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.tensors import Placement

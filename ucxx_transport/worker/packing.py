@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 
 from ucxx_transport.errors import ConfigError, nearest_remedy
-from ucxx_transport.gpu import DeviceArray, RuntimeFinder, on_host, runtime_of
+from ucxx_transport.gpu import RuntimeFinder, on_host, runtime_of
+from ucxx_transport.gpu.runtime import DeviceArray
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.schema.tensor_spec import DTYPES, DType, casts_exactly

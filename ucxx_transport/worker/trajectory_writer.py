@@ -14,7 +14,8 @@ from typing import Any, Literal, Never, Self, Unpack
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.gpu import PageLockError, RuntimeFinder, runtime_of
+from ucxx_transport.gpu import RuntimeFinder, runtime_of
+from ucxx_transport.gpu.runtime import PageLockError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.ucx_api import NOT_INSTALLED
 from ucxx_transport.logs import get_logger

@@ -14,7 +14,7 @@ import pytest
 from tests.support.fake_gpu import FakeGpu, FakeRuntime
 from tests.support.rows import row
 from ucxx_transport import ConfigError
-from ucxx_transport.gpu import PageLockError
+from ucxx_transport.gpu.runtime import PageLockError
 
 WHAT = {"what": "a thing", "remedy": "have a smaller thing"}
 

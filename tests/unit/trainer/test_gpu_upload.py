@@ -29,8 +29,7 @@ from ucxx_transport import (
     TensorSpec,
 )
 from ucxx_transport.client import Payload
-from ucxx_transport.gpu import PageLockError, Upload
-from ucxx_transport.gpu.runtime import Bytes
+from ucxx_transport.gpu.runtime import Bytes, PageLockError, Upload
 from ucxx_transport.trainer import EpisodeStream, Prefetcher, RolloutFeed
 from ucxx_transport.trainer.unpacking import DevicePayload, DeviceUploader, map_leaves
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.fake_gpu import FakeGpu, FakeRuntime
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
-from ucxx_transport.gpu import PageLockError
+from ucxx_transport.gpu.runtime import PageLockError
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.worker import TrajectoryWriter
 from ucxx_transport.worker.packing import TrajectoryPacker
