@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ucxx_transport import __version__
-from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json
+from ucxx_transport.cli.output import AsJson, logs_to_stderr, say
 from ucxx_transport.cli.program import installed_version
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
@@ -41,7 +41,7 @@ _SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30
 """Docker's default is 64 MiB; a ring of a few large episodes needs more."""
 _FEW_DESCRIPTORS: Final = 4096
 """1500 idle connections exhaust the usual 1024 and deny everyone (measured)."""
-_COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "failure": "bold red"}
+_COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "failure": "red"}
 _OPTIONAL: Final = (
     ("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), "arrays on a GPU: pip install 'ucxx_transport[cu12]' (or cu13)"),
     ("torch", ("torch",), "tensors of torch: pip install 'ucxx_transport[torch]'"),
@@ -66,25 +66,17 @@ def doctor(
             if not as_json:
                 _print(topic, finding)
     failed = sum(finding["verdict"] == "failure" for finding in findings)
-    if as_json:
-        print_json({"ok": not failed, "findings": findings})
-    elif failed:
-        console().print(f"[bold red]{failed} of {len(findings)} failed.[/bold red]")
-    else:
-        console().print("[green]The transport can work here.[/green]")
+    verdict = f"{failed} of {len(findings)} failed." if failed else "The transport can work here."
+    say({"ok": not failed, "findings": findings}, verdict, as_json=as_json)
     if failed:
         raise typer.Exit(1)
 
 
 def _print(topic: str, finding: Finding) -> None:
-    from rich.markup import escape
-
-    colour, padding = _COLOURS[finding.verdict], " " * (8 - len(finding.verdict))
-    sign, looked_at = f"[{colour}]{finding.verdict}[/{colour}]", f"{topic} {finding.name}"
-    terminal = console()
-    terminal.print(f"{sign}{padding}{looked_at:28} {escape(finding.value)}", soft_wrap=True)
+    sign = typer.style(f"{finding.verdict:7}", fg=_COLOURS[finding.verdict])
+    typer.echo(f"{sign} {f'{topic} {finding.name}':28} {finding.value}")
     if finding.remedy:
-        terminal.print(f"{'':37}[dim]{escape(finding.remedy)}[/dim]", soft_wrap=True)
+        typer.echo(f"{'':37}{typer.style(finding.remedy, dim=True)}")
 
 
 def _software() -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,13 +24,23 @@ def print_json(document: object) -> None:
     sys.stdout.flush()
 
 
-def say(document: object, *lines: str, as_json: bool) -> None:
-    """Print a verb's answer: the document for programs, or the lines for people."""
+def say(document: object, *shown: object, as_json: bool, wrong: Sequence[str] = ()) -> None:
+    """Print a verb's answer: the document for programs, or lines and tables for people. What is `wrong` ends it with 1.
+
+    Lines are printed as they are: what looks like mark-up in a name is a name.
+    """
     if as_json:
         print_json(document)
-        return
-    for line in lines:
-        typer.echo(line)
+    else:
+        for one in shown:
+            if isinstance(one, str):
+                typer.echo(one)
+            else:
+                console().print(one)
+    for line in wrong:
+        typer.echo(line, err=True)
+    if wrong:
+        raise typer.Exit(1)
 
 
 def print_error(message: str, facts: Mapping[str, object]) -> None:
@@ -57,12 +67,8 @@ def logs_to_stderr(level: str = "warning") -> None:
     shown = dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=dev.plain_traceback)
     time = structlog.processors.TimeStamper(fmt="iso", utc=False)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        std.ProcessorFormatter(
-            foreign_pre_chain=[std.add_log_level, std.ExtraAdder(), time],
-            processors=[std.ProcessorFormatter.remove_processors_meta, shown],
-        )
-    )
+    formatter = std.ProcessorFormatter(shown, foreign_pre_chain=[std.add_log_level, std.ExtraAdder(), time])
+    handler.setFormatter(formatter)
     logger = logging.getLogger("ucxx_transport")
     logger.addHandler(handler)
     logger.setLevel(level.upper())

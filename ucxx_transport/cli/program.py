@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Final, NoReturn
+from typing import Final, NoReturn
 
 import typer
 
@@ -69,6 +69,7 @@ _INTERRUPTED: Final = 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command, with `arguments` behind its name or this process's own, and exit."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    words = ["version"] if words[:1] == ["--version"] else words
     called = [words[0]] if words and words[0] in VERBS else list(VERBS)
     try:
         _program(called)(args=words, prog_name="ucxx-transport")
@@ -108,25 +109,14 @@ def _program(verbs: Iterable[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    program.callback()(_options_of_all)
+    program.callback()(_all_verbs)  # without it a single verb would be the whole program
     for verb in verbs:
         command, takes = _load(verb)
         program.command(verb, context_settings=takes)(command)
     return program
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - the signature of an option's callback
-    if asked:
-        typer.echo(ucxx_transport.__version__)
-        raise typer.Exit
-
-
-def _options_of_all(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
+def _all_verbs() -> None:
     """RL trajectories from rollout workers' shared memory to trainers, over UCX."""
 
 
@@ -216,9 +206,8 @@ def config(*, as_json: AsJson = False) -> None:
         return
     from rich.table import Table
 
-    table = Table(title=f"{ENV_PREFIX}*  over  {file or f'./{TOML_NAME} (none here)'}", title_justify="left")
-    for column in ("setting", "value", "source", "meaning"):
-        table.add_column(column)
+    title = f"{ENV_PREFIX}*  over  {file or f'./{TOML_NAME} (none here)'}"
+    table = Table("setting", "value", "source", "meaning", title=title, title_justify="left")
     for name, section in settings.items():
         for field, shown in section.items():
             table.add_row(f"{name}.{field}", *map(str, shown.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, print_json, say
+from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, say
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.ring import SharedRingBuffer
@@ -34,19 +35,10 @@ def inspect(
     """Show the rings on this host: creator, size, slots by state, address and counters."""
     segments = _described(names or ())
     missing = sorted(set(names or ()) - {segment["name"] for segment in segments})
-    if as_json:
-        print_json({"segments": segments, "missing": missing})
-    elif names:
-        for segment in segments:
-            console().print_json(data=segment)
-    elif segments:
-        console().print(_table_of(segments))
-    else:
-        typer.echo("no rings on this host")
-    for name in missing:
-        typer.echo(f"error: no ring {name!r} on this host", err=True)
-    if missing:
-        raise typer.Exit(1)
+    in_full = [json.dumps(segment, indent=2) for segment in segments]
+    shown = in_full if names else [_table_of(segments)] if segments else ["no rings on this host"]
+    wrong = [f"error: no ring {name!r} on this host" for name in missing]
+    say({"segments": segments, "missing": missing}, *shown, as_json=as_json, wrong=wrong)
 
 
 def top(
@@ -59,16 +51,13 @@ def top(
     from rich.live import Live
 
     before: dict[str, dict[str, Any]] = {}
-    terminal = console()
-    with nullcontext() if as_json or once else Live(console=terminal, auto_refresh=False) as live:
+    with nullcontext() if as_json or once else Live(console=console(), auto_refresh=False) as live:
         while True:
             now = {segment["name"]: segment for segment in _described()}
-            rates = {name: _rate(before.get(name), segment, interval_s) for name, segment in now.items()}
-            if as_json:
-                print_json({"segments": list(now.values())})
-            elif live is None:
-                terminal.print(_table_of(list(now.values())))
+            if live is None:
+                say({"segments": list(now.values())}, _table_of(list(now.values())), as_json=as_json)
             else:
+                rates = {name: _rate(before.get(name), segment, interval_s) for name, segment in now.items()}
                 live.update(_table_of(list(now.values()), rates), refresh=True)
             if once:
                 return
@@ -101,11 +90,9 @@ def clean(
     document = {"dry_run": dry_run, "removed": removed, "freed_bytes": freed, "left": left, "in_use": in_use}
     verb, done = ("would remove", "to remove") if dry_run else ("removed", "removed")
     lines = [f"{verb} {name} ({format_bytes(orphans.get(name, 0))})" for name in removed]
-    say(document, *lines, f"{len(removed)} {done}, {format_bytes(freed)}; {len(in_use)} in use", as_json=as_json)
-    for name in left:
-        typer.echo(f"could not remove {name}: it belongs to another user", err=True)
-    if left:
-        raise typer.Exit(1)
+    lines.append(f"{len(removed)} {done}, {format_bytes(freed)}; {len(in_use)} in use")
+    wrong = [f"could not remove {name}: it belongs to another user" for name in left]
+    say(document, *lines, as_json=as_json, wrong=wrong)
 
 
 def _described(names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -114,13 +101,12 @@ def _described(names: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def _table_of(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("segment", "creator", "size", "slots", "free", "writing", "ready", "reading", "address"):
-        table.add_column(column)
-    for column in ("committed", "consumed", "lost", *(["rate"] if rates is not None else [])):
-        table.add_column(column, justify="right")
+    numbers = ("committed", "consumed", "lost", *(["rate"] if rates is not None else []))
+    columns = ("segment", "creator", "size", "slots", "free", "writing", "ready", "reading", "address")
+    right = (Column(name, justify="right") for name in numbers)
+    table = Table(*columns, *right, box=None, pad_edge=False)
     for segment in segments:
         creator = f"{segment['creator_pid'] or '?'} {'alive' if segment['creator_alive'] else '[red]dead[/red]'}"
         row = [segment["name"], creator, format_bytes(segment["nbytes"])]
