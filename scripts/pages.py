@@ -22,7 +22,7 @@ from scripts.messages import heading_of, headings, messages
 from ucxx_transport import config, errors, machine, teardown
 from ucxx_transport.groups.view import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.view import RankState
-from ucxx_transport.link import address, ucx_endpoint
+from ucxx_transport.link import address, endpoint
 from ucxx_transport.link import settings as ucx_settings
 from ucxx_transport.ring import layout, states
 from ucxx_transport.settings import Rule
@@ -244,14 +244,14 @@ def _wire() -> str:
         "MAX_SCHEMA_BYTES",
         "MAX_BODY_BYTES",
     )
-    source = "wire/frames.py, wire/server_side.py and link/ucx_endpoint.py"
+    source = "wire/frames.py, wire/server_side.py and link/endpoint.py"
     lines = ["# Wire: the byte map", "", _NOTICE.format(source=source), ""]
     lines += ["What the frames mean, and what follows from each, is in [the reference](UCXX.md#the-wire).", ""]
     lines += [_document_of(frames), "", "## Kinds of request", "", *_members(frames.Kind)]
     lines += ["## Statuses", "", *_members(frames.Status)]
     lines += ["## Numbers", "", *_table(("name", "value"), ((f"`{name}`", getattr(frames, name)) for name in sizes))]
     lines += ["## A connection, as the server sees it", "", _document_of(server_side), ""]
-    lines += ["## Below the frames: how channels become UCX's tags", "", _document_of(ucx_endpoint)]
+    lines += ["## Below the frames: how channels become UCX's tags", "", _document_of(endpoint)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -15,7 +15,7 @@ from tests.support.etcd_server import EtcdServer
 from tests.support.store_fixtures import etcd_binary, etcd_server, fork_server
 from tests.support.store_rigs import EtcdRig, LocalRig, MemoryRig, StoreRig
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Endpoint, Listener
+from ucxx_transport.link.endpoint import Endpoint, Listener
 from ucxx_transport.link.reactor import LinkFactory, Reactor
 from ucxx_transport.link.ucx import UCXXLink
 from ucxx_transport.testing import MemoryNetwork

@@ -22,7 +22,8 @@ from tests.support.links import endpoints_open, in_flight
 from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import Endpoint, EndpointEvents, OnDone, Operation
+from ucxx_transport.link.base import EndpointEvents, OnDone, Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.ucx import UCXXLink
 
 LARGE_BYTES = 64 << 20

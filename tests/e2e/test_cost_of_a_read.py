@@ -14,7 +14,7 @@ from ucxx_transport import ClientConfig, RingConfig, ServerConfig, SharedRingBuf
 
 PACKAGE = str(Path(ucxx_transport.__file__).parent)
 A_READ = 57
-A_TURN = {"Reactor.run_once", "UCXXLink.progress", "Flight.turn"}
+A_TURN = {"Reactor.run_once", "LinkCore.progress", "Flight.turn"}
 """Calls of each turn of a reactor. How many turns a read takes depends on what arrives together, and so on the machine;
 where nothing does, they are three: with the request, with the answer, and with its end."""
 TURNS = 3

@@ -35,10 +35,10 @@ from tests.support.waiting import wait_until
 from ucxx_transport import link
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.address import list_interfaces
-from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.base import Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
-from ucxx_transport.link.ucx_endpoint import UCXXEndpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -431,14 +431,14 @@ def test_peer_closing_is_seen_at_once(lanes: str) -> None:
 
 def steps_of_the_owner_s_call() -> set[int]:
     """The bytecodes of `lose` between what the endpoint notes of its owner's call and the call: as if in it."""
-    steps = list(dis.get_instructions(UCXXEndpoint.lose))
+    steps = list(dis.get_instructions(Endpoint.lose))
     noted = next(i for i, step in enumerate(steps) if (step.opname, step.argval) == ("STORE_ATTR", "alive"))
     return {step.offset for step in steps[noted + 1 :]}
 
 
 def interrupted(run: Callable[[], object], at: int) -> bool:
     """Run it with an interrupt before the link's bytecode of this number; whether there are so many."""
-    folder, lose, call = str(Path(link.__file__).parent), UCXXEndpoint.lose.__code__, steps_of_the_owner_s_call()
+    folder, lose, call = str(Path(link.__file__).parent), Endpoint.lose.__code__, steps_of_the_owner_s_call()
     left = at
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -494,7 +494,7 @@ def test_an_interrupt_anywhere_in_the_making_of_an_endpoint_leaves_a_link_that_c
         port = server.listen()
         for at in itertools.count():
             with opened() as client:
-                link, interrupter = client.link, Interrupter(at, ("link/ucx_endpoint.py",))
+                link, interrupter = client.link, Interrupter(at, ("link/endpoint.py",))
                 with contextlib.suppress(KeyboardInterrupt), interrupter:
                     link.connect(HOST, port, Owner())
                 with row(where=interrupter.where):
@@ -512,7 +512,7 @@ def test_a_fork_anywhere_in_the_making_of_a_link_is_known_to_all_that_was_there_
     reactors = [Reactor(UCXXLink) for _ in range(8)]
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        if not frame.f_code.co_filename.endswith("link/ucx_flight.py"):
+        if not frame.f_code.co_filename.endswith("link/flight.py"):
             return None
         if event == "line":  # as another thread's fork may come between any two
             child = os.fork()
@@ -615,9 +615,9 @@ def test_messages_that_nothing_waits_for_are_discarded(lanes: str, *, is_known: 
         both_until(server, client, lambda: owner.is_connected and server.accepted)
         near = server.accepted[0][0]
         near.channels = 1
-        tag = near.base << 16 | 9 if is_known else 7  # type: ignore[attr-defined]
+        tag = near.base << 16 | 9 if is_known else 7
         foreign, array = client.link.binding.lib.UCXXTag(tag), client.link.binding.make_array(bytearray(64 << 10))
-        raw = endpoint._ucx  # type: ignore[attr-defined]  # noqa: SLF001 - a peer that does not keep to the protocol
+        raw: Any = endpoint._ucx  # noqa: SLF001 - a peer that does not keep to the protocol
         flood = []
         while server.link.counters.unexpected_messages < 100:
             flood.append(raw.tag_send(array, foreign))

@@ -17,7 +17,8 @@ from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.membership import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Endpoint, EndpointEvents
+from ucxx_transport.link.base import EndpointEvents
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.schema import SlotRef
@@ -168,10 +169,10 @@ class ExchangeRig:
         self._clients.append(client)
         return client
 
-    def client_link(self, _reactor: Reactor) -> MemoryLink:
+    def client_link(self, reactor: Reactor) -> MemoryLink:
         """A link of the client side."""
         self.opened_links += 1
-        return MemoryLink(MemoryNetwork(faults=self.faults, listeners=self._network.listeners))
+        return MemoryLink(MemoryNetwork(faults=self.faults, listeners=self._network.listeners), reactor)
 
     def start_port(self, number: int) -> None:
         """Serve the ring on a port."""

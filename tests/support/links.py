@@ -10,10 +10,6 @@ def endpoints_open(link: Any) -> int:
     return len(link.endpoints)
 
 
-def _endpoints(link: Any) -> Any:
-    return link.endpoints.values() if isinstance(link.endpoints, dict) else link.endpoints
-
-
 def in_flight(link: Any) -> int:
     """How many operations are posted and not completed."""
-    return sum(len(endpoint.posted) for endpoint in _endpoints(link))
+    return sum(len(endpoint.posted) for endpoint in link.endpoints.values())

@@ -35,10 +35,10 @@ class PortBeside:
     def __post_init__(self) -> None:
         self.network = MemoryNetwork(faults=self.faults)
 
-    def link(self, _reactor: Reactor) -> MemoryLink:
+    def link(self, reactor: Reactor) -> MemoryLink:
         """A client's."""
         self.links_opened += 1
-        return MemoryLink(MemoryNetwork(faults=self.client_faults, listeners=self.network.listeners))
+        return MemoryLink(MemoryNetwork(faults=self.client_faults, listeners=self.network.listeners), reactor)
 
     def client(self, *, watcher: Watcher | None = None, **settings: object) -> SyncUCXXClient:
         """A blocking client that reads everything over the link, unless `settings` say otherwise."""

@@ -9,7 +9,8 @@ from time import monotonic
 from typing import Any
 
 from ucxx_transport import SlotRef, TransportError
-from ucxx_transport.link.base import Endpoint, EndpointEvents, Operation
+from ucxx_transport.link.base import EndpointEvents, Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
 from ucxx_transport.wire.codec import decode_header, encode_frame

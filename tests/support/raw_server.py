@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from tests.support.payloads import answer_with
 from ucxx_transport import SlotRef, TransportError
-from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.base import Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
 from ucxx_transport.wire.codec import decode_frame, encode_reply

@@ -31,7 +31,7 @@ from ucxx_transport.teardown import may_end, refuse_forked
 
 if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
-    from ucxx_transport.link.base import Link
+    from ucxx_transport.link.endpoint import Link
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.episode_record import Referring

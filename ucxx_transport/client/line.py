@@ -20,7 +20,8 @@ from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.base import Endpoint, Operation
+    from ucxx_transport.link.base import Operation
+    from ucxx_transport.link.endpoint import Endpoint
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.wire.actions import Asked
 

@@ -33,7 +33,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 
@@ -91,7 +91,17 @@ class LinkCounters:
     unexpected_messages: int = 0
 
 
-class Operation(Protocol):
+class Posted:
+    """Something that operations are posted for; `posted` has those whose end has not been called back."""
+
+    def __init__(self) -> None:
+        self.posted: dict[Operation, Operation] = {}
+
+    def note_failure(self, operation: Operation) -> None:
+        """An operation has ended in an error."""
+
+
+class Operation:
     """One posted send or receive.
 
     Attributes:
@@ -101,18 +111,40 @@ class Operation(Protocol):
         nbytes: size of the buffer.
         on_done: what is called when it is over. Of a send it is set after the post, if that is not `completed`: what is
             over at once costs no call.
+        buffer: pinned until the link is done with it: dropping it sooner is a crash.
+        owner, index, status, channel: the link's; the index in its flight, UCX's status, the channel of a deferred one.
     """
 
-    completed: bool
-    error: TransportError | None
+    owner: Posted
+    index: int
+    buffer: object
     nbytes: int
-    on_done: OnDone | None
+    on_done: OnDone | None = None
+    channel = status = 0
+    completed = False
+    error: TransportError | None = None
+
+    @staticmethod
+    def of(owner: Posted, buffer: object, nbytes: int, on_done: OnDone | None = None) -> Operation:
+        """One to be posted."""
+        operation = Operation()
+        operation.owner, operation.buffer, operation.nbytes, operation.on_done = owner, buffer, nbytes, on_done
+        return operation
 
 
 OnDone: TypeAlias = Callable[[Operation], None]
 
-Message: TypeAlias = object
-"""A buffer prepared for any number of sends: what UCX wants to know of it, worked out once."""
+
+class Message:
+    """A buffer prepared for any number of posts: what UCX wants to know of it, worked out once."""
+
+    __slots__ = ("address", "array", "nbytes", "writable")
+
+    def __init__(self, view: memoryview, array: Any) -> None:
+        self.array = array
+        self.address: int = array.ptr
+        self.nbytes = view.nbytes
+        self.writable = not view.readonly
 
 
 class EndpointEvents(Protocol):
@@ -131,95 +163,13 @@ class EndpointEvents(Protocol):
         """
 
 
-class Endpoint(Protocol):
-    """One connection. Both ways to post raise PeerLostError once it is closed or lost, and ConfigError for a buffer.
+class Timers(Protocol):
+    """Those of a `Reactor`."""
 
-    Attributes:
-        peer: `host:port` of the other end where it is known, for messages and logs.
-        channels: receives are posted on this many, 65536 unless the owner says so: messages of others are discarded,
-            which would pile up otherwise.
-    """
+    now: Callable[[], float]
 
-    peer: str
-    channels: int
-
-    @property
-    def alive(self) -> bool:
-        """Neither lost nor closed; may still be connecting."""
-
-    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
-        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken.
-
-        All of the buffer is offered, which is writable, contiguous, of the buffer protocol; or a `Message` of such.
-        """
-
-    def post_send(self, buffer: object, *, channel: int = 0) -> Operation:
-        """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
-
-        It is contiguous, of the buffer protocol, or a `Message` of this link, and must not change before completion.
-        Small sends often are `completed` already when this returns; of others `on_done` may be set.
-        """
-
-    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
-        """Close the connection and end what is in flight on it. Idempotent; each caller's `on_closed` is called.
-
-        That is when no operation of this endpoint will touch any buffer again (True), each of them having had its
-        `on_done`; or, within a bound, when one has never ended (False): its buffer stays with the link for good.
-        """
-
-    def listener_has_answered(self) -> bool:
-        """Of an endpoint that is not connected yet: whether the peer's listener has said anything. Some 100 us."""
-
-
-class Listener(Protocol):
-    """One port that takes connections; `port` is the one really bound."""
-
-    port: int
-
-    def close(self) -> None:
-        """Take no further connection. Idempotent. Endpoints handed over before live on."""
-
-
-OnEndpoint: TypeAlias = Callable[[Endpoint], EndpointEvents | None]
-"""Called for each accepted connection, before its hello has come; None: it is refused, and the link closes it."""
-
-
-class Link(Protocol):
-    """Everything of one worker: its listeners and endpoints."""
-
-    counters: LinkCounters
-
-    def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
-        """Open a connection to a numeric address; see `Reactor.resolve` for names.
-
-        Returns at once; the outcome is `events.connected` or `events.lost`. With UCX, nothing listening may also be
-        neither of them: the caller bounds it in time, and closes the endpoint. A ConfigError: the port is none, or the
-        link is closed or of another process.
-        """
-
-    def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
-        """Take connections on a port, 0 for any free one; a ConfigError where it is in use or forbidden."""
-
-    def message(self, buffer: object) -> Message:
-        """The buffer, prepared for sends. It must live, and stay where it is, as long as the message does."""
-
-    def progress(self, spin_s: float = 0.0) -> bool:
-        """Take in what has arrived, and call back; bounded, some milliseconds at most. Whether anything moved.
-
-        It polls for `spin_s` while nothing moves.
-        """
-
-    def arm(self) -> bool:
-        """Make `fileno()` become readable when something happens. False: it has already, so progress first."""
-
-    def fileno(self) -> int:
-        """The descriptor to sleep on once `arm()` was True."""
-
-    def transports(self) -> tuple[str, ...]:
-        """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it is unknown."""
-
-    def close(self) -> None:
-        """End endpoints, listeners and operations, and give back the resources. Idempotent, bounded (3 s)."""
+    def call_at(self, when_s: float, action: Callable[[], None]) -> Any:
+        """Call this in a turn, not before `when_s`, unless what is returned is cancelled by then."""
 
 
 def byte_view(buffer: object, *, writable: bool) -> memoryview:

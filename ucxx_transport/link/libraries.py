@@ -30,9 +30,7 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError
 
-OLDEST: Final = (1, 19, 0)
-"""The oldest UCX that the pinned ucxx takes: `__ucx_min_version__` in its `__init__.py`."""
-
+OLDEST: Final = (1, 19, 0)  # the oldest UCX that the pinned ucxx takes: `__ucx_min_version__` in its `__init__.py`
 PREFER_SYSTEM: Final = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
 
 _FILE: Final = re.compile(r"libuc[mpst]\.so(\.\d+)*")

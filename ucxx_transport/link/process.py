@@ -20,11 +20,8 @@ from typing import Any, Final
 from ucxx_transport.errors import BusyError, ConfigError
 from ucxx_transport.link.base import FORKED
 
-PER_CONNECTION: Final = 3
-"""Descriptors that UCX takes for one over TCP, on each side."""
-
-SPARE: Final = 64
-"""Left for everything else that the process opens later."""
+PER_CONNECTION: Final = 3  # descriptors that UCX takes for one over TCP, on each side
+SPARE: Final = 64  # left for everything else that the process opens later
 
 
 RESERVE: Final = 3 * PER_CONNECTION
@@ -56,11 +53,7 @@ def descriptors_in_use() -> int:
 
 
 def shortage(begun: int) -> BusyError | None:
-    """Why there can be no further connection now; None where there can.
-
-    Args:
-        begun: connections that have not taken all of their descriptors yet.
-    """
+    """Why there can be none beside so many connections that have not taken all their descriptors yet; None: it can."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = descriptors_in_use()
     if limit == resource.RLIM_INFINITY or limit - in_use >= RESERVE + begun * PER_CONNECTION:
@@ -69,9 +62,7 @@ def shortage(begun: int) -> BusyError | None:
     return BusyError(words, in_use=in_use, limit=limit)
 
 
-open_links: Final[set[Any]] = set()
-"""Of UCXXLink, each kept until it is closed."""
-
+open_links: Final[set[Any]] = set()  # of UCXXLink, each kept until it is closed
 _pids_that_used_ucx: set[int] = set()
 
 

@@ -37,13 +37,12 @@ from ucxx_transport.link.base import FORKED, Usable, lost
 from ucxx_transport.machine import Wakeup, start_thread
 
 if TYPE_CHECKING:
-    from ucxx_transport.link.base import Link
+    from ucxx_transport.link.endpoint import Link
 
 LONGEST_SLEEP_S: Final = 1.0
 """A sleep ends after this at the latest: a signal may come between Python's look for it and the sleep."""
 
-STALE_TIMERS: Final = 64
-"""The heap of timers is first looked through for cancelled ones when there are so many."""
+STALE_TIMERS: Final = 64  # the heap of timers is first looked through for cancelled ones when there are so many
 
 
 class Timer:

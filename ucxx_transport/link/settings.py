@@ -21,6 +21,7 @@ Precedence: `UCX_*` environment variables, then the configuration's `ucx`, then 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Mapping
@@ -116,9 +117,15 @@ def require_network(context_info: str, given: Mapping[str, str], environment: Ma
     )
 
 
-def loopback_only(context_info: str) -> bool:
-    """Whether every network transport of a context is on `lo`."""
-    return {device for _, device in networks_of(resources_of(context_info))} == {"lo"}
+def left_to_loopback(
+    host: str, context_info: str, given: Mapping[str, str], environment: Mapping[str, str]
+) -> ConfigError | None:
+    """Why a host cannot be reached, where limits leave every network transport of a context on `lo`."""
+    limits = limits_in_words(given, environment)
+    devices = {device for _, device in networks_of(resources_of(context_info))}
+    if not limits or devices != {"lo"} or ipaddress.ip_address(host).is_loopback:
+        return None
+    return ConfigError(f"{limits} leaves UCX nothing but loopback; add an interface of this host", host=host)
 
 
 def require_free_port(port_range: str, addresses: Iterable[str]) -> None:

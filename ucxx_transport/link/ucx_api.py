@@ -14,22 +14,19 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
-from copy import copy
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.link.base import LostReason, lost
 from ucxx_transport.link.libraries import check_loaded, library_in_use, status_in_words
 from ucxx_transport.machine import check_proc, open_standard_streams
 
-TRUNCATED: Final = -9  # UCS_ERR_MESSAGE_TRUNCATED
-
 Meaning: TypeAlias = LostReason | Literal["busy", "config"]
 
 _MEANINGS: Final[dict[Meaning, tuple[str, tuple[int, ...]]]] = {
-    "truncated": ("MessageTruncated", (TRUNCATED,)),
+    "truncated": ("MessageTruncated", (-9,)),
     "cancelled": ("Canceled", (-16,)),
     "reset": ("ConnectionReset EndpointTimeout TimedOut", (-25, -80, -20)),
     "refused": ("NotConnected Rejected", (-24, -23)),  # `reset` once it was connected
@@ -60,27 +57,23 @@ SYMBOLS = MappingProxyType(
 """Every private symbol that this package uses, by module."""
 
 # ucxx has no stubs.
-UcxArray: TypeAlias = Any  # `ucxx._lib.arr.Array`: address and size of a buffer, with a reference to it
-UcxEndpoint: TypeAlias = Any  # its `close()` is not used: see `UCXXEndpoint.close`
+UcxEndpoint: TypeAlias = Any  # its `close()` is not used: see `Endpoint.close`
 UcxListener: TypeAlias = Any  # UCX keeps a raw pointer into it until every endpoint that it accepted is gone
-UcxWorker: TypeAlias = Any
 
 
-class Binding:
-    """The imported modules, and what their errors, all of class `root`, mean."""
+class Binding(NamedTuple):
+    """What of ucxx is used: its library, whose errors are all of class `UCXError`, and its `Array`."""
 
-    def __init__(self, lib: Any, make_array: Callable[[object], UcxArray]) -> None:
-        self.lib = lib
-        self.make_array = make_array
-        self.root: type[Exception] = lib.UCXError
-        self._meanings = {
-            meaning: tuple(getattr(lib, f"UCX{name}Error") for name in names.split())
-            for meaning, (names, _) in _MEANINGS.items()
-        }
+    lib: Any
+    make_array: Callable[[object], Any]
 
     def error(self, exc: Exception, *, peer: str, connected: bool) -> TransportError:
         """Our error for one of UCX's, of a connection that had been up or not; raise it `from exc`."""
-        meanings = (meaning for meaning, classes in self._meanings.items() if isinstance(exc, classes))
+        meanings = (
+            meaning
+            for meaning, (names, _) in _MEANINGS.items()
+            if any(isinstance(exc, getattr(self.lib, f"UCX{name}Error")) for name in names.split())
+        )
         return _error(next(meanings, "aborted"), f"{type(exc).__name__}: {exc}", peer=peer, connected=connected)
 
 
@@ -144,14 +137,3 @@ def _import_binding() -> Binding:
             ucxx=getattr(importlib.import_module("ucxx"), "__version__", "unknown"),
         ) from exc
     return Binding(lib, arr.Array)
-
-
-def raisable(error: TransportError) -> TransportError:
-    """A copy of a stored error.
-
-    Raised itself, it would get a traceback, whose frames lead back to where it is stored: a cycle that keeps the
-    worker, and so its port, until garbage is collected.
-    """
-    fresh = copy(error)
-    fresh.__cause__ = error.__cause__
-    return fresh

@@ -1,4 +1,4 @@
-"""The compiled part: `ring.c`, whose calls `ring/transitions.py` words, and `flight.c`, likewise `link/ucx_flight.py`.
+"""The compiled part: `ring.c`, whose calls `ring/transitions.py` words, and `flight.c`, likewise `link/flight.py`.
 
 `hatch_build.py` builds it with the package.
 """

@@ -21,8 +21,7 @@ SOURCES = (Path(__file__).with_name("ring.c"), Path(__file__).with_name("flight.
 HEADER = Path(__file__).with_name("ring_layout.h")
 FLAGS = ("-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
-ZIG_GLIBC = "2.28"
-"""The glibc that ziglang links for: manylinux_2_28, the oldest that a supported distribution has."""
+ZIG_GLIBC = "2.28"  # the glibc that ziglang links for: manylinux_2_28, the oldest that a supported distribution has
 
 
 class CompilationError(RuntimeError):

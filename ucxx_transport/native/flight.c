@@ -41,7 +41,7 @@ struct parameters {
     void *receive_info, *memory_handle;
 };
 
-/* In the order of `FUNCTIONS` in link/ucx_flight.py. */
+/* In the order of `FUNCTIONS` in link/flight.py. */
 struct ucp {
     void *(*tag_send)(void *endpoint, const void *buffer, size_t nbytes, uint64_t tag, const struct parameters *);
     void *(*tag_receive)(void *worker, void *buffer, size_t nbytes, uint64_t tag, uint64_t mask,
@@ -62,7 +62,7 @@ struct operation {
     int status;
 };
 
-/* All of it is the caller's memory, zeros at first, with words of 64 bits: see link/ucx_flight.py. */
+/* All of it is the caller's memory, zeros at first, with words of 64 bits: see link/flight.py. */
 struct flight {
     void *worker;
     struct ucp ucp;

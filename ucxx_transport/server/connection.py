@@ -28,7 +28,8 @@ from ucxx_transport.wire.server_side import Phase
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from ucxx_transport.link.base import Endpoint, Message, Operation
+    from ucxx_transport.link.base import Message, Operation
+    from ucxx_transport.link.endpoint import Endpoint
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.server.slots import Slots
     from ucxx_transport.wire.actions import Action, Take

@@ -37,7 +37,7 @@ from ucxx_transport.wire.server_side import ServerSession, SessionSource
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ucxx_transport.link.base import Endpoint, Listener
+    from ucxx_transport.link.endpoint import Endpoint, Listener
     from ucxx_transport.link.reactor import LinkFactory, Timer
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.wire.actions import Take

@@ -1,32 +1,37 @@
-"""MemoryNetwork and MemoryLink: a link inside one process, for tests of programs that transport payloads.
+"""A network in memory, for tests of programs that transport payloads.
 
-It behaves as the UCX link does where callers can see it: small sends complete at once and larger ones when received, a
-shorter message is a silent success, a longer one fails the receive alone, a closed end resets the other one. `Faults`
-makes it misbehave on purpose.
+Only UCX is another one: here a `MemoryFlight` matches messages and receives. Endpoints, loss and close are those of
+the link over UCX, and callers see what they would see there: small sends complete at once and larger ones when
+received, a shorter message is a silent success, a longer one fails the receive alone, a closed end resets the other.
 
 Links of one network reach each other whatever threads run them: what one end does to the other lies in the inbox of the
-other's link until that progresses. What a link has to call back waits in the same inbox.
+other's flight until its link progresses.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, NamedTuple
 
-from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 from ucxx_transport.link import base
-from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
+from ucxx_transport.link.flight import CANCELLED, ENDS, ENDS_AT_ONCE, SPIN, TRUNCATED, Flight
 from ucxx_transport.machine import Wakeup
 from ucxx_transport.testing.faults import Faults, Hold
 
 EAGER_BYTES = 8191
 """Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
 
-CLOSING_ROUNDS = 10_000
-"""How often `close` empties the inbox, which its own callbacks may fill."""
+NO_TAG: Final = -1  # of a send, and of what goes by a stream
+NEVER: Final = -2  # of a receive that never ends
+_stream_tags: Final = itertools.count(-3, -1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,263 +48,281 @@ class MemoryNetwork:
     listeners: dict[int, MemoryListener] = field(default_factory=dict)
     free_ports: itertools.count[int] = field(default_factory=lambda: itertools.count(49152))
 
-    def link(self, _reactor: Reactor) -> MemoryLink:
+    def link(self, timers: base.Timers) -> MemoryLink:
         """A link of this network: `link_factory=network.link` for a server, a client or a reactor."""
-        return MemoryLink(self)
+        return MemoryLink(self, timers)
 
 
-@dataclass(slots=True, eq=False)
-class MemoryOperation:
-    """One operation of a `MemoryEndpoint`. See `base.Operation`."""
+class MemoryArray:
+    """A buffer, in the place of ucxx's `Array`."""
 
-    view: memoryview | None
-    nbytes: int
-    on_done: base.OnDone | None
-    channel: int
-    sending: bool
-    immortal: bool = False
-    completed: bool = False
-    error: TransportError | None = None
+    ptr = 0
 
-    def call_back(self) -> None:
-        """Call `on_done`, once."""
-        on_done, self.on_done = self.on_done, None
-        if on_done is not None:
-            on_done(self)
+    def __init__(self, view: memoryview) -> None:
+        self.view = view.cast("B") if view.nbytes else memoryview(b"")
 
 
-class MemoryEndpoint:
-    """One end of a connection; `other` is the end its messages go to, once connected. See `base.Endpoint`.
+class Sent(NamedTuple):
+    """A message on its way by a connection."""
 
-    What is no part of that Protocol runs in a turn of its own link.
-    """
+    tag: int
+    content: bytes
+    connection: MemoryConnection
+    operation: base.Operation
 
-    def __init__(self, link: MemoryLink, peer: str, other: MemoryEndpoint | None = None) -> None:
-        self.link = link
+
+class MemoryConnection:
+    """One end of a connection, in the place of ucxx's `UCXEndpoint`. Messages go to the `other` one."""
+
+    def __init__(self, flight: MemoryFlight, peer: str, other: MemoryConnection | None = None) -> None:
+        self.flight = flight
         self.peer = peer
         self.other = other
-        self.events: base.EndpointEvents | None = None
         self.alive = True
-        self.channels = 1 << 16
-        self.posted: dict[MemoryOperation, None] = {}
-        self._outbox: deque[tuple[Hold | None, bytes, MemoryOperation]] = deque()
-        self._arrived: defaultdict[int, deque[tuple[bytes, MemoryOperation]]] = defaultdict(deque)
-        self._closed = False
-        self._clean: bool | None = None
-        self._on_closed: list[Callable[[bool], None]] = []
-        link.endpoints.add(self)
+        self.handle = self
+        self.stream = next(_stream_tags)
+        self._reason: base.LostReason = "reset"
+        self._outbox: deque[tuple[Hold | None, Sent]] = deque()
 
-    def post_receive(self, buffer: object, on_done: base.OnDone, *, channel: int = 0) -> MemoryOperation:
-        operation = self._posted(base.byte_view(buffer, writable=True), on_done, channel, sending=False)
-        operation.immortal = self.link.faults.never_complete
-        if self._arrived[channel]:
-            self.link.call(self._match, channel)
-        return operation
+    def set_close_callback(self, callback: Callable[..., object], arguments: tuple[object, ...]) -> None:
+        self._on_close = partial(callback, *arguments)
 
-    def post_send(self, buffer: object, *, channel: int = 0) -> MemoryOperation:
-        operation = self._posted(base.byte_view(buffer, writable=False), None, channel, sending=True)
-        if not self.alive:
-            return operation
-        assert operation.view is not None  # just made
-        faults = self.link.faults
-        if faults.breaks_connection():
-            self._reset()
-            return operation
-        content = faults.apply(bytes(operation.view))
-        if content is not None:
-            self._outbox.append((faults.hold, content, operation))
-        if content is None or (self.other is not None and operation.nbytes <= EAGER_BYTES):
-            self._completed(operation)
-        if faults.hold is None:
+    def raise_on_error(self) -> None:
+        raise base.lost(self._reason, peer=self.peer)
+
+    def close_blocking(self) -> None:
+        self._stop()
+        if self.other is not None:
+            self.other.flight.call(self.other.break_off, "reset")
+
+    def break_off(self, reason: base.LostReason) -> None:
+        """The other end is gone, or was never there."""
+        if self.alive:
+            self._stop()
+            self._reason = reason
+            self._on_close()
+
+    def connect(self, other: MemoryConnection) -> None:
+        """The other end is there."""
+        if self.alive:
+            self.other = other
             self._deliver()
         else:
-            faults.hold.when_set(lambda: self.link.call(self._deliver))
-        return operation
+            other.flight.call(other.break_off, "reset")
 
-    def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
-        if on_closed is not None:
-            self._on_closed.append(on_closed)
-        if not self._closed:
-            self._closed = True
-            self._stop()
-            self._reset()
-        self.link.call(self._finish_close)
-
-    def listener_has_answered(self) -> bool:
-        """Never: there is nothing between a listener and its endpoints."""
-        return False
-
-    def connected(self, other: MemoryEndpoint) -> None:
-        """Both ends are there."""
-        if not self.alive:
-            other.link.call(other.lose, "reset")
-            return
-        self.other = other
-        for operation in list(self.posted):
-            if operation.sending and operation.nbytes <= EAGER_BYTES:
-                self.end(operation)
-        self._deliver()
-        if self.events is not None:
-            self.events.connected()
-
-    def take(self, content: bytes, send: MemoryOperation) -> None:
-        """A message of the other end has arrived."""
-        if send.channel >= self.channels:
-            self.link.counters.unexpected_messages += 1
-            self._received(send)
-        elif self.alive:
-            self._arrived[send.channel].append((content, send))
-            self._match(send.channel)
-
-    def end(self, operation: MemoryOperation, error: TransportError | None = None) -> None:
-        """End an operation, unless it has ended, and call back."""
-        if not operation.completed:
-            self._completed(operation, error)
-            operation.call_back()
-
-    def lose(self, reason: base.LostReason) -> None:
-        """The other end is gone, or was never there."""
-        if not self.alive:
-            return
-        self._stop()
-        if self.events is not None:
-            self.events.lost(base.lost(reason, peer=self.peer))
-        self._end_all(reason)
-
-    def _posted(self, view: memoryview, on_done: base.OnDone | None, channel: int, *, sending: bool) -> MemoryOperation:
-        self.link.check_usable()
-        if not (self.alive or self.link.closing):
-            raise base.lost("closed" if self._closed else "reset", peer=self.peer)
-        content = view.cast("B") if view.nbytes else memoryview(b"")
-        operation = MemoryOperation(content, view.nbytes, on_done, channel, sending)
-        self.posted[operation] = None
-        if not self.alive:
-            self.link.call(self.end, operation, base.lost("closed", peer=self.peer))
-        return operation
+    def pass_on(self, sent: Sent, hold: Hold | None = None) -> None:
+        """Send what is not held back, nor behind such."""
+        self._outbox.append((hold, sent))
+        if hold is None:
+            self._deliver()
+        else:
+            hold.when_set(lambda: self.flight.call(self._deliver))
 
     def _deliver(self) -> None:
-        """Send what is not held back, nor behind such."""
-        while self.other is not None and self._outbox and (self._outbox[0][0] is None or self._outbox[0][0].is_set()):
-            _, content, operation = self._outbox.popleft()
-            self.other.link.call(self.other.take, content, operation)
+        other, outbox = self.other, self._outbox
+        while other is not None and outbox and (outbox[0][0] is None or outbox[0][0].is_set()):
+            sent = outbox.popleft()[1]
+            other.flight.call(other.flight.arrive, other.stream if sent.tag == NO_TAG else sent.tag, sent)
 
-    def _match(self, channel: int) -> None:
-        """Bring what has arrived and the receives posted for it together."""
-        while arrived := self._arrived[channel]:
-            posted = (one for one in self.posted if one.channel == channel and not one.sending)
-            receive = next(posted, None)
-            if receive is None or receive.immortal:
-                return
-            content, send = arrived.popleft()
-            self._received(send)
-            assert receive.view is not None  # in flight
-            if len(content) > receive.nbytes:
-                self.end(receive, base.lost("truncated", peer=self.peer))
-            else:
-                receive.view[: len(content)] = content
-                self.end(receive)
-
-    def _received(self, send: MemoryOperation) -> None:
-        if self.other is not None:
-            self.other.link.call(self.other.end, send)
-
-    def _completed(self, operation: MemoryOperation, error: TransportError | None = None) -> None:
-        operation.completed, operation.error, operation.view = True, error, None
-        del self.posted[operation]
-
-    def _end_all(self, reason: base.LostReason) -> None:
-        for operation in list(self.posted):
-            if operation.immortal:
-                operation.error = base.lost(reason, peer=self.peer)
-            else:
-                self._completed(operation, base.lost(reason, peer=self.peer))
-            self.link.call(operation.call_back)
+    def end_send(self, operation: base.Operation) -> None:
+        """The other end has received it."""
+        if self.alive:
+            self.flight.end(operation, 0)
 
     def _stop(self) -> None:
         self.alive = False
         self._outbox.clear()
-        self.link.counters.unexpected_messages += sum(map(len, self._arrived.values()))
-        self._arrived.clear()
-
-    def _reset(self) -> None:
-        """Both ends find their peer lost, if they are alive."""
-        for end in (self, self.other):
-            if end is not None:
-                end.link.call(end.lose, "reset")
-
-    def _finish_close(self) -> None:
-        if self._clean is None:
-            self._end_all("closed")
-            self.link.counters.leaked_buffers += len(self.posted)
-            self._clean = not self.posted
-            self.link.endpoints.discard(self)
-            self.link.call(self._finish_close)  # behind the callbacks
-        elif self._on_closed:
-            self.link.call(self._finish_close)
-            self._on_closed.pop(0)(self._clean)
 
 
-class MemoryListener:
-    """One port of a `MemoryNetwork`. See `base.Listener`."""
+class MemoryFlight(Flight):
+    """Matches messages and receives, by their tags, in the place of a UCX worker and of `native/flight.c`.
 
-    def __init__(self, link: MemoryLink, port: int, on_endpoint: base.OnEndpoint) -> None:
-        self.link = link
-        self.port = port
-        self._on_endpoint = on_endpoint
+    What goes by a connection's stream has a tag too.
+    """
 
-    def close(self) -> None:
-        if self.link.network.listeners.get(self.port) is self:
-            del self.link.network.listeners[self.port]
-
-    def accept(self, near: MemoryEndpoint) -> None:
-        """Take the connection of `near`, in the link's own turn."""
-        if self.link.closed or self.link.network.listeners.get(self.port) is not self:
-            near.link.call(near.lose, "refused")
-            return
-        far = MemoryEndpoint(self.link, f"memory:{id(near):x}", near)
-        near.link.call(near.connected, far)
-        self.link.call(far.connected, near)
-        try:
-            far.events = self._on_endpoint(far)
-        finally:
-            if far.events is None:
-                far.close()
-
-
-class MemoryLink(base.Usable):
-    """A `base.Link` whose peers are the links of the same network, itself among them."""
-
-    def __init__(self, network: MemoryNetwork) -> None:
-        super().__init__()
-        self.network = network
-        self.faults = network.faults
-        self.counters = base.LinkCounters()
-        self.endpoints: set[MemoryEndpoint] = set()
-        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
-        self._wakeup = Wakeup()
+    def __init__(self, faults: Faults) -> None:
+        super().__init__((ctypes.c_uint64 * (ENDS + ENDS_AT_ONCE))(), self, self)
+        self.faults = faults
+        self.wakeup = Wakeup()
         self._armed = False  # others notify only then
+        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._receives: defaultdict[int, deque[base.Operation]] = defaultdict(deque)
+        self._arrived: defaultdict[int, deque[Sent]] = defaultdict(deque)
 
     def call(self, action: Callable[..., object], *arguments: object) -> None:
         """Call this in a turn of this link. From any thread."""
         self._inbox.append((action, arguments))
         if self._armed:
-            self._wakeup.notify()
+            self.wakeup.notify()
 
-    def connect(self, host: str, port: int, events: base.EndpointEvents) -> MemoryEndpoint:
-        """See `base.Link.connect`; the host is only a name."""
+    def arm(self) -> bool:
+        """See `Link`."""
+        self._armed = True
+        return not self._inbox
+
+    def post(
+        self, operation: base.Operation, begin: Callable[..., Any], endpoint: Any, _address: object, tag: int
+    ) -> None:
+        operation.owner.posted[operation] = operation
+        begin(operation, endpoint, tag)
+
+    def flight_send(self, operation: base.Operation, connection: MemoryConnection, tag: int) -> None:
+        """As the faults have it."""
+        operation.index = NO_TAG
+        if self.faults.breaks_connection():
+            for end in (connection, connection.other):
+                if end is not None:
+                    end.flight.call(end.break_off, "reset")
+        elif connection.alive:
+            content = operation.buffer if isinstance(operation.buffer, bytes) else bytes(_view(operation))
+            left = self.faults.apply(content)
+            if left is not None:
+                connection.pass_on(Sent(tag, left, connection, operation), self.faults.hold)
+            if left is None or len(content) <= EAGER_BYTES:
+                self._leave_at_once(operation)
+
+    def flight_stream_send(self, operation: base.Operation, connection: MemoryConnection, _: int) -> None:
+        assert isinstance(operation.buffer, bytes)
+        connection.pass_on(Sent(NO_TAG, operation.buffer, connection, operation))
+        self._leave_at_once(operation)
+
+    def flight_receive(self, operation: base.Operation, _: object, tag: int) -> None:
+        if self.faults.never_complete and operation.on_done is not None:  # else of an unexpected message
+            operation.index = NEVER
+        else:
+            self._receive(operation, tag)
+
+    def flight_stream_receive(self, operation: base.Operation, connection: MemoryConnection, _: int) -> None:
+        self._receive(operation, connection.stream)
+
+    def cancel(self, owners: Iterable[base.Posted]) -> int:
+        for owner in owners:
+            for operation in owner.posted:
+                if operation.index != NEVER:
+                    self._receives.pop(operation.index, None)
+                    self.end(operation, CANCELLED)
+        return self.handled
+
+    def flight_turn(self, words: ctypes.Array[ctypes.c_uint64]) -> int:
+        if self._armed:
+            self._armed = False
+            self.wakeup.drain()
+        until_ns = time.perf_counter_ns() + words[SPIN]
+        while not (self.ended or self._inbox) and time.perf_counter_ns() < until_ns:
+            time.sleep(0)
+        return self.run_inbox() - 1
+
+    def run_inbox(self) -> bool:
+        """Do what lies in the inbox now; whether there was anything."""
+        count = len(self._inbox)
+        for _ in range(count):
+            action, arguments = self._inbox.popleft()
+            action(*arguments)
+        return count > 0
+
+    def arrive(self, tag: int, sent: Sent) -> None:
+        """A message of another end is here."""
+        self._arrived[tag].append(sent)
+        self._match(tag)
+
+    def end(self, operation: base.Operation, status: int) -> None:
+        """It is over; what comes after that changes nothing."""
+        operation.status = status
+        self.ended.append(operation)
+
+    def unexpected_tag(self) -> int | None:
+        return next((tag for tag in self._arrived if tag >= 0), None)
+
+    def flight_has_ends(self, _: object) -> bool:
+        return False
+
+    flight_cancel = flight_probe = flight_close = flight_has_ends
+
+    def _receive(self, operation: base.Operation, tag: int) -> None:
+        operation.index = tag
+        self._receives[tag].append(operation)
+        self._match(tag)
+
+    def _match(self, tag: int) -> None:
+        """Bring what has arrived and the receives posted for it together."""
+        receives, arrived = self._receives[tag], self._arrived[tag]
+        while receives and arrived:
+            receive, (_, content, sender, send) = receives.popleft(), arrived.popleft()
+            fits = len(content) <= receive.nbytes
+            if fits:
+                _view(receive)[: len(content)] = content
+            self.end(receive, 0 if fits else TRUNCATED)
+            sender.flight.call(sender.end_send, send)
+        if not receives:
+            del self._receives[tag]
+        if not arrived:
+            del self._arrived[tag]
+
+    def _leave_at_once(self, operation: base.Operation) -> None:
+        del operation.owner.posted[operation]
+        operation.completed, operation.buffer = True, None
+        if operation.on_done is not None:  # it had waited
+            self.ended.append(operation)
+
+
+def _view(operation: base.Operation) -> memoryview:
+    array = operation.buffer.array if isinstance(operation.buffer, base.Message) else operation.buffer
+    assert isinstance(array, MemoryArray)
+    return array.view
+
+
+class MemoryListener:
+    """One port of a `MemoryNetwork`. See `Listener`."""
+
+    def __init__(self, link: MemoryLink, port: int, on_endpoint: OnEndpoint) -> None:
+        self.link = link
+        self.port = port
+        self._on_endpoint = on_endpoint
+
+    def close(self) -> None:
+        self.link.listeners.discard(self)
+        if self.link.network.listeners.get(self.port) is self:
+            del self.link.network.listeners[self.port]
+
+    def accept(self, near: MemoryConnection) -> None:
+        """Take a connection, in the link's own turn."""
+        if self not in self.link.listeners:
+            near.flight.call(near.break_off, "refused")
+        elif near.alive:
+            far = MemoryConnection(self.link.flight, f"memory:{id(near):x}", near)
+            near.flight.call(near.connect, far)
+            self.link.ready.append(partial(self._hand_over, far))
+
+    def _hand_over(self, far: MemoryConnection) -> None:
+        if far.alive:
+            self.link.hand_over(far, far.peer, self._on_endpoint)
+
+
+class MemoryLink(Link):
+    """A `Link` whose peers are the links of the same network, itself among them."""
+
+    flight: MemoryFlight
+    root = PeerLostError
+
+    def __init__(self, network: MemoryNetwork, timers: base.Timers) -> None:
+        self.network = network
+        self.flight = self.worker = flight = MemoryFlight(network.faults)
+        super().__init__(timers, flight, MemoryArray, flight.wakeup.fileno())
+
+    def connect(self, host: str, port: int, events: base.EndpointEvents) -> Endpoint:
+        """See `Link.connect`; the host is only a name."""
         self.check_usable()
-        near = MemoryEndpoint(self, f"{host}:{base.checked_port(port, lowest=1)}")
-        near.events = events
+        peer = f"{host}:{base.checked_port(port, lowest=1)}"
+        near, faults = MemoryConnection(self.flight, peer), self.network.faults
         listener = self.network.listeners.get(port)
-        if self.faults.hang_connect:
-            return near
-        if listener is not None and not self.faults.refuse:
-            listener.link.call(listener.accept, near)
-        if listener is None or self.faults.refuse or listener.link.closed:  # it may have been closed meanwhile
-            self.call(near.lose, "refused")
-        return near
+        if not faults.hang_connect:
+            if listener is not None and not faults.refuse:
+                listener.link.flight.call(listener.accept, near)
+            if listener is None or faults.refuse or listener.link.closed:  # it may have been closed meanwhile
+                self.flight.call(near.break_off, "refused")
+        return Endpoint(self, near, peer, events=events)
 
-    def listen(self, port: int, on_endpoint: base.OnEndpoint) -> MemoryListener:
+    def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
         self.check_usable()
         base.checked_port(port, lowest=0)
         used = self.network.listeners
@@ -307,52 +330,20 @@ class MemoryLink(base.Usable):
         listener = MemoryListener(self, chosen, on_endpoint)
         if used.setdefault(chosen, listener) is not listener:
             raise ConfigError("port is in use; choose another, or 0 for any free one", port=chosen)
+        self.listeners.add(listener)
         return listener
-
-    def message(self, buffer: object) -> memoryview:
-        self.check_usable()
-        return base.byte_view(buffer, writable=False)
-
-    def progress(self, spin_s: float = 0.0) -> bool:
-        self.check_usable()
-        if self._armed:
-            self._armed = False
-            self._wakeup.drain()
-        end = time.perf_counter() + spin_s
-        while not self._inbox and time.perf_counter() < end:
-            time.sleep(0)
-        return self._take()
-
-    def arm(self) -> bool:
-        self._armed = True
-        return not self._inbox
-
-    def fileno(self) -> int:
-        return self._wakeup.fileno()
 
     def transports(self) -> tuple[str, ...]:
         """Always `("memory",)`."""
         return ("memory",)
 
-    def close(self) -> None:
-        if self.closed or self.forked:
-            return
-        self.closing = True
-        for listener in [one for one in tuple(self.network.listeners.values()) if one.link is self]:
-            listener.close()
-        for _ in range(CLOSING_ROUNDS):
-            for endpoint in list(self.endpoints):
-                endpoint.close()
-            if not self._take():
-                break
-        self.closing, self.closed = False, True
-        while self._take():  # who has connected meanwhile is refused
-            pass
+    def why_failed(
+        self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
+    ) -> TransportError:
+        del peer, address, connected
+        assert isinstance(exc, PeerLostError)
+        return exc.with_traceback(None)
 
-    def _take(self) -> bool:
-        """Do what lies in the inbox now; whether there was anything."""
-        count = len(self._inbox)
-        for _ in range(count):
-            action, arguments = self._inbox.popleft()
-            action(*arguments)
-        return count > 0
+    def release(self) -> None:
+        while self.flight.run_inbox():  # who has connected meanwhile is refused
+            pass

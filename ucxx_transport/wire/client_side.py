@@ -26,7 +26,6 @@ from ucxx_transport.wire import codec, frames
 from ucxx_transport.wire.actions import Asked, Offer
 from ucxx_transport.wire.codec import Message, Seal, encode_frame, pack_one_end, pack_one_name, seal_of
 from ucxx_transport.wire.frames import END_MARK, HEADER_BYTES, MAX_CHANNEL, Frame, Kind, ReplyHeader, Status, Window
-from ucxx_transport.wire.handshake import token_mac, unpack_welcome
 
 if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
@@ -100,7 +99,7 @@ class ClientSession:
             ProtocolError, BusyError: as the server says, or it is not ours.
         """
         header, body = self._body_of(1, message)
-        server_nonce, self.window = unpack_welcome(body)
+        server_nonce, self.window = codec.unpack_welcome(body)
         self.ring_id, self.fingerprint = header.ring_id, header.fingerprint
         token = self._token
         if token is None:
@@ -110,8 +109,8 @@ class ClientSession:
             return None
         if not header.token_required:
             raise AuthenticationError("this client has a token but the server asks for none; set ServerConfig(token=…)")
-        self._proof = token_mac(token, "server", self._nonce, server_nonce)
-        return self._ask(Frame(Kind.AUTH, secret=token_mac(token, "client", self._nonce, server_nonce)))
+        self._proof = codec.token_mac(token, "server", self._nonce, server_nonce)
+        return self._ask(Frame(Kind.AUTH, secret=codec.token_mac(token, "client", self._nonce, server_nonce)))
 
     def on_authenticated(self, message: Message) -> None:
         """Judge the answer to AUTH. An AuthenticationError: the server does not know the token, or refuses ours."""

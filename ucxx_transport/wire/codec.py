@@ -7,11 +7,13 @@ peer: the lengths in a frame are bounded by the buffer that it came in.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import struct
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ucxx_transport import errors
 from ucxx_transport.errors import ProtocolError
@@ -32,6 +34,8 @@ _TRAILER: Final = struct.Struct("<QQ")
 _NAME: Final = struct.Struct("<IIQQQ")
 _ENDS: Final = tuple(struct.Struct(f"<{count + 1}Q") for count in range(frames.MAX_ENDS + 1))  # and the end mark
 _OFFER: Final = struct.Struct("<II")
+_WELCOME: Final = struct.Struct(f"<{frames.NONCE_BYTES}sIIQ")
+WELCOME_BYTES: Final = _WELCOME.size
 _OFFERED: Final = struct.Struct("<IIQQQQQ")
 _ERRORS: Final[dict[Status, tuple[type[errors.TransportError], str]]] = {
     Status.STALE: (errors.StaleSlotError, "the slot no longer holds this payload"),
@@ -62,8 +66,7 @@ clear_trailer: Final = struct.Struct(f"{TRAILER_BYTES}x").pack_into
 What is cut short does not bring another, whatever it finds in the header's place."""
 pack_header: Final = partial(_HEADER.pack, frames.REPLY_MAGIC, VERSION, 0)
 """The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
-pack_trailer: Final = _TRAILER.pack
-"""Its trailer: `TRAILER_MAGIC` ^ generation, nbytes."""
+pack_trailer: Final = _TRAILER.pack  # its trailer: `TRAILER_MAGIC` ^ generation, nbytes
 assert _HEAD.size == frames.FRAME_HEAD_BYTES
 assert _NAME.size == frames.NAME_BYTES
 assert _HEADER.size == HEADER_BYTES
@@ -111,26 +114,19 @@ def decode_frame(buffer: Message) -> Frame:
     return frame
 
 
-class _Ranges(NamedTuple):
-    """What the words of a kind may be."""
-
-    names: range = range(1)
-    flags: range = range(1)
-    word: range = range(1 << 64)
-    max_payloads: range = range(1 << 32)
-    wait_ms: range = range(1 << 32)
-
-
-_RANGES: Final[dict[int, _Ranges]] = dict.fromkeys(map(int, Kind), _Ranges()) | {
-    Kind.HELLO: _Ranges(word=range(1, frames.MAX_READER + 1)),
-    Kind.FETCH: _Ranges(names=range(2, frames.MAX_NAMES + 1), flags=range(2)),  # one whose answers share a message
-    Kind.TAKE: _Ranges(
-        flags=range(2),
-        word=range(frames.MAX_BODY_BYTES + 1),
-        max_payloads=range(1, frames.MAX_NAMES + 1),
-        wait_ms=range(frames.MAX_WAIT_MS + 1),
+_BLANK, _U32, _U64 = range(1), range(1 << 32), range(1 << 64)
+_RANGES: Final[dict[int, tuple[range, ...]]] = {
+    # of how many names there are, flags, word, payloads, wait
+    Kind.HELLO: (_BLANK, _BLANK, range(1, frames.MAX_READER + 1), _U32, _U32),
+    Kind.AUTH: (_BLANK, _BLANK, _U64, _U32, _U32),
+    Kind.FETCH: (range(2, frames.MAX_NAMES + 1), range(2), _U64, _U32, _U32),  # one whose answers share a message
+    Kind.TAKE: (
+        *(_BLANK, range(2), range(frames.MAX_BODY_BYTES + 1)),
+        *(range(1, frames.MAX_NAMES + 1), range(frames.MAX_WAIT_MS + 1)),
     ),
-    Kind.CONFIRM: _Ranges(names=range(1, frames.MAX_NAMES + 1)),
+    Kind.CONFIRM: (range(1, frames.MAX_NAMES + 1), _BLANK, _U64, _U32, _U32),
+    Kind.DESCRIBE: (_BLANK, _BLANK, _U64, _U32, _U32),
+    Kind.BYE: (_BLANK, _BLANK, _U64, _U32, _U32),
 }
 
 
@@ -140,13 +136,8 @@ def _check_words(frame: Frame) -> None:
     ranges = _RANGES.get(kind)
     if ranges is None:
         raise ProtocolError("unknown kind of frame", kind=kind)
-    if not (
-        len(names) in ranges.names
-        and flags in ranges.flags
-        and frame.word in ranges.word
-        and frame.max_payloads in ranges.max_payloads
-        and frame.wait_ms in ranges.wait_ms
-    ):
+    words = (len(names), flags, frame.word, frame.max_payloads, frame.wait_ms)
+    if not all(word in allowed for word, allowed in zip(words, ranges, strict=True)):
         raise ProtocolError("a frame has words that its kind may not have", kind=kind, names=len(names), flags=flags)
     last = attempt + frame.max_payloads if kind == _TAKE else attempt
     if not 0 < attempt <= last <= frames.MAX_ATTEMPT or attempt >> 16 != last >> 16 or not attempt & frames.MAX_CHANNEL:
@@ -324,3 +315,32 @@ def decode_offer(body: Message) -> list[frames.OfferedPayload]:
     if end != len(body):
         raise ProtocolError("an offer is longer than its envelopes", nbytes=len(body), expected=end)
     return payloads
+
+
+# --- The handshake ---------------------------------------------------------------------------------------------------
+#
+# client: HELLO (reader, client nonce)            server: server nonce, window, whether a token is required; if it is:
+# client: AUTH (mac "client" of both nonces)      server: mac "server" of both nonces
+#
+# The token never travels. A mac is bound to its role and to both nonces: it can be neither reflected nor replayed.
+
+
+def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    """HMAC-SHA256 over the role ("client" or "server") and both nonces."""
+    text = b"ucxx_transport/2 " + role.encode() + b"\0" + client_nonce + server_nonce
+    return hmac.new(token, text, hashlib.sha256).digest()
+
+
+def pack_welcome(nonce: bytes, window: frames.Window) -> bytes:
+    """The body of the answer to HELLO."""
+    return _WELCOME.pack(nonce, window.attempts, 0, window.nbytes)
+
+
+def unpack_welcome(body: bytes) -> tuple[bytes, frames.Window]:
+    """The server's nonce, and what it grants; a ProtocolError where this is no welcome."""
+    if len(body) != WELCOME_BYTES:
+        raise ProtocolError("a welcome has a wrong length", nbytes=len(body), expected=WELCOME_BYTES)
+    nonce, attempts, _, nbytes = _WELCOME.unpack(body)
+    if not 0 < attempts <= frames.MAX_NAMES or nbytes == 0:
+        raise ProtocolError("a welcome grants no possible window", attempts=attempts, nbytes=nbytes)
+    return nonce, frames.Window(attempts, nbytes)

@@ -33,7 +33,6 @@ from ucxx_transport.wire import codec, frames
 from ucxx_transport.wire.actions import Action, Attempt, Load, Reply, Serve, Settle, Take
 from ucxx_transport.wire.codec import FETCH_HEAD, ONE_END, ONE_NAME, glance
 from ucxx_transport.wire.frames import END_MARK, MAX_ATTEMPT, MAX_CHANNEL, MAX_NAMES, Frame, Kind, Status, Window
-from ucxx_transport.wire.handshake import pack_welcome, token_mac
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ServerConfig
@@ -88,12 +87,8 @@ class ServerSession:
     """See the module.
 
     Args:
-        source: identity and schema of the ring.
-        settings: time limits by phase, and the token.
         nonce: 32 fresh random bytes, the server's half of the token challenge.
-        now: the shell's clock, seconds.
         is_admitted: False for a connection above the cap: its first frame is answered BUSY.
-        window: what may be in flight.
 
     Attributes:
         in_flight: attempts that are named or taken and have not ended, by number.
@@ -342,14 +337,14 @@ class ServerSession:
         self._last = attempt
         if kind == _HELLO:
             self.reader, self._nonces = frame.word, (frame.secret, self._nonces[1])
-            body = pack_welcome(self._nonces[1], self._window)
+            body = codec.pack_welcome(self._nonces[1], self._window)
             if token is not None:
                 self.phase = Phase.CHALLENGED  # the first-frame limit covers the whole handshake
                 return self._ok(attempt, body, token_required=True)
-        elif token is None or not hmac.compare_digest(frame.secret, token_mac(token, "client", *self._nonces)):
+        elif token is None or not hmac.compare_digest(frame.secret, codec.token_mac(token, "client", *self._nonces)):
             raise AuthenticationError("wrong token; give client and server the same one")
         else:
-            body = token_mac(token, "server", *self._nonces)
+            body = codec.token_mac(token, "server", *self._nonces)
         self.phase = _OPEN
         self._since_s = now
         return self._ok(attempt, body)

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from functools import partial
 
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.base import Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
 

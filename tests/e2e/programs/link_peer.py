@@ -23,7 +23,8 @@ from functools import partial
 
 from tests.e2e.programs.request_lines import answer, log_to_stderr
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Endpoint, Operation
+from ucxx_transport.link.base import Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
 

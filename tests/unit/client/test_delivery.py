@@ -252,6 +252,7 @@ def test_an_abandoned_job_releases_the_payloads_that_had_come() -> None:
         assert client.counts.lent_buffers == 0
 
 
+@pytest.mark.may_leave("descriptors", reason="a receive that never ends keeps its link for the life of the process")
 def test_a_buffer_whose_receive_never_ends_is_not_handed_on() -> None:
     with open_rig(ports=1) as rig:
         client = rig.client(read_attempts=1)
@@ -261,7 +262,7 @@ def test_a_buffer_whose_receive_never_ends_is_not_handed_on() -> None:
         with pytest.raises(DeadlineExceededError):
             client.read(lost, deadline_s=1.0)
         rig.faults.never_complete = False
-        rig.advance(2.0)
+        rig.advance(4.0)
         statistics = client.counts
         assert (statistics.lent_buffers, statistics.leaked_buffers) == (1, 1)
         with client.read(rig.write(EPISODE)) as payload:

@@ -26,7 +26,7 @@ from ucxx_transport.errors import (
     PeerLostError,
     ProtocolError,
 )
-from ucxx_transport.link.base import Endpoint
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.testing import Hold

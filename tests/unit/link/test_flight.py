@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from ucxx_transport.link.ucx_flight import (
-    ENDS_AT_ONCE,
-    FUNCTIONS,
-    Flight,
-    Posted,
-    UCXXOperation,
-    operation_of,
-)
+from ucxx_transport.link.base import Operation, Posted
+from ucxx_transport.link.flight import ENDS_AT_ONCE, FUNCTIONS, Flight, native_flight
 
 POINTER, SIZE, WORD, NUMBER = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_int
 WORKER = 0x1000
@@ -110,7 +104,7 @@ class Owner(Posted):
         super().__init__()
         self.heard: list[Any] = []
 
-    def note_failure(self, operation: UCXXOperation) -> None:
+    def note_failure(self, operation: Operation) -> None:
         self.heard.append(operation.status)
 
 
@@ -119,12 +113,12 @@ class Bench:
 
     def __init__(self) -> None:
         self.ucx = FakeUCX()
-        self.flight = Flight(WORKER, self.ucx.functions)
+        self.flight = native_flight(WORKER, self.ucx.functions)
         self.owner = Owner()
 
-    def post(self, name: object, on_done: Any = None) -> UCXXOperation:
+    def post(self, name: object, on_done: Any = None) -> Operation:
         """A send and a receive in turn."""
-        operation = operation_of(self.owner, b"", 0, on_done or (lambda _: self.owner.heard.append(name)))
+        operation = Operation.of(self.owner, b"", 0, on_done or (lambda _: self.owner.heard.append(name)))
         is_send = len(self.ucx.posted) % 2 == 0
         begin = self.flight.send if is_send else self.flight.receive
         self.flight.post(operation, begin, 7, b"" if is_send else 0, 1 << 63)
@@ -160,7 +154,7 @@ def test_what_ends_at_once_and_is_not_asked_for_is_over_when_the_post_returns() 
     bench = Bench()
     for status in (0, TRUNCATED):
         bench.ucx.at_once = status
-        operation = operation_of(bench.owner, b"x", 1)
+        operation = Operation.of(bench.owner, b"x", 1)
         bench.flight.post(operation, bench.flight.send, 7, b"x", 1)
         assert (operation.status, operation.completed, operation.buffer) == (status, True, None)
     assert (bench.owner.heard, bench.flight.operations, bench.owner.posted) == ([TRUNCATED], {}, {})

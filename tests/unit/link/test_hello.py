@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.link.ucx_endpoint import HELLO_BYTES, decode_hello, encode_hello
+from ucxx_transport.link.endpoint import HELLO_BYTES, decode_hello, encode_hello
 
 
 @given(st.integers(0, 2**48 - 1))

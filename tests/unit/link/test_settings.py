@@ -13,7 +13,7 @@ from ucxx_transport.link.settings import (
     TUNED,
     WITHOUT_RDMA,
     context_settings,
-    loopback_only,
+    left_to_loopback,
     require_free_port,
     require_network,
 )
@@ -104,8 +104,16 @@ def test_any_network_will_do() -> None:
 
 
 def test_loopback_alone_is_told_from_an_interface() -> None:
-    assert loopback_only(info("self/memory", "tcp/lo"))
-    assert not loopback_only(info("tcp/lo", "tcp/eth0"))
+    limits = {"NET_DEVICES": "lo"}
+    rows = [
+        (("self/memory", "tcp/lo"), limits, "10.0.0.1", True),
+        (("tcp/lo", "tcp/eth0"), limits, "10.0.0.1", False),
+        (("tcp/lo",), limits, "127.0.0.1", False),
+        (("tcp/lo",), {}, "10.0.0.1", False),
+    ]
+    for resources, given, host, is_refused in rows:
+        with row(resources=resources, given=given, host=host):
+            assert (left_to_loopback(host, info(*resources), given, {}) is not None) is is_refused
 
 
 def test_range_of_ports_that_are_all_in_use_is_refused_since_ucx_would_look_for_ever() -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.ucx_api import load_binding, raisable
+from ucxx_transport.link.endpoint import raisable
+from ucxx_transport.link.ucx_api import load_binding
 
 BINDING = load_binding()
 LIB = BINDING.lib
@@ -71,7 +72,7 @@ def test_every_class_of_ucxx_has_an_answer() -> None:
 
 
 def test_translation_goes_by_class_not_by_name() -> None:
-    other = type("UCXXMessageTruncatedError", (LIB.UCXIOError,), {})
+    other = type("MessageTruncatedError", (LIB.UCXIOError,), {})
     error = BINDING.error(other("Message truncated"), peer="p", connected=True)
     assert error.facts["reason"] == "aborted"
 

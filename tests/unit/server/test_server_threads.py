@@ -13,7 +13,7 @@ from tests.support.raw_peer import RawPeer
 from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
-from ucxx_transport.link.base import Link
+from ucxx_transport.link.endpoint import Link
 from ucxx_transport.link.reactor import LinkFactory, Reactor
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server import UCXXServer
@@ -187,8 +187,8 @@ class BreakingLink(MemoryLink):
 def test_a_port_that_dies_gives_back_what_it_was_sending(ring: SharedRingBuffer, network: MemoryNetwork) -> None:
     links: list[BreakingLink] = []
 
-    def link_of(_: Reactor) -> Link:
-        links.append(BreakingLink(network))
+    def link_of(reactor: Reactor) -> Link:
+        links.append(BreakingLink(network, reactor))
         return links[-1]
 
     reactor = Reactor(network.link)

@@ -23,9 +23,8 @@ from tests.unit.wire.session_rig import (
 from ucxx_transport.errors import AuthenticationError, BusyError, ProtocolError, TransportError
 from ucxx_transport.wire import server_side
 from ucxx_transport.wire.actions import Reply
-from ucxx_transport.wire.codec import encode_error, encode_frame
+from ucxx_transport.wire.codec import WELCOME_BYTES, encode_error, encode_frame, token_mac
 from ucxx_transport.wire.frames import MAC_BYTES, MAX_NAMES, Frame, Kind, Status, Window, receive_bytes
-from ucxx_transport.wire.handshake import WELCOME_BYTES, token_mac
 
 
 def test_without_a_token_on_either_side_hello_is_all() -> None:

@@ -19,9 +19,8 @@ from tests.unit.wire.session_rig import (
     text_of,
 )
 from ucxx_transport.wire.actions import Action, Attempt, Reply, Serve, Settle, Take
-from ucxx_transport.wire.codec import encode_frame
+from ucxx_transport.wire.codec import encode_frame, token_mac
 from ucxx_transport.wire.frames import FLAG_PACKED, Frame, Kind, Status, Window
-from ucxx_transport.wire.handshake import token_mac
 from ucxx_transport.wire.server_side import Phase
 
 NAME = (2, 0, 6, 5, 128)

@@ -1,4 +1,4 @@
-"""A UCX connection, from its hello through tagged messages to loss or close.
+"""A connection, from its hello through tagged messages to loss or close: over UCX, or what takes its place in tests.
 
 The hello is the first 16 bytes that each end sends, on the connection's own stream, to name the tags it receives by:
 
@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import secrets
 import struct
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, cast
+from copy import copy
+from typing import Final, Protocol, TypeAlias, cast
 
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
-from ucxx_transport.link.base import EndpointEvents, OnDone, Operation, byte_view, lost
-from ucxx_transport.link.libraries import endpoint_lanes, listener_has_answered
+from ucxx_transport.link.base import EndpointEvents, Message, OnDone, Operation, Posted, byte_view, lost
+from ucxx_transport.link.flight import CANCELLED, CHANNEL_BITS, CLOSE_TIMEOUT_S, TRUNCATED, LinkCore
+from ucxx_transport.link.libraries import listener_has_answered
 from ucxx_transport.link.process import keep_for_good
-from ucxx_transport.link.ucx_api import TRUNCATED, UcxEndpoint, raisable, status_error
-from ucxx_transport.link.ucx_flight import CHANNEL_BITS, LinkState, Posted, UCXXMessage, UCXXOperation, operation_of
+from ucxx_transport.link.ucx_api import UcxEndpoint, status_error
 
 MAGIC: Final = b"UXTL"
 VERSION: Final = 2
@@ -36,34 +38,34 @@ _HELLO: Final = struct.Struct("<4sHHQ")
 HELLO_BYTES: Final = _HELLO.size
 BASE_BITS: Final = 48
 
-CLOSE_TIMEOUT_S: Final = 2.0
-"""How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
-
 LARGE_BYTES: Final = 16 * 1024
 """From here on a send releases the interpreter's lock (GIL): taking it again may cost its thread 5 ms."""
 
-LOST: Final = -1
-"""The status with which an endpoint's loss ends: none of UCX's that matters."""
-
+LOST: Final = -1  # the status with which an endpoint's loss ends: none of UCX's that matters
 GRACE_S: Final = 0.05
 """How long after a loss its operations are waited for. A receive that had only the first parts of a message never ends
 (seen over shared-memory lanes): it is given up, and its buffer leaked when the endpoint is closed."""
 
 
-class UCXXEndpoint(Posted):
-    """See `base.Endpoint`. Made by `UCXXLink.connect` and its listeners.
+class Endpoint(Posted):
+    """One connection. Both ways to post raise PeerLostError once it is closed or lost, and ConfigError for a buffer.
 
     Args:
         ucx: the connection, which may not be up yet; None where UCX did not even begin, for the reason `error`.
-        peer: `host:port`, for messages.
-        events: of its owner; a listener sets it later.
         address: of the listener that it connects to.
         accepted_by: UCX's listeners, kept for as long as the connection: UCX points into them.
+
+    Attributes:
+        peer: `host:port` of the other end where it is known, for messages and logs.
+        events: of its owner; a listener sets it later.
+        alive: neither lost nor closed; may still be connecting. usable: UCX, too, has it alive.
+        channels: receives are posted on this many, 65536 unless the owner says so: messages of others are discarded,
+            which would pile up otherwise.
     """
 
     def __init__(
         self,
-        link: LinkState,
+        link: LinkCore,
         ucx: UcxEndpoint | None,
         peer: str,
         *,
@@ -77,7 +79,7 @@ class UCXXEndpoint(Posted):
         self.events = events
         self.alive = True
         self.channels = 1 << CHANNEL_BITS
-        self._usable = ucx is not None
+        self.usable = ucx is not None
         self.base = secrets.randbits(BASE_BITS)
         self._link = link
         self._ucx = ucx
@@ -85,13 +87,13 @@ class UCXXEndpoint(Posted):
         self._accepted_by = accepted_by
         self._receive_base = self.base << CHANNEL_BITS
         self._flight = link.flight
-        self._send_base, self._handle = -1, 0  # not known before the hello
-        self._deferred: deque[UCXXOperation] = deque()
+        self._send_base, self.handle = -1, 0  # not known before the hello
+        self._deferred: deque[Operation] = deque()
         self._error = error
         self._closed = False
         self._clean: bool | None = None
         self._on_closed: list[Callable[[bool], None]] = []
-        self._loss = loss = operation_of(self, b"", 0)
+        self._loss = loss = Operation.of(self, b"", 0)
         loss.status = LOST
         link.endpoints[self.base] = self  # once it is whole: the link may be used, and closed, after an interrupt here
         if ucx is None:
@@ -101,16 +103,20 @@ class UCXXEndpoint(Posted):
         # and the loss with it.
         ucx.set_close_callback(link.flight.ended.append, (loss,))
         flight, handle, hello = link.flight, ucx.handle, encode_hello(self.base)
-        flight.post(operation_of(self, hello, HELLO_BYTES), flight.stream_send, handle, hello, 0)
+        flight.post(Operation.of(self, hello, HELLO_BYTES), flight.stream_send, handle, hello, 0)
         self._hello = bytearray(HELLO_BYTES)
         place = link.message(self._hello)
-        greeting = operation_of(self, place, HELLO_BYTES, self._greeted)
+        greeting = Operation.of(self, place, HELLO_BYTES, self._greeted)
         flight.post(greeting, flight.stream_receive, handle, place.address, 0)
 
-    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> UCXXOperation:
-        operation, flight = UCXXOperation(), self._flight  # as `operation_of`
+    def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
+        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken.
+
+        All of the buffer is offered, which is writable, contiguous, of the buffer protocol; or a `Message` of such.
+        """
+        operation, flight = Operation(), self._flight  # as `Operation.of`
         operation.owner, operation.on_done = self, on_done
-        if type(buffer) is UCXXMessage:
+        if type(buffer) is Message:
             if not buffer.writable:
                 raise ConfigError("buffer is read-only; a receive needs a writable one")
             operation.buffer, operation.nbytes, address = buffer, buffer.nbytes, buffer.address
@@ -119,41 +125,51 @@ class UCXXEndpoint(Posted):
                 buffer = byte_view(buffer, writable=True)
             operation.buffer, operation.nbytes = array, _ = self._link.make_array(buffer), buffer.nbytes
             address = array.ptr
-        if not self._usable:
+        if not self.usable:
             self._defer(operation)
             return operation
         begin = flight.receive_large if self._link.rdma and operation.nbytes >= LARGE_BYTES else flight.receive
         flight.post(operation, begin, 0, address, self._receive_base | channel)
         return operation
 
-    def post_send(self, buffer: object, *, channel: int = 0) -> UCXXOperation:
-        """See `base.Endpoint.post_send`. Until the peer's hello is here, sends wait for it, in order."""
-        operation = UCXXOperation()  # as `operation_of`
+    def post_send(self, buffer: object, *, channel: int = 0) -> Operation:
+        """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
+
+        It is contiguous, of the buffer protocol, or a `Message` of this link, and must not change before completion.
+        Small sends often are `completed` already when this returns; of others `on_done` may be set. Until the peer's
+        hello is here, sends wait for it, in order.
+        """
+        operation = Operation()  # as `Operation.of`
         operation.owner = self
         address: int | bytes
         if type(buffer) is bytes:
             operation.buffer, operation.nbytes = address, _ = buffer, len(buffer)
         else:
-            message = buffer if type(buffer) is UCXXMessage else self._link.message(buffer)
+            message = buffer if type(buffer) is Message else self._link.message(buffer)
             operation.buffer, operation.nbytes, address = message, message.nbytes, message.address
         base, flight = self._send_base, self._flight
-        if not self._usable or base < 0:
+        if not self.usable or base < 0:
             operation.channel = channel
             self._defer(operation)
             return operation
         begin = flight.send if operation.nbytes < LARGE_BYTES else flight.send_large
-        flight.post(operation, begin, self._handle, address, base | channel)
+        flight.post(operation, begin, self.handle, address, base | channel)
         return operation
 
     def close(self, on_closed: Callable[[bool], None] | None = None) -> None:
-        """See `base.Endpoint.close`. Takes 20 to 80 us, some milliseconds while connecting."""
+        """Close the connection and end what is in flight on it. Idempotent; each caller's `on_closed` is called.
+
+        That is when no operation of this endpoint will touch any buffer again (True), each of them having had its
+        `on_done`; or, within a bound, when one has never ended (False): its buffer stays with the link for good.
+        It takes 20 to 80 us, some milliseconds while connecting.
+        """
         if on_closed is not None:
             self._on_closed.append(on_closed)
         if self._clean is not None:
             self._link.ready.append(self.call_closed)
         elif not self._closed:
             self._closed = True
-            self.alive = self._usable = False
+            self.alive = self.usable = False
             self._break()
             self._link.ending[self] = self._link.in_turn_after(CLOSE_TIMEOUT_S, self.end_close)
 
@@ -163,13 +179,8 @@ class UCXXEndpoint(Posted):
         return self._send_base >= 0
 
     def listener_has_answered(self) -> bool:
+        """Of one that is not connected yet: whether the peer's listener has said anything. Some 100 us."""
         return self._address is not None and self._send_base < 0 and listener_has_answered(*self._address)
-
-    def lanes(self) -> tuple[tuple[str, str], ...]:
-        """(transport, device) of each lane; empty where it is unknown, or before the connection is up."""
-        if self._ucx is None or not self._usable or self._send_base < 0:
-            return ()
-        return endpoint_lanes(self._ucx.handle)
 
     def lose(self) -> None:
         """Say to the owner that the peer is lost. What had arrived has been called back.
@@ -185,7 +196,7 @@ class UCXXEndpoint(Posted):
 
     def disown(self) -> None:
         """This process is a fork of the one whose endpoint it is."""
-        self.alive = self._usable = False
+        self.alive = self.usable = False
 
     def ended(self) -> bool:
         """Whether nothing is in flight any more."""
@@ -225,7 +236,7 @@ class UCXXEndpoint(Posted):
             except ProtocolError as exc:
                 error = exc.with_traceback(None)
             else:
-                self._handle = self._ucx.handle
+                self.handle = self._ucx.handle
                 self._send_deferred()
                 if self.events is not None:
                     self.events.connected()
@@ -234,26 +245,37 @@ class UCXXEndpoint(Posted):
         self._note_loss()
 
     def _note_loss(self) -> None:
-        if self._usable:
+        if self.usable:
             self._link.broken[self] = None
-            self._usable = False
+            self.usable = False
+            self._end_deferred()
 
-    def _defer(self, operation: UCXXOperation) -> None:
+    def _defer(self, operation: Operation) -> None:
         """A send waits for the hello; what is posted before the owner can know of a loss, or of a close, for its end.
 
         Once the owner knows, it is raised.
         """
-        if not self._usable:
-            if not (self.alive or self._link.closing):
-                raise self._why_lost()
-            self._link.ready.append(self.fail_deferred)
+        if not (self.usable or self.alive or self._link.closing):
+            raise self._why_lost()
         self._deferred.append(operation)
+        if not self.usable:
+            self._end_deferred()
 
-    def note_failure(self, operation: UCXXOperation) -> None:
+    def _end_deferred(self) -> None:
+        """What waits for a hello that never comes ends as if UCX had had it."""
+        while self._deferred:
+            operation = self._deferred[0]
+            operation.status = CANCELLED
+            self._flight.ended.append(operation)
+            self._deferred.popleft()
+
+    def note_failure(self, operation: Operation) -> None:
         status = operation.status
         if operation is self._loss:
             self._note_loss()
-        elif status == TRUNCATED or self._usable:
+        elif status == TRUNCATED:
+            operation.error = lost("truncated", peer=self.peer)
+        elif self.usable:
             operation.error = status_error(status, peer=self.peer, connected=self._send_base >= 0)
         else:
             operation.error = self._why_lost()  # the error of a cut-off operation says why its endpoint went
@@ -264,21 +286,10 @@ class UCXXEndpoint(Posted):
         if ucx is not None and ucx.alive:
             # Not `close()`: it loses its FORCE flag on the way to UCX, so it waits for a peer that may be stopped, and
             # it never ends a receive that nothing has matched.
-            with suppress(self._link.binding.root):
+            with suppress(self._link.root):
                 ucx.close_blocking()
         self._link.broken[self] = None
-        if self._deferred:
-            self._link.ready.append(self.fail_deferred)
-
-    def fail_deferred(self) -> None:
-        """End what waits for a hello that never comes."""
-        if not self._deferred:
-            return
-        self._link.ready.append(self.fail_deferred)  # for the next one, and if a callback raises
-        operation = self._deferred.popleft()
-        operation.completed, operation.buffer, operation.error = True, None, self._why_lost()
-        if operation.on_done is not None:
-            operation.on_done(operation)
+        self._end_deferred()
 
     def give_up(self) -> None:
         """Call back what has not ended in time; UCX still holds its buffer."""
@@ -299,7 +310,7 @@ class UCXXEndpoint(Posted):
         if self._ucx is not None:
             try:
                 self._ucx.raise_on_error()
-            except self._link.binding.root as exc:
+            except self._link.root as exc:
                 return self._link.why_failed(exc, self.peer, self._address, connected=self._send_base >= 0)
         return lost("reset", peer=self.peer)
 
@@ -308,8 +319,62 @@ class UCXXEndpoint(Posted):
         while self._deferred:
             operation = self._deferred.popleft()
             buffer, tag = operation.buffer, self._send_base | operation.channel
-            address = buffer.address if isinstance(buffer, UCXXMessage) else cast("bytes", buffer)
-            flight.post(operation, flight.send_large, self._handle, address, tag)
+            address = buffer.address if isinstance(buffer, Message) else cast("bytes", buffer)
+            flight.post(operation, flight.send_large, self.handle, address, tag)
+
+
+class Listener(Protocol):
+    """One port that takes connections; `port` is the one really bound."""
+
+    port: int
+
+    def close(self) -> None:
+        """Take no further connection. Idempotent. Endpoints handed over before live on."""
+
+
+OnEndpoint: TypeAlias = Callable[[Endpoint], EndpointEvents | None]
+"""Called for each accepted connection, before its hello has come; None: it is refused, and the link closes it."""
+
+
+class Link(LinkCore):
+    """Everything of one worker: its listeners and endpoints."""
+
+    @abstractmethod
+    def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
+        """Open a connection to a numeric address; see `Reactor.resolve` for names.
+
+        Returns at once; the outcome is `events.connected` or `events.lost`. With UCX, nothing listening may also be
+        neither of them: the caller bounds it in time, and closes the endpoint. A ConfigError: the port is none, or the
+        link is closed or of another process.
+        """
+
+    @abstractmethod
+    def listen(self, port: int, on_endpoint: OnEndpoint) -> Listener:
+        """Take connections on a port, 0 for any free one; a ConfigError where it is in use or forbidden."""
+
+    @abstractmethod
+    def transports(self) -> tuple[str, ...]:
+        """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it is unknown."""
+
+    def hand_over(self, ucx: UcxEndpoint, peer: str, on_endpoint: OnEndpoint, accepted_by: object = None) -> None:
+        """Give a connection that came to a listener to its owner."""
+        endpoint = Endpoint(self, ucx, peer, accepted_by=accepted_by)
+        try:
+            endpoint.events = on_endpoint(endpoint)
+        finally:
+            if endpoint.events is None:
+                endpoint.close()
+
+
+def raisable(error: TransportError) -> TransportError:
+    """A copy of a stored error.
+
+    Raised itself, it would get a traceback, whose frames lead back to where it is stored: a cycle that keeps the
+    worker, and so its port, until garbage is collected.
+    """
+    fresh = copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def encode_hello(base: int) -> bytes:

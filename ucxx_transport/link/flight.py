@@ -8,23 +8,19 @@ come between any two steps.
 from __future__ import annotations
 
 import ctypes
-import ipaddress
-import os
+import time
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from threading import get_ident
 from typing import Any, Final
 
-from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.base import LinkCounters, OnDone, Usable, byte_view
+from ucxx_transport.errors import TransportError
+from ucxx_transport.link.base import LinkCounters, Message, Operation, Posted, Timers, Usable, byte_view
 from ucxx_transport.link.process import keep_for_good
-from ucxx_transport.link.reactor import Reactor, Timer
-from ucxx_transport.link.settings import limits_in_words, loopback_only
-from ucxx_transport.link.ucx_api import Binding, UcxArray, UcxWorker
 from ucxx_transport.native import load
 
-CHANNEL_BITS: Final = 16
-"""Channel `n` of an endpoint is the tag `base << 16 | n`."""
-
+CHANNEL_BITS: Final = 16  # channel `n` of an endpoint is the tag `base << 16 | n`
 ENDS_AT_ONCE: Final = 64
 """Ends that are taken in one turn, so that callbacks which post what ends at once cannot hold the thread."""
 
@@ -34,10 +30,19 @@ STRAYS_EVERY: Final = 8
 UNEXPECTED_AT_ONCE: Final = 4096
 """Unexpected messages are cleared away this many at a time, so that a flood cannot hold the thread."""
 
-_INDEX, _ENDPOINT, _ADDRESS, _BYTES, _TAG, _HANDLED, _SPIN_NS, _FOUND_TAG, _, _ENDED, _ENDS = range(9, 20)
+BUSY: Final = 32
+"""So many progress calls in a row that moved something put off the end of a broken connection's operations."""
+
+SPIN_NS: Final = 5_000_000  # the longest poll in one call, which no signal interrupts
+PAUSE_S: Final = 1e-3  # pause between two turns of a close, so as not to burn a core
+CLOSE_TIMEOUT_S: Final = 2.0
+"""How long a close waits for operations to end. Measured: under 50 ms; what has not ended by then never does."""
+
+INDEX, ENDPOINT, ADDRESS, BYTES, TAG, HANDLED, SPIN, FOUND_TAG, _, ENDED, ENDS = range(9, 20)
 """Words of `struct flight`, behind the worker and the functions."""
 
-IN_PROGRESS: Final = 1  # UCS_INPROGRESS, ucs/type/status.h; 0 is a success, an error is negative
+IN_PROGRESS, TRUNCATED, CANCELLED = 1, -9, -16
+"""Of ucs/type/status.h; 0 is a success, an error is negative."""
 
 FUNCTIONS: Final = (
     *("ucp_tag_send_nbx", "ucp_tag_recv_nbx", "ucp_stream_send_nbx", "ucp_stream_recv_nbx", "ucp_tag_probe_nb"),
@@ -46,58 +51,8 @@ FUNCTIONS: Final = (
 """What `flight.c` calls of UCX, as its `struct ucp` has it."""
 
 
-class UCXXOperation:
-    """Something that UCX is asked to do for an endpoint. See `base.Operation`.
-
-    Its `index` is that in its flight, its `channel` that of one that is deferred, its `status` UCX's once it has ended.
-    The buffer is pinned until UCX is done with it: dropping it sooner is a crash.
-    """
-
-    owner: Posted
-    index: int
-    buffer: object
-    nbytes: int
-    on_done: OnDone | None = None
-    channel = status = 0
-    completed = False
-    error: TransportError | None = None
-
-
-def operation_of(owner: Posted, buffer: object, nbytes: int, on_done: OnDone | None = None) -> UCXXOperation:
-    """One to be posted."""
-    operation = UCXXOperation()
-    operation.owner, operation.buffer, operation.nbytes, operation.on_done = owner, buffer, nbytes, on_done
-    return operation
-
-
-class UCXXMessage:
-    """See `base.Message`."""
-
-    __slots__ = ("address", "array", "nbytes", "writable")
-
-    def __init__(self, view: memoryview, array: UcxArray) -> None:
-        self.array = array
-        self.address: int = array.ptr
-        self.nbytes = view.nbytes
-        self.writable = not view.readonly
-
-
-class Posted:
-    """Something that operations are posted for; `posted` has those whose end has not been called back."""
-
-    def __init__(self) -> None:
-        self.posted: dict[UCXXOperation, UCXXOperation] = {}
-
-    def note_failure(self, operation: UCXXOperation) -> None:
-        """An operation has ended in an error."""
-
-
 class Flight:
-    """What is in flight with one UCX worker; the calls of `flight.c`, which says what each does.
-
-    Args:
-        worker: the `ucp_worker_h`.
-        functions: addresses of `FUNCTIONS`.
+    """What is in flight with one worker; the calls of `flight.c`, which says what each does.
 
     Attributes:
         operations: by index.
@@ -109,12 +64,10 @@ class Flight:
             interpreter's lock (GIL): UCX copies as much as the socket takes, or registers memory with a device.
     """
 
-    def __init__(self, worker: int, functions: Sequence[int]) -> None:
-        brief, sleeping = load()
-        words = brief.flight_words()
-        self._memory = memory = (ctypes.c_uint64 * words)(worker, *functions)
+    def __init__(self, memory: ctypes.Array[ctypes.c_uint64], brief: Any, sleeping: Any) -> None:
+        self._memory = memory
         self._words = memoryview(memory).cast("B").cast("Q")
-        self._ends = self._words[_ENDS : _ENDS + ENDS_AT_ONCE].cast("B").cast("q")
+        self._ends = self._words[ENDS : ENDS + ENDS_AT_ONCE].cast("B").cast("q")
         # Without argument types an array is passed as it is: a call takes 0.1 us, and 0.1 more for each typed argument.
         self.send, self.send_large = brief.flight_send, sleeping.flight_send
         self.receive, self.receive_large = brief.flight_receive, sleeping.flight_receive
@@ -122,40 +75,35 @@ class Flight:
         self._sends = (self.send, self.send_large, self.stream_send)
         self._turn, self._has_ends = sleeping.flight_turn, brief.flight_has_ends
         self._cancel, self._probe, self._close = brief.flight_cancel, brief.flight_probe, brief.flight_close
-        self.operations: dict[int, UCXXOperation] = {}
+        self.operations: dict[int, Operation] = {}
         self.free: list[int] = []
         self._made = 0
         self._taken: list[int] = []
-        self.ended: deque[UCXXOperation] = deque()
+        self.ended: deque[Operation] = deque()
         self.handled = 0
 
     def has_ends(self) -> bool:
         """Whether something has ended that is not taken or not called back yet."""
-        self._words[_HANDLED] = self.handled
+        self._words[HANDLED] = self.handled
         return bool(self.ended) or self._has_ends(self._memory) != 0
 
     def post(
-        self, operation: UCXXOperation, begin: Callable[..., int], endpoint: int, address: int | bytes, tag: int
+        self, operation: Operation, begin: Callable[..., Any], endpoint: int, address: int | bytes, tag: int
     ) -> None:
         """Ask UCX for something, by one of the calls. What ends at once is `completed`; a receive is called back, too.
 
-        Args:
-            operation: of its buffer.
-            begin: one of the calls.
-            endpoint: UCX's; 0 for a receive, which matches by the tag alone.
-            address: of the buffer, or what it is.
-            tag: 0 for what goes by the stream.
+        The address is the buffer's, or bytes. A receive by its tag has no endpoint, what goes by the stream no tag: 0.
         """
         free, words = self.free, self._words
         if not free:
             free.append(self._made)
             self._made += 1
         operation.index = index = free.pop()
-        words[_INDEX], words[_ENDPOINT], words[_TAG], words[_BYTES] = index, endpoint, tag, operation.nbytes
+        words[INDEX], words[ENDPOINT], words[TAG], words[BYTES] = index, endpoint, tag, operation.nbytes
         posted = operation.owner.posted
         self.operations[index] = posted[operation] = operation
         if type(address) is int:
-            words[_ADDRESS] = address
+            words[ADDRESS] = address
             status = begin(self._memory, None)
         else:
             status = begin(self._memory, address)
@@ -171,16 +119,13 @@ class Flight:
                 operation.owner.note_failure(operation)
 
     def turn(self, spin_ns: int) -> bool:
-        """Progress; take what has ended, and call it back. Whether anything moved.
+        """Progress, for `spin_ns` while nothing moves; take what has ended, and call it back. Whether anything moved.
 
         An interrupt may come between any two steps: what was not taken is handed over again, and each step may be
         taken twice.
-
-        Args:
-            spin_ns: how long to poll while nothing moves.
         """
         words, operations, ended = self._words, self.operations, self.ended
-        words[_HANDLED], words[_SPIN_NS] = self.handled, spin_ns
+        words[HANDLED], words[SPIN] = self.handled, spin_ns
         found = self._turn(self._memory)
         if self._taken:  # the queue has them no more
             taken, self._taken = self._taken, []
@@ -215,13 +160,13 @@ class Flight:
         """End what is in flight for these, as far as UCX ends it; how many ends are `handled` when that is seen."""
         for owner in owners:
             for operation in owner.posted:
-                self._words[_INDEX] = operation.index
+                self._words[INDEX] = operation.index
                 self._cancel(self._memory)
-        return self._words[_ENDED]
+        return self._words[ENDED]
 
     def unexpected_tag(self) -> int | None:
         """The tag of a message that nothing has been posted for; None: there is none."""
-        return self._words[_FOUND_TAG] if self._probe(self._memory) else None
+        return self._words[FOUND_TAG] if self._probe(self._memory) else None
 
     def release(self) -> None:
         """Give back the memory, unless UCX may still refer to it."""
@@ -231,59 +176,129 @@ class Flight:
             self._close(self._memory)
 
 
-class LinkState(Usable, Posted):
-    """A `UCXXLink`, as its endpoints and listeners see it; the owner of what takes in unexpected messages.
+def native_flight(worker: int, functions: Sequence[int]) -> Flight:
+    """Of a `ucp_worker_h`, by the addresses of `FUNCTIONS`."""
+    brief, sleeping = load()
+    return Flight((ctypes.c_uint64 * brief.flight_words())(worker, *functions), brief, sleeping)
+
+
+class LinkCore(Usable, Posted):
+    """What links have in common, above what carries their messages: turns, and how connections end.
+
+    It is the owner of what takes in unexpected messages.
 
     Attributes:
-        ipv6: an address that listeners listen on, too.
-        make_array: UCX's.
         ready: what is to be called in the next turn.
         broken: endpoints whose connection is. Their operations are cancelled (None: not yet), and when so many ends are
             handled as there are then, what had arrived has been called back: those that live yet have lost their peer.
         ending: those that are being closed, and when they end anyway.
         endpoints: that are open, by the base of their tags. listeners: likewise.
-        rdma: this host has a device for it.
+        thread: that had the last turn.
+        worker: UCX's. root: the class of its errors. make_array: ucxx's. rdma: this host has a device for it.
     """
 
-    worker: UcxWorker
-    flight: Flight
-    rdma: bool
-    settings: Mapping[str, str]
-    context: Any
+    worker: Any
+    root: type[Exception]
+    rdma = False
 
-    def __init__(self, timers: Reactor, binding: Binding, ipv6: str | None) -> None:
+    def __init__(
+        self, timers: Timers, flight: Flight, make_array: Callable[[memoryview], Any], descriptor: int
+    ) -> None:
         self.timers = timers
-        self.ipv6 = ipv6
-        self.binding = binding
-        self.make_array = binding.make_array
+        self.flight = flight
+        self.make_array = make_array
         self.counters = LinkCounters()
         self.ready: deque[Callable[[], object]] = deque()
         self.endpoints: dict[int, Any] = {}
         self.broken: dict[Any, int | None] = {}
-        self.ending: dict[Any, Timer] = {}
+        self.ending: dict[Any, Any] = {}
         self.listeners: set[Any] = set()
+        self.thread = get_ident()
+        self._turn: Callable[[int], bool] = flight.turn
+        self._descriptor = descriptor
+        self._busy = self._moves = 0
         super().__init__()  # last: another thread may fork, and the child forgets what it finds
 
-    def message(self, buffer: object, *, writable: bool = False) -> UCXXMessage:
+    def message(self, buffer: object, *, writable: bool = False) -> Message:
+        """The buffer, prepared for posts. It must live, and stay where it is, as long as the message does."""
         self.check_usable()
         view = byte_view(buffer, writable=writable)
-        return UCXXMessage(view, self.make_array(view))
+        return Message(view, self.make_array(view))
 
-    def in_turn_after(self, delay_s: float, action: Callable[[], object]) -> Timer:
+    def in_turn_after(self, delay_s: float, action: Callable[[], object]) -> Any:
         """Call this in a turn, after a while."""
         return self.timers.call_at(self.timers.now() + delay_s, lambda: self.ready.append(action))
 
+    @abstractmethod
     def why_failed(
         self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
     ) -> TransportError:
-        """Our error for UCX's; of this side's settings where they leave no way to another host, at the address."""
-        error = self.binding.error(exc, peer=peer, connected=connected)
-        if address is not None and isinstance(error, PeerLostError) and error.facts["reason"] == "unreachable":
-            limits = limits_in_words(self.settings, os.environ)
-            if limits and loopback_only(self.context.info) and not ipaddress.ip_address(address[0]).is_loopback:
-                words = f"{limits} leaves UCX nothing but loopback; add an interface of this host"
-                return ConfigError(words, host=address[0])
-        return error
+        """Our error for one of `root`, of a connection to the address that had been up or not."""
+
+    def progress(self, spin_s: float = 0.0) -> bool:
+        """Take in what has arrived, and call back; bounded, some milliseconds at most. Whether anything moved.
+
+        It polls for `spin_s` while nothing moves.
+        """
+        self.thread = get_ident()
+        left_ns = 0 if self.ready or self.broken else int(spin_s * 1e9)
+        moved = self._turn(min(left_ns, SPIN_NS))
+        while not moved and left_ns > SPIN_NS and not self.ready:
+            left_ns -= SPIN_NS
+            moved = self._turn(min(left_ns, SPIN_NS))
+        if moved:
+            self._busy += 1
+            self._moves += 1
+            if not self._moves % STRAYS_EVERY:
+                self.discard_unexpected()
+        else:
+            self._busy = 0
+        if self.ready or self.ending or self.broken:
+            return self._call_back() or moved
+        return moved
+
+    def arm(self) -> bool:
+        """Make `fileno()` become readable when something happens. False: it has already, so progress first."""
+        if self.forked or self.closed:
+            self.check_usable()
+        waits = self.ready or self.broken or self.flight.has_ends()
+        return not waits and bool(self.worker.arm())
+
+    def fileno(self) -> int:
+        """The descriptor to sleep on once `arm()` was True."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """End endpoints, listeners and operations, and give back the resources. Idempotent, bounded (3 s)."""
+        if self.closed or self.forked:
+            return
+        self.closing = True
+        failure: Exception | None = None
+        late_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while self._is_open() and time.monotonic() < late_s + PAUSE_S * 100:
+            try:
+                self._end_all(late=time.monotonic() > late_s)
+                if not self.progress():
+                    time.sleep(PAUSE_S)
+            except Exception as exc:  # noqa: BLE001  # of a callback; raised when all is closed
+                failure = failure or exc
+        self.closed = True
+        self.closing = False
+        self._turn = self._refused
+        self.release()
+        self.flight.release()
+        if failure is not None:
+            raise failure
+
+    @abstractmethod
+    def release(self) -> None:
+        """Nothing is open any more: give back the worker."""
+
+    def forget(self) -> None:
+        super().forget()
+        self._turn = self._refused
+        for endpoint in self.endpoints.values():
+            endpoint.disown()
 
     def discard_unexpected(self) -> None:
         """Drop messages that no endpoint waits for: UCX would keep them until the worker's end.
@@ -300,4 +315,43 @@ class LinkState(Usable, Posted):
                 return  # its receive is about to be posted; what lies behind it is seen to next time
             nowhere = self.message(bytearray(1))
             self.counters.unexpected_messages += 1
-            self.flight.post(operation_of(self, nowhere, 1), self.flight.receive, 0, nowhere.address, tag)
+            self.flight.post(Operation.of(self, nowhere, 1), self.flight.receive, 0, nowhere.address, tag)
+
+    def _refused(self, _: int) -> bool:
+        self.check_usable()
+        raise AssertionError
+
+    def _call_back(self) -> bool:
+        """Call what is ready, those who have lost their peer, and who is closed; whether anything was called."""
+        called = bool(self.ready)
+        for _ in range(len(self.ready)):
+            self.ready.popleft()()
+        cut_off = [endpoint for endpoint, handled in self.broken.items() if handled is None]
+        if cut_off and self._busy % BUSY == 0:
+            # What had arrived has been taken in; the rest of a broken connection's operations will never come.
+            self.broken.update(dict.fromkeys(cut_off, self.flight.cancel(cut_off)))
+            called = self.flight.turn(0) or called
+        for endpoint in tuple(self.ending):
+            if endpoint.ended():
+                called = True
+                endpoint.end_close()
+        for endpoint, handled in tuple(self.broken.items()):
+            if handled is not None and self.flight.handled >= handled:
+                called = True
+                if endpoint.alive:
+                    endpoint.lose()
+                else:
+                    del self.broken[endpoint]
+        return called
+
+    def _is_open(self) -> bool:
+        self.discard_unexpected()
+        return bool(self.endpoints or self.listeners or self.ready or self.posted)
+
+    def _end_all(self, *, late: bool) -> None:
+        for listener in list(self.listeners):
+            listener.close()
+        for endpoint in list(self.endpoints.values()):
+            endpoint.close()
+            if late:
+                endpoint.end_close()
