@@ -117,7 +117,7 @@ def require_network(context_info: str, given: Mapping[str, str], environment: Ma
     )
 
 
-def left_to_loopback(
+def no_way_to(
     host: str, context_info: str, given: Mapping[str, str], environment: Mapping[str, str]
 ) -> ConfigError | None:
     """Why a host cannot be reached, where limits leave every network transport of a context on `lo`."""

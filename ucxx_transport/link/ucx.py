@@ -20,13 +20,7 @@ from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
 from ucxx_transport.link.flight import FUNCTIONS, native_flight
 from ucxx_transport.link.libraries import IPv6Listener, endpoint_lanes, quiet_ucxx_log, request_peer, ucp_functions
 from ucxx_transport.link.process import check_not_forked, keep_for_good, note_use, open_links, shortage
-from ucxx_transport.link.settings import (
-    context_settings,
-    left_to_loopback,
-    rdma_devices,
-    require_free_port,
-    require_network,
-)
+from ucxx_transport.link.settings import context_settings, no_way_to, rdma_devices, require_free_port, require_network
 from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, load_binding
 from ucxx_transport.logs import get_logger
 
@@ -121,7 +115,7 @@ class UCXXLink(Link):
         """See `Link`; of this side's settings where they leave no way to another host."""
         error = self.binding.error(exc, peer=peer, connected=connected)
         if address is not None and isinstance(error, PeerLostError) and error.facts["reason"] == "unreachable":
-            return left_to_loopback(address[0], self.context.info, self.settings, os.environ) or error
+            return no_way_to(address[0], self.context.info, self.settings, os.environ) or error
         return error
 
     def release(self) -> None:

@@ -13,7 +13,7 @@ from ucxx_transport.link.settings import (
     TUNED,
     WITHOUT_RDMA,
     context_settings,
-    left_to_loopback,
+    no_way_to,
     require_free_port,
     require_network,
 )
@@ -113,7 +113,7 @@ def test_loopback_alone_is_told_from_an_interface() -> None:
     ]
     for resources, given, host, is_refused in rows:
         with row(resources=resources, given=given, host=host):
-            assert (left_to_loopback(host, info(*resources), given, {}) is not None) is is_refused
+            assert (no_way_to(host, info(*resources), given, {}) is not None) is is_refused
 
 
 def test_range_of_ports_that_are_all_in_use_is_refused_since_ucx_would_look_for_ever() -> None:
