@@ -28,11 +28,7 @@ _SPIN_IN_WORDS = "how long a waiting loop polls before it blocks; 0 saves CPU an
 
 
 def checked_seconds(value: float | str, field: str) -> float:
-    """A time limit that a call was given as its argument `field`, in seconds.
-
-    Raises:
-        ConfigError: no finite duration, or a negative one.
-    """
+    """A time limit that a call was given as its argument `field`, in seconds; a ConfigError: no finite duration."""
     if type(value) is float and 0.0 <= value < _LONGEST_S:
         return value
     try:
@@ -42,11 +38,7 @@ def checked_seconds(value: float | str, field: str) -> float:
 
 
 def checked_count(value: int, field: str, *, at_least: int, unset: str | None = None) -> int:
-    """A number that a call was given as its argument `field`; `unset` is what None stands for, where it may be None.
-
-    Raises:
-        ConfigError: no whole number, or less than `at_least`.
-    """
+    """A number that a call was given as its argument `field`; `unset` is what None stands for, where it may be None."""
     try:
         count = operator.index(value)
     except TypeError:

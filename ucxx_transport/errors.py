@@ -42,6 +42,10 @@ class TransportError(Exception):
 
     retryable: bool = False
 
+    def __init_subclass__(cls, *, retryable: bool | None = None) -> None:
+        if retryable is not None:
+            cls.retryable = retryable
+
     def __init__(self, message: str, /, **facts: object) -> None:
         super().__init__(message)
         self.message = message
@@ -87,28 +91,20 @@ class StaleSlotError(SlotError):
     """The slot no longer holds the payload that the reference names. Never retried."""
 
 
-class RingFullError(SlotError):
+class RingFullError(SlotError, retryable=True):
     """No slot can be written now: all are being read, or are READY under the policy `raise`."""
 
-    retryable = True
 
-
-class BusyError(TransportError):
+class BusyError(TransportError, retryable=True):
     """The peer or the slot is at a limit (connections, concurrent attempts) that will pass."""
 
-    retryable = True
 
-
-class NotReadyError(TransportError):
+class NotReadyError(TransportError, retryable=True):
     """The source answers but is not bound yet."""
 
-    retryable = True
 
-
-class PeerLostError(TransportError):
+class PeerLostError(TransportError, retryable=True):
     """The connection failed or ended: unreachable, refused, reset, cancelled, truncated."""
-
-    retryable = True
 
 
 class ProtocolError(TransportError):
@@ -119,42 +115,32 @@ class AuthenticationError(TransportError):
     """The shared-secret handshake failed, in either direction."""
 
 
-class ChecksumError(TransportError):
+class ChecksumError(TransportError, retryable=True):
     """The bytes received are not the bytes that were written."""
 
-    retryable = True
 
-
-class DeadlineExceededError(TransportError, TimeoutError):
+class DeadlineExceededError(TransportError, TimeoutError, retryable=True):
     """The call's deadline passed; nothing it held is still held."""
-
-    retryable = True
 
 
 class RegistryError(TransportError):
     """Root of what membership raises: stores, publishers, watchers, groups."""
 
 
-class StoreUnavailableError(RegistryError):
+class StoreUnavailableError(RegistryError, retryable=True):
     """The store does not answer, or not in time. It says nothing of the sources in it."""
-
-    retryable = True
 
 
 class LeaseLostError(RegistryError):
     """A lease has run out or was revoked; its keys are gone."""
 
 
-class CompactedError(RegistryError):
+class CompactedError(RegistryError, retryable=True):
     """The store no longer keeps the changes since a watch's revision."""
 
-    retryable = True
 
-
-class StoreResetError(RegistryError):
+class StoreResetError(RegistryError, retryable=True):
     """The store's data are not those of before: it was wiped or replaced."""
-
-    retryable = True
 
 
 class ConflictError(RegistryError):

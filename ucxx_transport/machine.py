@@ -207,9 +207,7 @@ class Wakeup:
 def start_thread(target: Callable[..., object], *args: object, name: str) -> threading.Thread:
     """Start a daemon thread.
 
-    Raises:
-        ConfigError: the interpreter is exiting: since Python 3.12 it starts no thread then.
-        BusyError: this process may have no more threads.
+    A ConfigError: the interpreter is exiting, and starts none from Python 3.12 on. A BusyError: there may be no more.
     """
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     if sys.is_finalizing():  # it would be waited for, and never run

@@ -202,9 +202,8 @@ def parse_store_url(value: object) -> str:
 
 
 def _ports(value: object) -> int | tuple[int, ...]:
-    if isinstance(value, str):
-        words = value.strip().strip("[]").split(",")
-        value = words[0] if len(words) == 1 and "[" not in value else words
+    if isinstance(value, str) and {"[", ","} & {*value}:
+        value = value.strip().strip("[]").split(",")
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         ports = tuple(_count(port) for port in value)
         if not 1 <= len(ports) <= MAX_PORTS:
@@ -214,13 +213,10 @@ def _ports(value: object) -> int | tuple[int, ...]:
         if any(port and ports.count(port) > 1 for port in ports):
             raise ValueError("expected each port number once")
         return ports
-    try:
-        count = _count(value)
-    except ValueError:
-        raise ValueError("expected a number of ports, or a list of port numbers") from None
-    if not 1 <= count <= MAX_PORTS:
-        raise ValueError(f"expected 1 to {MAX_PORTS} ports; a port number goes in a list: [{count}]")
-    return count
+    with suppress(ValueError):
+        if 1 <= (count := _count(value)) <= MAX_PORTS:
+            return count
+    raise ValueError(f"expected 1 to {MAX_PORTS} ports, or a list of port numbers: [5001]")
 
 
 def _port_range(value: object) -> tuple[int, int]:

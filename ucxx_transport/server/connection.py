@@ -189,7 +189,7 @@ class Connection:
                 self.close()
             else:
                 attempt.send = send
-                send.on_done = partial(self._on_sent, attempt)
+                send.on_done = partial(self._on_sent, (attempt,))
 
     def _serve_packed(self, serve: Serve) -> None:
         """Copy the slots into one message, and send that."""
@@ -208,13 +208,13 @@ class Connection:
         slots.counters.add("packed", len(acquired))
         self._send_copied(room[:offset], serve.shared, acquired, buffer)
 
-    def _on_sent(self, attempt: Attempt, operation: Operation) -> None:
+    def _on_sent(self, attempts: Sequence[Attempt], operation: Operation) -> None:
         if operation.error is not None:
             self.close()
-            if not operation.completed:
-                return  # UCX has not released the slot, although the connection ends
-        if self.session.sent(attempt, self._reactor.now()):
-            self._slots.finish(attempt)
+        if operation.completed:  # else UCX has not released the memory, although the connection ends
+            for attempt in attempts:
+                if self.session.sent(attempt, self._reactor.now()):
+                    self._slots.finish(attempt)
 
     def answer_take(self, take: Take) -> bool:
         """By payloads, or by nothing once its time has come. False: there is none, and it has time."""
@@ -263,18 +263,13 @@ class Connection:
             send.on_done = partial(self._on_copied_sent, attempts, buffer)
 
     def _on_copied_sent(self, attempts: Sequence[Attempt], buffer: bytearray | None, operation: Operation) -> None:
-        session, slots = self.session, self._slots
         self._copied_bytes -= operation.nbytes
         if operation.completed:
-            session.replied()
-            if buffer is not None and len(slots.pack_buffers) < MAX_PACK_BUFFERS:
-                slots.pack_buffers.append(buffer)
-            for attempt in attempts:
-                if session.sent(attempt, self._reactor.now()):
-                    slots.finish(attempt)
-        if operation.error is not None:
-            self.close()
-        elif self._arrived:
+            self.session.replied()
+            if buffer is not None and len(self._slots.pack_buffers) < MAX_PACK_BUFFERS:
+                self._slots.pack_buffers.append(buffer)
+        self._on_sent(attempts, operation)
+        if operation.error is None and self._arrived:
             self._defer()
 
     def _count(self, status: Status) -> None:
@@ -307,8 +302,7 @@ class Connection:
             self.fail(error)
 
     def _on_closed(self, _clean: bool) -> None:  # noqa: FBT001 - the link's callback
-        for attempt in (*self.session.in_flight.values(), *self.session.leaving.values()):
-            self._slots.abandon(attempt)
+        self._slots.abandon([*self.session.in_flight.values(), *self.session.leaving.values()])
         self._forget(self)
 
 

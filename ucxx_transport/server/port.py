@@ -65,7 +65,6 @@ class Port:
         self._settings = settings
         self._reclaims = index == 0
         self._listener: Listener | None = None
-        self._is_stopping = False
         self._connections: dict[Connection, None] = {}
         self._waiting: list[tuple[Connection, Take]] = []
         self._pause_s = SOON_S
@@ -99,9 +98,9 @@ class Port:
 
     def stop(self) -> None:
         """Take no further connection and close those there are; it has `stopped` some turns later."""
-        self._is_stopping = True
         if self._listener is not None:
             self._listener.close()
+            self._listener = None
         if self._sweeper is not None:
             self._sweeper.cancel()
         self._waiting.clear()
@@ -119,7 +118,7 @@ class Port:
         self.slots.retire()
 
     def _admit(self, endpoint: Endpoint) -> Connection | None:
-        if self._is_stopping:
+        if self._listener is None:
             return None
         self._counters.add("accepted")
         admitted = sum(connection.session.is_admitted for connection in self._connections)
@@ -236,15 +235,6 @@ class PortThread:
         self._thread.join(max(0.0, until_s + 2 * MARGIN_S - time.monotonic()))
 
     def _run(self) -> None:
-        try:
-            self._serve()
-        except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
-            if self.up.done():
-                _log.exception("port_died", thread=self._name)
-            else:
-                self.up.set_exception(error)
-
-    def _serve(self) -> None:
         port, reactor = self._port, self._reactor
         try:
             self.up.set_result(port.start(self._candidates))
@@ -259,6 +249,11 @@ class PortThread:
             port.stop()
             while not port.stopped and time.monotonic() < self._stop_by_s:
                 reactor.run_once(self._stop_by_s)
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
+            if self.up.done():
+                _log.exception("port_died", thread=self._name)
+            else:
+                self.up.set_exception(error)
         finally:
             reactor.close()
             port.retire()

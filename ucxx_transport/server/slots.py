@@ -17,7 +17,7 @@ from ucxx_transport.server.counters import AWAITED, BYTES_SENT, DELIVERED, RELEA
 from ucxx_transport.wire.frames import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from ucxx_transport.link.base import Message
     from ucxx_transport.link.reactor import Reactor
@@ -176,14 +176,14 @@ class Slots:
             attempt.lease = lease
             self._note_lock(error)
 
-    def abandon(self, attempt: Attempt) -> None:
-        """Its connection is closed: finish it, now or as soon as UCX does not read the slot any more."""
-        if _is_over(attempt):
-            self.finish(attempt)
-        else:
-            self.counters.add("stuck_sends")
-            _log.warning("send_stuck", slot=attempt.slot, nbytes=attempt.nbytes)
-            self._kept.append(attempt)
+    def abandon(self, attempts: Sequence[Attempt]) -> None:
+        """Their connection is closed: finish each, now or as soon as UCX does not read its slot any more."""
+        for attempt in attempts:
+            if not _is_over(attempt):
+                self.counters.add("stuck_sends")
+                _log.warning("send_stuck", slot=attempt.slot, nbytes=attempt.nbytes)
+        self._kept += attempts
+        self.settle_kept()
 
     def settle_kept(self) -> None:
         """Finish what was kept and is over."""

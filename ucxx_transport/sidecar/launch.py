@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -48,17 +48,11 @@ from ucxx_transport.units import Secret
 
 _log = get_logger(__name__)
 
-Order = Mapping[str, object]
-"""What a sidecar is to do. A `descriptor` in it is handed over: inherited, and closed here."""
-
-AS_HEX: Final = "secret, as hex"
-"""The one key of what stands for a secret in a message."""
-
-LOOK_S: Final = 1.0
-"""How often a sidecar that is up is looked at."""
-
+Order = Mapping[str, object]  # a `descriptor` in it is handed over: inherited, and closed here
+AS_HEX: Final = "secret, as hex"  # the one key of what stands for a secret in a message
+LOOK_S: Final = 1.0  # how often a sidecar that is up is looked at
 _REAP_S: Final = 5.0
-_HEALTHY: Final = 10
+_HEALTHY: Final = 10  # times the first pause: one that was up for so long has died of something else than its start
 _ERRORS: Final = {cls.__name__: cls for cls in (ConfigError, DeadlineExceededError)}
 _MESSAGE_BYTES: Final = 65536
 _WORDS_BYTES: Final = 8192
@@ -66,19 +60,19 @@ _BOOT: Final = Path(__file__).with_name("boot.py")
 _INTERPRETERS: Final = ("python", "pypy")
 
 
+@dataclass(eq=False, repr=False)
 class Sidecar:
     """Keeps one sidecar beside this process, from a thread: starts it, reads its reports, starts it again when it dies.
 
-    A forked child must leave it alone.
+    All callables are called in the thread. A forked child must leave it alone.
 
     Args:
         role: in front of its log lines, such as "ucxx port 0".
+        pauses_s: the first and the longest before it is started again; for the first that dies young there is none.
         serve: makes the order of what it serves, at every start; None: it only renews.
         start_timeout_s: one that is not up by then is killed and started again.
-        on_death: called in the thread when one has died unasked, before it is started again.
-        pauses_s: the first and the longest before it is started again; for the first that dies young there is none.
-            One that was up for ten times the first pause has died of something else than its start.
-        is_stalled: asked in the thread every `LOOK_S` or so while one is up; True: it is killed, and so started again.
+        on_death: called when one has died unasked, before it is started again.
+        is_stalled: asked every `LOOK_S` or so while one is up; True: it is killed, and so started again.
 
     Attributes:
         pid: of the process that is up, None while there is none.
@@ -87,32 +81,26 @@ class Sidecar:
         kept: the leases that this one has renewed.
     """
 
-    def __init__(
-        self,
-        role: str,
-        *,
-        pauses_s: tuple[float, float],
-        serve: Callable[[], Order] | None = None,
-        start_timeout_s: float = 30.0,
-        on_death: Callable[[], None] = lambda: None,
-        is_stalled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._role = role
-        self._serve = serve
-        self._pauses_s = pauses_s
-        self._start_timeout_s = start_timeout_s
-        self._on_death, self._is_stalled = on_death, is_stalled
-        self._lock = threading.RLock()  # a signal handler may stop what is just being stopped
-        self._thread: threading.Thread | None = None
-        self._process: _Process | None = None
-        self._leases: dict[int, Order] = {}
-        self._unsent: dict[int, Order | None] = {}
-        self._stop_by_s = math.inf
-        self._wake: Wakeup  # while there is a thread
-        self.pid: int | None = None
-        self.restarts = 0
-        self.up: Future[Any] = Future()
-        self.kept: set[int] = set()
+    role: str
+    pauses_s: tuple[float, float]
+    _: KW_ONLY
+    serve: Callable[[], Order] | None = None
+    start_timeout_s: float = 30.0
+    on_death: Callable[[], object] = lambda: None
+    is_stalled: Callable[[], bool] = lambda: False
+    pid: int | None = field(default=None, init=False)
+    restarts: int = field(default=0, init=False)
+    up: Future[Any] = field(default_factory=Future, init=False)
+    kept: set[int] = field(default_factory=set, init=False)
+    _lock: threading.RLock = field(
+        default_factory=threading.RLock, init=False
+    )  # a signal handler may stop it meanwhile
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _wake: Wakeup = field(init=False)  # while there is a thread
+    _process: _Process | None = field(default=None, init=False)
+    _leases: dict[int, Order] = field(default_factory=dict, init=False)
+    _unsent: dict[int, Order | None] = field(default_factory=dict, init=False)
+    _stop_by_s: float = field(default=math.inf, init=False)
 
     def start(self) -> None:
         """Start it from the thread, and return at once; after a stop, too, with the leases that it was to renew."""
@@ -129,15 +117,14 @@ class Sidecar:
     def stop(self, until_s: float) -> None:
         """End it: by the close frame, and by SIGKILL once `until_s` (monotonic) has passed. Idempotent.
 
-        Raises:
-            DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
+        A DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
         """
         self.begin_stop(until_s)
         if (thread := self._thread) is None:
             return
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
         if thread.is_alive():
-            raise DeadlineExceededError("the sidecar was killed and has not ended", role=self._role, pid=self.pid)
+            raise DeadlineExceededError("the sidecar was killed and has not ended", role=self.role, pid=self.pid)
         with self._lock:
             if self._thread is thread:
                 self._thread = None
@@ -157,7 +144,7 @@ class Sidecar:
     # the thread
 
     def _run(self) -> None:
-        (first_s, longest_s), young, pause_s = self._pauses_s, 0, 0.0
+        (first_s, longest_s), young, pause_s = self.pauses_s, 0, 0.0
         while not self._wait(pause_s):
             up_s = 0.0
             try:
@@ -166,14 +153,14 @@ class Sidecar:
                 reason = str(error)
                 if not self.up.done():
                     self.up.set_exception(error)
-                    if self._serve is not None:
+                    if self.serve is not None:
                         return  # a server that never came up is its caller's to start again
             if self._is_stopping:
                 return
             young = 0 if up_s >= _HEALTHY * first_s else young + 1
             pause_s = random_pause_s(young - 1, first_s=first_s, longest_s=longest_s) if young > 1 else 0.0
             _log.warning(
-                "sidecar_died", role=self._role, reason=reason, restarts=self.restarts, pause_s=round(pause_s, 3)
+                "sidecar_died", role=self.role, reason=reason, restarts=self.restarts, pause_s=round(pause_s, 3)
             )
 
     @property
@@ -183,10 +170,10 @@ class Sidecar:
     def _attend(self) -> tuple[float, str]:
         """One process from its start to its end; returns how long it was up, and how it ended."""
         try:
-            process = _Process(self._role, None if self._serve is None else self._serve())
+            process = _Process(self.role, None if self.serve is None else self.serve())
         except (OSError, RuntimeError) as error:  # no memory, no descriptors; or the interpreter is exiting
             reason = f"{type(error).__name__}: {error}"
-            raise TransportError("the sidecar could not be started", role=self._role, reason=reason) from error
+            raise TransportError("the sidecar could not be started", role=self.role, reason=reason) from error
         with self._lock:
             self._process, self._unsent = process, {**self._leases}
         try:
@@ -199,17 +186,17 @@ class Sidecar:
                 self.restarts += process.came_up_s is not None and not was_asked
             how = process.end(self._stop_by_s if was_asked else -math.inf)
         if process.came_up_s is None:
-            raise TransportError(f"the sidecar died at its start: {how}", role=self._role)
+            raise TransportError(f"the sidecar died at its start: {how}", role=self.role)
         if not was_asked:
-            self._on_death()
+            self.on_death()
         return time.monotonic() - process.came_up_s, how
 
     def _follow(self, process: _Process) -> None:
         """Read its reports until it ends or a stop is asked for."""
         judged_s = time.monotonic()
-        start_by_s = judged_s + self._start_timeout_s
+        start_by_s = judged_s + self.start_timeout_s
         self._send_orders()
-        while not self._wait(min(LOOK_S, self._start_timeout_s), process.fileno()):
+        while not self._wait(min(LOOK_S, self.start_timeout_s), process.fileno()):
             self._send_orders()
             had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
             report = process.receive()
@@ -220,12 +207,12 @@ class Sidecar:
             now_s = time.monotonic()
             if process.came_up_s is None:
                 if now_s >= start_by_s:
-                    raise DeadlineExceededError("the sidecar did not come up in time", role=self._role)
+                    raise DeadlineExceededError("the sidecar did not come up in time", role=self.role)
             elif (since_s := now_s - judged_s) >= LOOK_S:
                 judged_s = now_s
                 # a worker that was itself stopped meanwhile does not judge
-                if since_s < 2 * LOOK_S and self._is_stalled():
-                    _log.warning("sidecar_stalled", role=self._role, pid=process.popen.pid)
+                if since_s < 2 * LOOK_S and self.is_stalled():
+                    _log.warning("sidecar_stalled", role=self.role, pid=process.popen.pid)
                     process.popen.kill()
 
     def _take(self, report: dict[str, Any], process: _Process) -> None:
@@ -365,8 +352,7 @@ def _plain(value: object) -> object:
 def interpreter() -> str:
     """The interpreter that sidecars are started with.
 
-    Raises:
-        ConfigError: `sys.executable` is none, as in an application that embeds Python, and no other was set.
+    A ConfigError: `sys.executable` is none, as in an application that embeds Python, and no other was set.
     """
     chosen = multiprocessing.spawn.get_executable()
     path = os.fsdecode(chosen) if chosen else ""

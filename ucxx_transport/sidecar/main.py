@@ -78,6 +78,7 @@ class _Main:
         self._serve: Mapping[str, Any] | None = order["serve"]
         self._ring: SharedRingBuffer | None = None
         self._port: PortThread | None = None
+        self._stop_timeout_s = 0.0
         self._renewers: dict[int, LeaseRenewer] = {}
 
     def report(self, **report: object) -> None:
@@ -100,8 +101,11 @@ class _Main:
         self._renew_no_more()
         if end == "dead":
             self._leave()
-        if self._serve is not None:
-            self._stop_port(self._serve["settings"]["stop_timeout_s"])
+        if self._port is not None and self._ring is not None:  # both are, or neither
+            faulthandler.dump_traceback_later(self._stop_timeout_s + _KILL_MARGIN_S, exit=True)
+            self._port.stop(time.monotonic() + self._stop_timeout_s)
+            self._ring.close()
+            faulthandler.cancel_dump_traceback_later()
         return int(end == "broken")
 
     def _start_port(self, order: Mapping[str, Any]) -> int:
@@ -115,17 +119,10 @@ class _Main:
             os.close(descriptor)
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
         settings = settings_of(ServerConfig, order["settings"])
+        self._stop_timeout_s = settings.stop_timeout_s
         self._port = PortThread(self._ring, settings, order["index"], order["candidates"])
         self._port.start()
         return self._port.up.result()  # the worker knows when that takes too long
-
-    def _stop_port(self, limit_s: float) -> None:
-        """Close the port and unmap the ring, bounded."""
-        assert self._port and self._ring  # noqa: PT018 - both are, or neither
-        faulthandler.dump_traceback_later(limit_s + _KILL_MARGIN_S, exit=True)
-        self._port.stop(time.monotonic() + limit_s)
-        self._ring.close()
-        faulthandler.cancel_dump_traceback_later()
 
     def _leave(self) -> NoReturn:
         """The worker is dead: peers see their connections reset, and UCX has no chance to crash."""
@@ -203,13 +200,7 @@ def settings_of(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
 
 
 def main(worker: int, errors: int, role: str) -> int:
-    """The process; returns its exit status.
-
-    Args:
-        worker: the socket to it.
-        errors: descriptor of what becomes the standard output and error when it is up.
-        role: in front of its log lines.
-    """
+    """The process; returns its exit status. `errors` becomes the standard output and error when it is up."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     order = receive(worker)

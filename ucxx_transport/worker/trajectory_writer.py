@@ -333,10 +333,7 @@ class UCXXRolloutMixin:
 def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The ring's settings but its schema, checked, with a writer's own default."""
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(
-            f"ring takes a dict of a ring's settings, not {type(given).__name__}; the schema goes into `schema`",
-            field="ring",
-        )
+        refuse("ring", given, "a dict of a ring's settings, all but its schema")
     settings = dict(given or {})
     for name in ("schema", "slot_bytes"):
         if name in settings:

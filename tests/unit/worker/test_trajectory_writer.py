@@ -237,7 +237,7 @@ def test_every_setting_is_checked_before_there_is_a_trajectory() -> None:
         ({"ring": {"slots": 0}}, "ring.slots = 0"),
         ({"ring": {"slot_bytes": 64}}, "'slot_bytes'"),
         ({"ring": {"folder": "/nowhere"}}, "ring.folder"),
-        ({"ring": 8}, "ring takes a dict"),
+        ({"ring": 8}, "ring must be a dict"),
         ({"server": {"portz": 1}}, "did you mean 'ports'"),
         ({"server": {"ports": 0}}, "server.ports"),
         ({"server": "127.0.0.1"}, "server takes a ServerConfig, or a dict"),
