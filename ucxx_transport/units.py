@@ -182,9 +182,11 @@ def _boolean(value: object) -> bool:
 
 
 def parse_token(value: object) -> Secret:
-    """`OptionalToken` at run time."""
+    """`OptionalToken` at run time; as a message to a sidecar has one, too."""
     if isinstance(value, Secret):
         return value
+    if isinstance(value, dict) and isinstance(value.get("hex"), str):
+        value = bytes.fromhex(value["hex"])
     if not isinstance(value, str | bytes):
         raise ValueError("expected bytes or text")
     if not value:

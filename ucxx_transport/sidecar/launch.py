@@ -9,7 +9,7 @@ that is. Between the two is a socket that keeps messages apart, each of which is
 |---------|--------------------------------------|---------------------------------------------------------------------|
 | worker  | `{"worker_pid": n, "log_level": m,   | the first: whose sidecar it is, and what it serves (None: nothing)  |
 |         | "serve": {…}}`                       |                                                                     |
-| worker  | `{"lease_id": 7, "store": {…}}`      | renew this lease too, there, so often (None: no longer)             |
+| worker  | `{"leases": {"7": {…}}}`             | renew these leases, each there and so often, and no others          |
 | worker  | `{}`                                 | the close frame: end, and leave the leases as they are              |
 | worker  | end of file without that             | the worker is dying                                                 |
 | sidecar | `{"up": 5001}`                       | it is up, and serves that port (null: none)                         |
@@ -49,7 +49,6 @@ from ucxx_transport.units import Secret
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]  # a `descriptor` in it is handed over: inherited, and closed here
-AS_HEX: Final = "secret, as hex"  # the one key of what stands for a secret in a message
 LOOK_S: Final = 1.0  # how often a sidecar that is up is looked at
 _REAP_S: Final = 5.0
 _HEALTHY: Final = 10  # times the first pause: one that was up for so long has died of something else than its start
@@ -99,7 +98,7 @@ class Sidecar:
     _wake: Wakeup = field(init=False)  # while there is a thread
     _process: _Process | None = field(default=None, init=False)
     _leases: dict[int, Order] = field(default_factory=dict, init=False)
-    _unsent: dict[int, Order | None] = field(default_factory=dict, init=False)
+    _is_unsent: bool = field(default=False, init=False)  # what leases there are
     _stop_by_s: float = field(default=math.inf, init=False)
 
     def start(self) -> None:
@@ -138,8 +137,8 @@ class Sidecar:
                 self.kept.discard(lease_id)
             else:
                 self._leases[lease_id] = store
-            self._unsent[lease_id] = store
-            self._send_orders()
+            self._is_unsent = True
+            self._send_leases()
 
     # the thread
 
@@ -175,7 +174,7 @@ class Sidecar:
             reason = f"{type(error).__name__}: {error}"
             raise TransportError("the sidecar could not be started", role=self.role, reason=reason) from error
         with self._lock:
-            self._process, self._unsent = process, {**self._leases}
+            self._process, self._is_unsent = process, True
         try:
             self._follow(process)
         finally:
@@ -195,9 +194,8 @@ class Sidecar:
         """Read its reports until it ends or a stop is asked for."""
         judged_s = time.monotonic()
         start_by_s = judged_s + self.start_timeout_s
-        self._send_orders()
         while not self._wait(min(LOOK_S, self.start_timeout_s), process.fileno()):
-            self._send_orders()
+            self._send_leases()
             had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
             report = process.receive()
             if report:
@@ -229,13 +227,11 @@ class Sidecar:
         elif "kept" in report:
             self.kept.add(report["kept"])
 
-    def _send_orders(self) -> None:
-        """Of what it did not take before, which may be stopped, the newest order of each lease."""
+    def _send_leases(self) -> None:
+        """Unless it has been sent them; one that is stopped may have taken none."""
         with self._lock:
-            for lease_id, store in [*self._unsent.items()]:
-                if self._process is None or not self._process.send({"lease_id": lease_id, "store": store}):
-                    return
-                del self._unsent[lease_id]
+            if self._process is not None and self._is_unsent:
+                self._is_unsent = not self._process.send({"leases": self._leases})
 
     def _wait(self, timeout_s: float, process: int = -1) -> bool:
         """Until there is a report, the time is up, or a stop is asked for: True."""
@@ -337,13 +333,13 @@ class _Process:
 
 
 def packed(message: Order) -> bytes:
-    """A message to a sidecar; `main.settings_of` makes settings of it again."""
+    """A message to a sidecar; settings can be made of what stands for some in it."""
     return json.dumps(message, default=_plain).encode()
 
 
 def _plain(value: object) -> object:
     if isinstance(value, Secret):  # it travels by this socket and nowhere else
-        return {AS_HEX: value.reveal().hex()}
+        return {"hex": value.reveal().hex()}
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return dict(value) if isinstance(value, Mapping) else str(value)

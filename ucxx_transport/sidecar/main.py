@@ -25,17 +25,16 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
 from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_start
-from ucxx_transport.sidecar.launch import AS_HEX
 
 if TYPE_CHECKING:
     from ucxx_transport.membership.renewal import LeaseRenewer
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from ucxx_transport.server.port import PortThread
 
 _log = get_logger(__name__)
-
-T = TypeVar("T")
 
 MESSAGE_BYTES: Final = 1 << 17  # of the longest message
 REASON_CHARS: Final = 4096  # of the reason of a failed start: a report is read whole
@@ -118,7 +115,7 @@ class _Main:
         if descriptor is not None:
             os.close(descriptor)
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
-        settings = settings_of(ServerConfig, order["settings"])
+        settings = ServerConfig(**order["settings"])  # all of them: this process's environment and files have no say
         self._stop_timeout_s = settings.stop_timeout_s
         self._port = PortThread(self._ring, settings, order["index"], order["candidates"])
         self._port.start()
@@ -150,7 +147,7 @@ class _Main:
                     watched.unregister(self._socket)
                     look_s, dead_by_s = _POLL_S, time.monotonic() + DYING_S
                 elif order:
-                    self._keep(**order)
+                    self._keep({int(lease_id): store for lease_id, store in order["leases"].items()})
                 else:
                     return "closed"
             elif not owner_alive(*self._worker):  # and all that it had sent was read
@@ -163,15 +160,17 @@ class _Main:
         for renewer in self._renewers.values():
             renewer.stop(0.0)
 
-    def _keep(self, *, lease_id: int, store: Mapping[str, Any] | None) -> None:
+    def _keep(self, leases: Mapping[int, Mapping[str, Any]]) -> None:
+        """Renew these leases, and no others."""
         from ucxx_transport.membership.renewal import LeaseRenewer
         from ucxx_transport.membership.store_url import open_store
 
-        if (before := self._renewers.pop(lease_id, None)) is not None:
-            before.stop(0.0)
-        if store is not None:
+        for lease_id in self._renewers.keys() - leases.keys():
+            self._renewers.pop(lease_id).stop(0.0)
+        for lease_id in leases.keys() - self._renewers.keys():
+            store = leases[lease_id]
             self._renewers[lease_id] = renewer = LeaseRenewer(
-                cache(partial(open_store, store["url"], settings_of(StoreConfig, store["config"]))),
+                cache(partial(open_store, store["url"], StoreConfig(**store["config"]))),
                 lease_id,
                 store["interval_s"],
                 on_renewed=partial(self.report, kept=lease_id),
@@ -187,16 +186,6 @@ def receive(worker: int) -> Mapping[str, Any] | None:
     except ConnectionError:  # it has not read all that it was sent
         return None
     return json.loads(order) if order else None
-
-
-def settings_of(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """Settings that came by a message; this process's environment and files have no say, since each value is there."""
-    secrets = {
-        name: bytes.fromhex(value[AS_HEX])
-        for name, value in values.items()
-        if isinstance(value, dict) and AS_HEX in value
-    }
-    return kind(**{**values, **secrets})
 
 
 def main(worker: int, errors: int, role: str) -> int:
