@@ -26,19 +26,6 @@ logging.getLogger(ROOT).addHandler(logging.NullHandler())
 _RESERVED: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "event", "exception"}
 
 
-class _Message:
-    """An event and its keys as one line, worded when a handler asks for it."""
-
-    __slots__ = ("event", "keys")
-
-    def __init__(self, event: str, keys: dict[str, object]) -> None:
-        self.event = event
-        self.keys = keys
-
-    def __str__(self) -> str:
-        return " ".join([self.event, *(f"{name}={value!r}" for name, value in self.keys.items())])
-
-
 class EventLogger:
     """Logs a module's events with keys; one whose name a `LogRecord` needs itself gets a `_` behind it there."""
 
@@ -73,7 +60,8 @@ class EventLogger:
         trace = None if error is None else "".join(traceback.format_exception(error)).rstrip()
         if trace is not None:
             extra["exception"] = trace
-        record = logger.makeRecord(logger.name, level, file, line, _Message(event, keys), (), None, function, extra)
+        text = " ".join([event, *(f"{name}={value!r}" for name, value in keys.items())])
+        record = logger.makeRecord(logger.name, level, file, line, text, (), None, function, extra)
         record.exc_text = trace
         logger.handle(record)
 

@@ -14,26 +14,20 @@ A read attempt has one owner, its entry in the session, and one end:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, ProtocolError, TransportError
+from ucxx_transport.link.base import Message, Operation
+from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
-from ucxx_transport.server.slots import MAX_PACK_BUFFERS, NO_EPOCH, status_of
-from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle
+from ucxx_transport.ring.leases import ReadLease
+from ucxx_transport.server.slots import MAX_PACK_BUFFERS, NO_EPOCH, Slots, status_of
+from ucxx_transport.wire.actions import Action, Attempt, Reply, Serve, Settle, Take
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
-from ucxx_transport.wire.server_side import Phase
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from ucxx_transport.link.base import Message, Operation
-    from ucxx_transport.link.endpoint import Endpoint
-    from ucxx_transport.ring.leases import ReadLease
-    from ucxx_transport.server.slots import Slots
-    from ucxx_transport.wire.actions import Action, Take
-    from ucxx_transport.wire.server_side import ServerSession
+from ucxx_transport.wire.server_side import Phase, ServerSession
 
 _log = get_logger(__name__)
 

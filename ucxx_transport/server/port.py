@@ -14,33 +14,29 @@ import errno
 import math
 import secrets
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from threading import Thread
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address
+from ucxx_transport.link.endpoint import Endpoint, Listener
 from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
-from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.reactor import LinkFactory, Reactor, Timer
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
+from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.server.connection import Connection
 from ucxx_transport.server.counters import BEAT, CONNECTIONS, PORT, PortCounters
 from ucxx_transport.server.slots import Slots
 from ucxx_transport.teardown import MARGIN_S
+from ucxx_transport.wire.actions import Take
 from ucxx_transport.wire.frames import NONCE_BYTES
 from ucxx_transport.wire.server_side import ServerSession, SessionSource
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ucxx_transport.link.endpoint import Endpoint, Listener
-    from ucxx_transport.link.reactor import LinkFactory, Timer
-    from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.wire.actions import Take
 
 _log = get_logger(__name__)
 
@@ -67,7 +63,6 @@ class Port:
         self._listener: Listener | None = None
         self._connections: dict[Connection, None] = {}
         self._waiting: list[tuple[Connection, Take]] = []
-        self._pause_s = SOON_S
         self._sweeper: Timer | None = None
         self._reclaim_s = 0.0
         self._accepts_failed = 0
@@ -141,11 +136,13 @@ class Port:
 
     def _wait(self, connection: Connection, take: Take) -> None:
         if not self._waiting:
-            self._pause_s = SOON_S
-            self._look_later()
+            self._look_in(SOON_S)
         self._waiting.append((connection, take))
 
-    def _look(self) -> None:
+    def _look_in(self, pause_s: float) -> None:
+        self._reactor.call_at(self._reactor.now() + pause_s, partial(self._look, pause_s))
+
+    def _look(self, pause_s: float) -> None:
         waiting, self._waiting = self._waiting, []
         for connection, take in waiting:
             try:
@@ -155,11 +152,7 @@ class Port:
                 connection.fail(error)
         if self._waiting:
             has_served = len(self._waiting) < len(waiting)
-            self._pause_s = SOON_S if has_served else min(2 * self._pause_s, LATER_S)
-            self._look_later()
-
-    def _look_later(self) -> None:
-        self._reactor.call_at(self._reactor.now() + self._pause_s, self._look)
+            self._look_in(SOON_S if has_served else min(2 * pause_s, LATER_S))
 
     def _sweep(self) -> None:
         self._beat()  # before the ring's lock is waited for, once a turn

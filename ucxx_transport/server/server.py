@@ -6,26 +6,23 @@ import asyncio
 import atexit
 import os
 import time
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
+from ucxx_transport.link.reactor import LinkFactory
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import in_thread
 from ucxx_transport.membership.sources import Offer
+from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id
 from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
 from ucxx_transport.settings import check_can, made_of
 from ucxx_transport.sidecar.launch import Sidecar
 from ucxx_transport.teardown import OfOneProcess, Teardown, may_end, refuse_forked
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from ucxx_transport.link.reactor import LinkFactory
-    from ucxx_transport.ring import SharedRingBuffer
 
 _log = get_logger(__name__)
 

@@ -6,24 +6,20 @@ could not be given back is kept for the port's next sweep.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, cast
 
 from ucxx_transport import errors
 from ucxx_transport.errors import TransportError
+from ucxx_transport.link.base import Message
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
+from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.leases import ReadLease
-from ucxx_transport.server.counters import AWAITED, BYTES_SENT, DELIVERED, RELEASED, REQUESTS
+from ucxx_transport.server.counters import AWAITED, BYTES_SENT, DELIVERED, RELEASED, REQUESTS, PortCounters
+from ucxx_transport.wire.actions import Attempt
 from ucxx_transport.wire.frames import Status
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from ucxx_transport.link.base import Message
-    from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.server.counters import PortCounters
-    from ucxx_transport.wire.actions import Attempt
 
 _log = get_logger(__name__)
 

@@ -20,24 +20,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, nearest_remedy
 from ucxx_transport.gpu import RuntimeFinder, on_host, runtime_of
 from ucxx_transport.gpu.runtime import DeviceArray
 from ucxx_transport.logs import get_logger
+from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.schema.tensor_spec import DTYPES, DType, casts_exactly
 from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, copy_fields, is_on_device, too_narrow
 from ucxx_transport.schema.tree import flatten, listed
 from ucxx_transport.schema.wire_form import describe, misfit
-
-if TYPE_CHECKING:
-    from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
-    from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 
 _log = get_logger(__name__)
 
