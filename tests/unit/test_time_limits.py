@@ -11,7 +11,7 @@ import pytest
 from tests.support.fake_source import FakeSource
 from tests.support.memory_store import MemoryStore
 from tests.support.rows import row
-from ucxx_transport import ConfigError, RingConfig, SharedRingBuffer
+from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, TensorSpec
 from ucxx_transport.groups import RankGroup
 from ucxx_transport.membership import HeartbeatPublisher, SourceWatcher
 from ucxx_transport.membership.local_store import LocalStore
@@ -27,6 +27,7 @@ def test_a_time_limit_that_is_none_is_refused_by_every_call_that_waits(tmp_path:
     revision = file.snapshot().revision
     with (
         SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=64)) as ring,
+        SharedRingBuffer.create(RingConfig(slots=2, schema=Schema([TensorSpec("data", 1, "uint8")]))) as shaped,
         SourceWatcher(MemoryStore()) as watcher,
         file.watch(after=revision) as watch,
     ):
@@ -39,7 +40,7 @@ def test_a_time_limit_that_is_none_is_refused_by_every_call_that_waits(tmp_path:
             "ack_timeout_s": lambda limit: RankGroup(store, "g", 0, ack_timeout_s=limit),
             "join_group": group.join_group,
             "drain": ring.drain,
-            "write": lambda limit: ring.write({"data": data}, deadline_s=limit),
+            "write": lambda limit: shaped.write({"data": data}, deadline_s=limit),
             "write_raw": lambda limit: ring.write_raw(data, deadline_s=limit),
             "reserve": lambda limit: ring.reserve(deadline_s=limit),
             "acquire": lambda limit: ring.acquire(ref, deadline_s=limit),

@@ -107,18 +107,11 @@ class SharedRingBuffer(ReadableRing):
             RingFullError: every slot is being read or written, or, with `on_full="raise"`, none is free.
             DeadlineExceededError: no slot, or the lock, in time.
         """
-        schema = self.schema
-        if schema is not None:
-            # checked in full before a slot is touched: data that does not fit must not cost an unread payload
-            arrays, placement = schema.arrange(data)
-            return self._write(placement.nbytes, arrays, placement, readers, meta, envelope, deadline_s)
-        if set(data) != {layout.RAW_FIELD}:
-            raise ConfigError(
-                f"a raw ring takes write_raw(buffer), or write({{{layout.RAW_FIELD!r}: buffer}}): it has no others",
-                field="data",
-            )
-        raw = data[layout.RAW_FIELD]
-        return self.write_raw(raw, readers=readers, meta=meta, deadline_s=deadline_s, envelope=envelope)
+        if self.schema is None:
+            raise ConfigError("a raw ring has no fields: give its bytes to write_raw(buffer)", field="data")
+        # checked in full before a slot is touched: data that does not fit must not cost an unread payload
+        arrays, placement = self.schema.arrange(data)
+        return self._write(placement.nbytes, arrays, placement, readers, meta, envelope, deadline_s)
 
     def write_raw(
         self,

@@ -95,7 +95,6 @@ def test_an_empty_payload_is_a_payload(ring: SharedRingBuffer) -> None:
 def test_a_raw_ring_takes_any_contiguous_buffer(ring: SharedRingBuffer) -> None:
     for buffer in (b"abcdefgh", bytearray(b"abcdefgh"), memoryview(b"abcdefgh").cast("Q"), np.frombuffer(b"abcdefgh")):
         assert ring.read(ring.write_raw(buffer))["data"].tobytes() == b"abcdefgh"
-        assert ring.read(ring.write({"data": buffer}))["data"].tobytes() == b"abcdefgh"
 
 
 def test_what_does_not_fit_is_refused_and_costs_no_unread_payload(make_ring: MakeRing) -> None:
@@ -105,8 +104,8 @@ def test_what_does_not_fit_is_refused_and_costs_no_unread_payload(make_ring: Mak
         lambda: raw.write_raw(b"x" * 65),
         lambda: raw.write_raw(b"x", readers=2),
         lambda: raw.write_raw(b"x", readers=0),
-        lambda: raw.write({"other": b"x"}),
-        lambda: raw.write({"data": "no buffer"}),
+        lambda: raw.write({"data": b"x"}),
+        lambda: raw.write_raw("no buffer"),  # type: ignore[arg-type]
         lambda: raw.write_raw(np.zeros((4, 4))[:, 1]),
         lambda: raw.reserve(65),
         lambda: raw.reserve(lengths={"a": 1}),
