@@ -265,7 +265,7 @@ class MemberRecord:
     def __post_init__(self) -> None:
         """As a seat's; the caller chose `address` and `meta`."""
         _check(self, "rank", "epoch", incarnation=MAX_INCARNATION_CHARS, address=MAX_ADDRESS_CHARS)
-        if type(self.ttl_s) not in (int, float):
+        if type(self.ttl_s) not in (int, float) or not 0 <= self.ttl_s < float("inf"):
             refuse("ttl_s", self.ttl_s, "a number of seconds")
         object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 

@@ -184,10 +184,9 @@ JSON = st.recursive(
 )
 def test_numbers_that_json_has_not_are_refused(field: str, value: str) -> None:
     raw = changed(**{field: "HERE"}).replace(b'"HERE"', value.encode())
-    with pytest.raises(ProtocolError, match="is no number of JSON") as refused:
+    with pytest.raises(ProtocolError, match=f"{field}.*(nan|inf)") as refused:
         SourceRecord.from_bytes(raw)
     assert refused.value.facts["field"] == field
-    assert refused.value.message.startswith(f"{field} of a source record")
 
 
 def is_refused_or_whole(raw: bytes) -> None:
