@@ -342,7 +342,7 @@ class RingMachine(RuleBasedStateMachine):
                 before = lease.ref
                 assert lease.commit() is before
 
-    @rule(index=indices, slot=st.integers(-2, 6), generation=st.integers(0, 2**56))
+    @rule(index=indices, slot=st.integers(0, 6), generation=st.integers(0, 2**56))
     def ask_for_nonsense(self, index: int, slot: int, generation: int) -> None:
         RingMachine.steps += 1
         ring, _ = self.handles[index % HANDLES]

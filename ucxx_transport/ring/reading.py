@@ -7,7 +7,6 @@ several readers share a ring (`readers` > 1): those too that others are reading,
 from __future__ import annotations
 
 import ctypes
-import struct
 from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -107,7 +106,7 @@ class ReadableRing(RingHandle):
         deadline_s: float | None = None,
         again: list[ReadLease] | None = None,
     ) -> ReadLease:
-        """`acquire` for a port and a client: the ring's id has been checked, the numbers have not.
+        """`acquire` for a port and a client: the ring's id has been checked, of the numbers that they have 64 bits.
 
         `again` has leases that have ended, and that no caller has, to be used again.
         """
@@ -117,14 +116,10 @@ class ReadableRing(RingHandle):
             lease = again.pop() if again else None
         except IndexError:  # another thread was faster
             lease = None
-        try:
-            if lease is None:
-                lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
-            else:
-                lease.begin(slot, generation, reader)
-        except struct.error:  # not of 64 bits
-            self._transitions.count("out_of_range")
-            raise SlotError("the ring has no such slot", slot=slot, slots=self.slots) from None
+        if lease is None:
+            lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
+        else:
+            lease.begin(slot, generation, reader)
         try:
             self._transitions.acquire(lease.words, deadline_s)
         except TransportError:
