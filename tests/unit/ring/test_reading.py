@@ -130,7 +130,10 @@ def test_a_reference_to_another_ring_is_stale(make_ring: MakeRing) -> None:
 
 
 def test_a_slot_out_of_range_is_refused_and_discloses_nothing(ring: SharedRingBuffer) -> None:
-    rows: list[int] = [-1, -4, 4, 2**31]
+    for slot in (-1, -4):
+        with row(slot=slot), pytest.raises(SlotError):
+            ring.slot_state(slot)
+    rows: list[int] = [4, 5, 2**31, 2**64 - 1]
     for number, slot in enumerate(rows, start=1):
         with row(slot=slot):
             ref = ring.write_raw(b"payload")
