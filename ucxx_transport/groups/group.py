@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final, Self
 
 from ucxx_transport import errors
-from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
+from ucxx_transport.config import PublisherConfig, StoreConfig, checked_count, checked_seconds
 from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
@@ -71,8 +71,8 @@ class RankGroup(OfOneProcess):
         store_config: StoreConfig | Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if world_size is not None and world_size < 1:
-            raise errors.ConfigError(f"world_size must be 1 or more, not {world_size}", field="world_size")
+        if world_size is not None:
+            checked_count(world_size, "world_size", at_least=1)
         if not group:
             raise errors.ConfigError("a group needs a name", field="group")
         check_can(store, "grant", "store", "a store, such as open_store(url)")
@@ -135,11 +135,7 @@ class RankGroup(OfOneProcess):
         if now.view is None:
             text = "an isolated rank knows no others: join_group() first"
             raise errors.NotReadyError(text, group=now.group, rank=rank)
-        seat = now.view.seat_of(rank)
-        record = now.snapshot.members.get(rank)
-        if seat.state.is_seated or record is None or record.incarnation == seat.incarnation:
-            return seat.state
-        return RankState.JOINING  # it has published itself: to be admitted
+        return now.view.state_of(rank)
 
     def join_group(self, timeout_s: float | str) -> GroupState:
         """Become a member: publish this rank, be admitted at a new epoch, and wait until all have acknowledged it.

@@ -28,7 +28,7 @@ from typing import Final
 
 from ucxx_transport import errors
 from ucxx_transport.groups.decisions import AckWaits, ack_waits, is_alive, next_view, overdue_ranks, turn_of, view_after
-from ucxx_transport.groups.state import CALL_S, RankContext, Retrying, SharedState
+from ucxx_transport.groups.state import CALL_S, PAUSE_S, RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, MemberRecord, RankEvent, parse_policy_version
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
@@ -42,17 +42,11 @@ _log = get_logger(__name__)
 TURN_S: Final = 0.1
 """How long each live member has to write the next view before the one behind it does: several round trips."""
 
-PAUSE_S: Final = 0.2
-"""Between two tries to reach a store that does not answer, and before a group is read again."""
-
 LEAST_CALL_S: Final = 0.1
 """For the last call of a teardown whose deadline has passed."""
 
 LAST_TURN: Final = 20
 """The most turns that any member waits for, however many are before it."""
-
-POLL_S: Final = 0.25
-"""How often a rank whose holder's lease may still end is read."""
 
 TICK_S: Final = 0.05
 """How often time is looked at while an acknowledgement or a turn is waited for."""
@@ -117,7 +111,7 @@ class Participant:
                 facts = {"incarnation": holder.incarnation, "address": holder.address}
                 raise errors.DuplicateSourceError(text, **facts, **context.keys)
             else:
-                retrying.pause(POLL_S)
+                retrying.pause(PAUSE_S)
                 retrying.check("the rank's holder")  # whose lease may still end
         self._shared.begin(self.incarnation)
 

@@ -36,9 +36,8 @@ _REASONS: Final[Mapping[RankEvent | None, str]] = {RankEvent.LEAVE: "left", Rank
 GONE: Final = "gone"
 """To listeners: this rank is a member no longer, without having left."""
 
-LOOK_S: Final = 0.2
-"""How often a waiting call looks at the clock, and whether it is cancelled; what it waits for wakes it at once."""
-
+PAUSE_S: Final = 0.2
+"""Between two looks at what no event announces: a deadline, a store that does not answer, a lease that may end."""
 
 CALL_S: Final = 5.0
 """The bound of one call of the store: one that never answers is asked again while there is time."""
@@ -254,7 +253,7 @@ class SharedState:
                     raise copy(self.now.ended)  # several may wait, and come back
                 missing = waiting_for if isinstance(waiting_for, str) else waiting_for(self.now)
                 retrying.check(missing, epoch=self.now.epoch, problems=dict(self.now.snapshot.problems))
-                self._changed.wait(min(retrying.left_s, LOOK_S))
+                self._changed.wait(min(retrying.left_s, PAUSE_S))
             return answer
 
     def on_view(self, callback: ViewCallback) -> Callable[[], None]:
