@@ -42,11 +42,6 @@ _SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30
 _FEW_DESCRIPTORS: Final = 4096
 """1500 idle connections exhaust the usual 1024 and deny everyone (measured)."""
 _COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "failure": "red"}
-_OPTIONAL: Final = (
-    ("cupy", ("cupy-cuda12x", "cupy-cuda13x", "cupy"), "arrays on a GPU: pip install 'ucxx_transport[cu12]' (or cu13)"),
-    ("torch", ("torch",), "tensors of torch: pip install 'ucxx_transport[torch]'"),
-    ("gymnasium", ("gymnasium",), "the demo: pip install 'ucxx_transport[examples]'"),
-)
 
 
 def doctor(
@@ -93,9 +88,6 @@ def _software() -> Iterator[Finding]:
         both = installed_version("ucxx-cu12") and installed_version("ucxx-cu13")
         remedy = "ucxx-cu12 and ucxx-cu13 overwrite each other: uninstall both, install one" if both else ""
         yield Finding.judged("ucxx", found, "warning", remedy)
-    for module, distributions, purpose in _OPTIONAL:
-        version = installed_version(*distributions)
-        yield Finding.judged(module, version or "not installed", "note", "" if version else purpose)
 
 
 def _ucx() -> Iterator[Finding]:

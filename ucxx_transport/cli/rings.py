@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -170,29 +170,22 @@ def serve(
     ports: Annotated[int | None, typer.Option(min=1, max=64, help="Ports of the server.")] = None,
     base_port: Annotated[int | None, typer.Option(min=1, max=65535, help="First port to try.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to publish; without it the best one of this host.")] = None,
-    mode: Annotated[
-        Literal["process", "thread"] | None, typer.Option(help="Server in a process of its own, or in this one.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the ring; without it a random one.")] = None,
     fill: Annotated[int, typer.Option(min=0, help="Payloads of random bytes to write, one slot each.")] = 0,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option(help="Of what goes to stderr.")
-    ] = "info",
     as_json: AsJson = False,
 ) -> None:
     """Make a ring, serve it until SIGTERM or Ctrl-C, and leave nothing behind.
 
-    What is not given comes from UCXX_TRANSPORT_* and ./ucxx_transport.toml. With --json the first line holds the
-    references of the payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
+    What is not given comes from UCXX_TRANSPORT_* (UCXX_TRANSPORT_RING__NAME=a) and ./ucxx_transport.toml. With --json
+    the first line holds the references of the payloads written: SlotRef.from_dict(refs[0]) is what a client reads.
     """
     from ucxx_transport.server import UCXXServer
 
-    logs_to_stderr(log_level)
+    logs_to_stderr("info")
     exit_on_sigterm(code=0)
     outside = gather("ring", {})
     defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
-    ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes, name=name)
-    server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host, mode=mode)
+    ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes)
+    server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host)
     settings = RingConfig(**ring_options)
     with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
         try:

@@ -1,17 +1,8 @@
 """cosmos-rl: this package as one of its payload transports. Needs cosmos-rl (0.4.7 is what it was written against).
 
-A job switches by its configuration, `payload_transfer = "ucxx_transport"` in `[custom]`, in a program of which one
-module imports this one (that registers it). `[custom.ucxx_transport]` has the settings of a `RolloutFeed`, all
-optional: `device` ("cpu": torch tensors there; "cuda:0" is a GPU), `deadline_s`, `client = { local = "auto" }` …
-
-A rollout backend's class has `CosmosRolloutMixin`, and gets `write_to_buffer`, whose dict is the completion. A data
-packer's class has `CosmosDataPackerMixin` as its first base; its `setup_ucxx_data_packer` is called for it.
-
-cosmos-rl 0.4.7 fetches ahead for its own transports alone: with this one a job's trainer fetches an episode when it
-needs it, unless it calls `start_prefetch` and `wait_prefetch` itself.
-
-A payload may go to several ranks here (`setup_ucxx(ring={"readers": tp_size * cp_size * pp_size})`), so the check that
-cosmos-rl makes of its own point-to-point transports does not apply.
+Importing this module registers it; docs/frameworks.md has a job's configuration, and what its classes inherit. Several
+ranks may read one payload (`setup_ucxx(ring={"readers": tp_size * cp_size * pp_size})`), so the check that cosmos-rl
+makes of its own point-to-point transports does not apply.
 """
 
 from __future__ import annotations

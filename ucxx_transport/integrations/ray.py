@@ -1,9 +1,4 @@
-"""ray: records of rollouts through Ray, their payloads through rings. Needs ray (`pip install 'ucxx_transport[ray]'`).
-
-A rollout actor is any actor class with `UCXXRolloutMixin`; its methods return what `write_to_buffer` gives, a record of
-some hundred bytes. A trainer takes the records of many actors from `ActorRollouts`, and their episodes from a
-`RolloutFeed` or a packer with `UCXXDataPackerMixin`.
-"""
+"""ray: records of rollouts through Ray, payloads through rings. Needs ray (`pip install 'ucxx_transport[ray]'`)."""
 
 from __future__ import annotations
 
@@ -155,7 +150,7 @@ class ActorRollouts(Iterator[Any]):
             return answer
         if self._stopped:
             raise StopIteration
-        self._sweep_dying()
+        self._sweep(self._dying_until_s)
         raise PeerLostError("all rollout actors are dead", lost_actors=self._counts["lost_actors"])
 
     def take(self, count: int) -> list[Any]:
@@ -200,8 +195,7 @@ class ActorRollouts(Iterator[Any]):
                 unread += ray.get(end, timeout=max(0.0, until_s - time.monotonic()))
             except (RayError, TimeoutError) as error:
                 _log.warning("actor_not_cleaned", reason=str(error).partition("\n")[0] or type(error).__name__)
-        self._sweep()
-        self._sweep_dying()
+        self._sweep(self._dying_until_s)
         return unread
 
     def __enter__(self) -> Self:
@@ -230,13 +224,12 @@ class ActorRollouts(Iterator[Any]):
         if isinstance(record, EpisodeRecord) and record.ref is not None and record.ref.host_id == host_id():
             self._rings.add(segment_path(record.ref.ring_name))
 
-    def _sweep(self) -> None:
-        """Remove dead actors' rings: Ray ends an actor's children with it, so its server process does not."""
-        self._rings = {ring for ring in self._rings if not remove_orphan(ring)}
-
-    def _sweep_dying(self) -> None:
-        while self._rings and time.monotonic() < self._dying_until_s:
-            self._sweep()
+    def _sweep(self, until_s: float = 0.0) -> None:
+        """Remove dead actors' rings, since Ray ends an actor's sidecars with it; looks for them until then."""
+        while True:
+            self._rings = {ring for ring in self._rings if not remove_orphan(ring)}
+            if not self._rings or time.monotonic() >= until_s:
+                return
             time.sleep(_LOOK_S)
 
     def _bury(self, number: int, error: RayActorError) -> None:

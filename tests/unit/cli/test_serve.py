@@ -30,8 +30,9 @@ def rings() -> set[str]:
 
 
 @pytest.mark.parametrize("mode", ["process", "thread"])
-def test_a_client_reads_what_it_was_filled_with(mode: str) -> None:
-    words = ["serve", "--json", "--fill", "2", "--slots", "2", "--slot-bytes", "64KiB", "--ports", "2", "--mode", mode]
+def test_a_client_reads_what_it_was_filled_with(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__MODE", mode)
+    words = ["serve", "--json", "--fill", "2", "--slots", "2", "--slot-bytes", "64KiB", "--ports", "2"]
     with running(*words, "--host", "127.0.0.1") as process:
         serving = announcement(process)
         assert len(serving["ports"]) == 2
@@ -71,9 +72,10 @@ def test_a_signal_ends_it_with_its_code_and_no_ring_left(number: signal.Signals,
     assert serving["ring"] not in rings()
 
 
-def test_a_signal_during_its_start_leaves_nothing_either() -> None:
+def test_a_signal_during_its_start_leaves_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"cli-starting-{os.getpid()}"
-    with running("serve", "--slots", "2", "--slot-bytes", "4KiB", "--ports", "1", "--name", name) as process:
+    monkeypatch.setenv("UCXX_TRANSPORT_RING__NAME", name)
+    with running("serve", "--slots", "2", "--slot-bytes", "4KiB", "--ports", "1") as process:
         wait_until(lambda: name in rings(), 60.0, what="ring made")
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -81,19 +83,9 @@ def test_a_signal_during_its_start_leaves_nothing_either() -> None:
     assert process.returncode == 0
 
 
-def test_a_name_in_use_is_refused_with_the_reason() -> None:
-    words = [
-        "serve",
-        "--json",
-        "--slots",
-        "2",
-        "--slot-bytes",
-        "4KiB",
-        "--ports",
-        "1",
-        "--name",
-        f"taken-{os.getpid()}",
-    ]
+def test_a_name_in_use_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCXX_TRANSPORT_RING__NAME", f"taken-{os.getpid()}")
+    words = ["serve", "--json", "--slots", "2", "--slot-bytes", "4KiB", "--ports", "1"]
     with running(*words) as first:
         announcement(first)
         with running(*words) as second:
