@@ -51,8 +51,8 @@ class Hold:
     """One hold on one slot, by this process. numpy arrays made over it keep it.
 
     A write is given its slot and generation by its transition. `reason` says as what a drop ends it: `ABORTED` for a
-    write, `RELEASED` for a read, `CONSUMED` for one that an array keeps. `words` is the hold as the transitions take
-    it; `layout` names them.
+    write, `RELEASED` for a read, `CONSUMED` for one that an array keeps. `lease_id` is unique in this process. `words`
+    is the hold as the transitions take it; `layout` names them.
     """
 
     __slots__ = ("__weakref__", "lease_id", "reason", "transitions", "words")
@@ -171,11 +171,6 @@ class ReadLease(Hold):
     __slots__ = ()
 
     @property
-    def attempt(self) -> int:
-        """The attempt's id, unique in this process."""
-        return self.words[layout.HOLD_LEASE]
-
-    @property
     def checksum(self) -> int | None:
         """xxh3_64 of the payload, None when the ring takes none."""
         return self.words[layout.HOLD_CHECKSUM] if self.words[layout.HOLD_HAS_CHECKSUM] else None
@@ -260,7 +255,7 @@ class ReadLease(Hold):
                 ring=transitions.creation.name,
                 slot=self.slot,
                 generation=self.generation,
-                attempt=self.attempt,
+                attempt=self.lease_id,
                 pid=os.getpid(),
                 reason="the lease had ended; counted from here on",
             )

@@ -299,8 +299,7 @@ class ReadableRing(RingHandle):
 
     def _prepare(self, reader: int) -> None:
         """Before leases are made: is the handle open, the reader's id one, and nothing dropped left to be ended?"""
-        if self.closed:
-            self._require_open()
+        self._require_open()
         if not 0 <= reader <= _MAX_READER:
             raise ConfigError("a reader's id must be 0 (unnamed) to 2**63 - 1", field="reader", value=reader)
         if unsettled:

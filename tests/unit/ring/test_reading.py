@@ -54,7 +54,7 @@ def test_nobody_can_write_through_a_read_lease(make_ring: MakeRing) -> None:
 def test_two_attempts_on_one_payload_end_one_by_one(ring: SharedRingBuffer) -> None:
     ref = ring.write_raw(b"payload")
     first, second = ring.acquire(ref), ring.acquire(ref)
-    assert first.attempt != second.attempt
+    assert first.lease_id != second.lease_id
     assert first.release_reading()
     assert ring.slot_state(ref.slot) is SlotState.READING
     assert second.mark_consumed()
