@@ -554,7 +554,6 @@ def test_one_in_the_place_of_several_is_refused_by_every_call_that_takes_several
             ("await discard", "refs", lambda one: anyio.run(awaiting, lambda client: client.discard(one))),
             ("fetch_batch", "records", lambda one: anyio.run(awaiting, lambda it: fetch_batch(it, one, deadline_s=5))),
             ("begin", "records", prefetcher.begin),
-            ("prepare", "records", prefetcher.prepare),
             ("fetch", "records", prefetcher.fetch),
             ("EpisodeStream", "references", EpisodeStream),
             ("start_prefetch", "rollouts", packer.start_prefetch),
@@ -581,7 +580,7 @@ def test_a_misspelt_option_of_a_call_is_refused_with_the_one_that_was_meant() ->
     with writer() as worker, packing() as packer, Prefetcher() as prefetcher, RolloutFeed() as feed:
         calls: list[tuple[Callable[..., object], str, str]] = [
             *((call, "policy_verison", "policy_version") for call in (prefetcher.fetch, prefetcher.begin)),
-            *((call, "policy_verison", "policy_version") for call in (prefetcher.prepare, feed.start, feed.defer)),
+            *((call, "policy_verison", "policy_version") for call in (feed.start, feed.defer)),
             *((call, "polcy_version", "policy_version") for call in (packer.start_prefetch, packer.defer_prefetch)),
             (partial(worker.write, {}), "reader", "readers"),
             (worker.close, "drain", "drain_s"),

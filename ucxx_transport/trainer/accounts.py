@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.batch import Batch
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, hint_for, remember
+from ucxx_transport.trainer.batch import Alone, Batch, BatchFetch
+from ucxx_transport.trainer.loss_policy import Loss, LossReason, Sources, hint_for, remember
 
 _log = get_logger(__name__)
 
@@ -24,13 +24,6 @@ MOST_SEQUENCES: Final = 8
 
 MOST_LOST: Final = 1024
 """Losses that are remembered."""
-
-
-class Alone(NamedTuple):
-    """An episode that is asked for by itself: by what it is found again, and its output, whose address that may be."""
-
-    key: Hashable
-    output: object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,23 +58,6 @@ class _Lasting:
     unsaid: int = 0
 
 
-@dataclass(slots=True)
-class Account:
-    """What came of one batch, once it is counted.
-
-    Attributes:
-        alone: of an episode that is asked for by itself.
-        batch: None as long as it is not counted.
-        unreported: losses that are to be reported, one by one.
-        problem: what is to be raised after that, once.
-    """
-
-    alone: Alone | None = None
-    batch: Batch | None = None
-    unreported: Iterator[Loss] = field(default_factory=lambda: iter(()))
-    problem: Exception | None = None
-
-
 class Accounts:
     """Thread-safe. `sources` say when a batch's losses are a reason to stop; `on_loss` is called with each."""
 
@@ -106,17 +82,15 @@ class Accounts:
         found: Any = counts
         return PrefetchStatistics(**found, losses=losses, unlocked_rings=unlocked_rings)
 
-    def count(
-        self, account: Account, records: Mapping[int, AskedFor], batch: Batch, failure: Exception | None = None
-    ) -> None:
+    def count(self, fetch: BatchFetch, batch: Batch, failure: Exception | None = None) -> None:
         """Count a batch, once, and log its losses.
 
         An episode that was asked for by itself may be known to be lost. That was counted, which holds if it is lost
         again, and not if it came. `failure` is what ended the fetch.
         """
-        losses, host_id, problem, alone = batch.losses, self._host_id, failure, account.alone
+        losses, host_id, problem, alone = batch.losses, self._host_id, failure, fetch.alone
         with self._lock:
-            if account.batch is not None:
+            if fetch.batch is not None:
                 return
             counts = self._counts.copy()
             counts["batches" if batch.in_time else "given_up"] += 1
@@ -126,7 +100,7 @@ class Accounts:
             counts["retried"] += batch.retried
             sources = copy(self._sources)
             if batch.in_time:
-                problem = sources.problem_in(records, batch.payloads, losses, host_id, alone=bool(alone))
+                problem = sources.problem_in(fetch.records, batch.payloads, losses, host_id, alone=bool(alone))
             lost_by, _ = (None, None) if alone is None else self._lost.get(alone.key, (None, None))
             if lost_by is not None:
                 losses = ()
@@ -135,8 +109,8 @@ class Accounts:
                 counts[loss.reason] += 1
             due = self._due(losses)
             # all of it or nothing, wherever an interrupt comes
-            account.unreported, account.problem = iter(losses), problem
-            self._counts, self._sources, account.batch = counts, sources, batch
+            fetch.unreported, fetch.problem = iter(losses), problem
+            self._counts, self._sources, fetch.batch = counts, sources, batch
             if alone is not None:
                 self._lost.pop(alone.key, None)
                 for loss in batch.losses:
@@ -147,7 +121,7 @@ class Accounts:
             _log.warning(
                 "episodes_lost",
                 lost=len(lost),
-                of=len(records),
+                of=len(fetch.records),
                 reason=first.reason.value,
                 worker=first.worker,
                 sequences=tuple(sequences[:MOST_SEQUENCES]),
@@ -181,22 +155,20 @@ class Accounts:
             lasting.pause_s = min(2 * lasting.pause_s, LONGEST_PAUSE_S)
         return due
 
-    def count_closed(self, episodes: int, losses: Sequence[Loss] = (), account: Account | None = None) -> int:
-        """Count what was asked for and is not taken, of a batch that is not counted yet; how many there are by now."""
+    def count_closed(self, episodes: int, losses: Sequence[Loss] = ()) -> None:
+        """Count what was asked for and is not taken."""
         with self._lock:
-            if account is None or account.batch is None:
-                self._counts[LossReason.CLOSED] += episodes
-                for loss in losses:
-                    self._counts[loss.reason] += 1
-            return int(self._counts[LossReason.CLOSED])
+            self._counts[LossReason.CLOSED] += episodes
+            for loss in losses:
+                self._counts[loss.reason] += 1
 
-    def report(self, account: Account) -> None:
+    def report(self, fetch: BatchFetch) -> None:
         """Call the hook with each loss, whatever it raises; then raise the problem, or what it raised first.
 
         No loss is reported twice, or passed over, where an interrupt comes in between: report them again.
         """
-        failed, hook = account.problem, self._on_loss
-        for loss in account.unreported:
+        failed, hook = fetch.problem, self._on_loss
+        for loss in fetch.unreported:
             try:
                 if hook is not None:
                     hook(loss)
@@ -205,6 +177,6 @@ class Accounts:
                     failed = error
                 else:
                     _log.exception("loss_hook_failed", worker=loss.worker, sequence=loss.sequence)
-        account.problem = None
+        fetch.problem = None
         if failed is not None:
             raise failed

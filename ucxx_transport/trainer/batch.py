@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypedDict, cast
 
 import anyio
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
+
+MAX_FETCH_ROUNDS: Final = 3
 
 ROUND_PAUSE_S: Final = 0.1
 """Between two rounds: a server process that died takes a second or two to be back."""
@@ -73,18 +75,15 @@ class Batch:
 class FetchLimits:
     """Settings of a `Prefetcher` that no device and no thread is needed to check; arguments and errors as there."""
 
-    max_fetch_rounds: int = 3
-    unreachable_batches: int | None = 3
-
     def __init__(
         self,
-        deadline_s: float | str = 30.0,
-        max_fetch_rounds: int = max_fetch_rounds,
-        max_staleness: int | None = None,
-        unreachable_batches: int | None = unreachable_batches,
-        on_loss: object = None,
         *,
+        deadline_s: float | str = 30.0,
+        max_fetch_rounds: int = MAX_FETCH_ROUNDS,
+        max_staleness: int | None = None,
         discard_lost: object = True,
+        unreachable_batches: int | None = 3,
+        on_loss: object = None,
     ) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
         if self.deadline_s == 0:
@@ -191,7 +190,7 @@ async def fetch_batch(
     records: Sequence[AskedFor],
     *,
     deadline_s: float | str,
-    max_fetch_rounds: int = FetchLimits.max_fetch_rounds,
+    max_fetch_rounds: int = MAX_FETCH_ROUNDS,
     policy_version: int | None = None,
     max_staleness: int | None = None,
 ) -> Batch:
@@ -214,7 +213,7 @@ async def fetch_batch(
     Raises:
         ConfigError: an argument is out of its bounds.
     """
-    limits = FetchLimits(deadline_s, max_fetch_rounds, max_staleness)
+    limits = FetchLimits(deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness)
     sorted_out = partial(limits.sorter(policy_version), dict(enumerate(several(records, "records"))))
     outcomes: Outcomes | None = None
     with closing(rounds_of(sorted_out, limits, anyio.current_time)) as rounds:
@@ -228,13 +227,27 @@ async def fetch_batch(
             return cast("Batch", end.value)
 
 
+class Alone(NamedTuple):
+    """An episode that is asked for by itself: by what it is found again, and its output, whose address that may be."""
+
+    key: Hashable
+    output: object
+
+
 class BatchFetch:
     """The fetch of one batch by a client's core. Its methods are for the thread that runs the core's reactor.
 
-    `sorted_out` is called once the fetch begins. `uploader` takes every payload to a GPU as it comes; what it raises
-    beside TransportErrors ends the fetch.
+    `uploader` takes every payload to a GPU as it comes; what it raises beside TransportErrors ends the fetch.
+
+    Attributes:
+        alone: of an episode that is asked for by itself.
+        batch: once it is counted.
+        unreported: its losses that are to be reported, one by one.
+        problem: what is to be raised after that, once.
     """
 
+    batch: Batch | None = None
+    problem: Exception | None = None
     has_begun = False
     _job: Job | None = None
     _timer: Timer | None = None
@@ -243,13 +256,27 @@ class BatchFetch:
     def __init__(
         self,
         core: ClientCore,
-        sorted_out: Callable[[], SortedOut],
         limits: FetchLimits,
+        records: Callable[[], Mapping[int, AskedFor]],
+        policy_version: int | None,
+        *,
         uploader: DeviceUploader | None = None,
+        alone: Alone | None = None,
     ) -> None:
-        self._core = core
+        self._core, self._records, self.alone = core, records, alone
+        self.unreported: Iterator[Loss] = iter(())
+        self._sorter = limits.sorter(policy_version)
         self._on_payload = None if uploader is None else partial(self._uploaded, uploader)
-        self._rounds = rounds_of(sorted_out, limits, core.reactor.now)
+        self._rounds = rounds_of(self.sorted_out, limits, core.reactor.now)
+
+    @cached_property
+    def records(self) -> Mapping[int, AskedFor]:
+        """Its episodes, by their places: made by the thread, once the fetch begins."""
+        return self._records()
+
+    def sorted_out(self) -> SortedOut:
+        """What is to be fetched, and what is lost already."""
+        return self._sorter(self.records)
 
     def ended(self, outcome: Batch | Exception) -> None:
         """What comes of it, a batch or what ended it that was no TransportError of one episode. Must not raise."""
@@ -311,14 +338,19 @@ class BatchFetch:
             raise TransportError(f"the payload could not be taken: {type(error).__name__}: {error}") from error
 
 
-class HostFetchSettings(TypedDict, total=False):
-    """Settings of a `Prefetcher` beside its device; see there."""
+class LimitSettings(TypedDict, total=False):
+    """Settings of a `Prefetcher` for its `FetchLimits`; see there."""
 
     deadline_s: float | str
     max_fetch_rounds: int
     max_staleness: int | None
     discard_lost: bool
     unreachable_batches: int | None
+
+
+class HostFetchSettings(LimitSettings, total=False):
+    """Settings of a `Prefetcher` beside its device; see there."""
+
     watcher: Watcher | None
     link_factory: LinkFactory | None
 

@@ -12,7 +12,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.schema.wire_form import describe
-from ucxx_transport.trainer.batch import FetchLimits, FetchSettings
+from ucxx_transport.trainer.batch import FetchLimits, FetchSettings, LimitSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import checked_device
@@ -46,9 +46,10 @@ def check_settings(settings: StreamSettings) -> None:
     """Refuse, by a ConfigError, settings that an `EpisodeStream` would refuse, without making one."""
     checked_count(settings.get("ahead", 1), "ahead", at_least=1)
     checked_device(settings.get("device"))
-    names = ("deadline_s", "max_fetch_rounds", "max_staleness", "unreachable_batches", "on_loss", "discard_lost")
-    given: Any = {name: settings.get(name) for name in names if name in settings}
-    FetchLimits(**given)
+    limits: Any = {
+        name: value for name, value in settings.items() if name in (*LimitSettings.__annotations__, "on_loss")
+    }
+    FetchLimits(**limits)
 
 
 class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
@@ -115,7 +116,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                     del self._begun[0]
                     self.changed.notify_all()
                 batch = pending.settle()
-                self.accounts.report(pending.account)
+                self.accounts.report(pending)
                 for payload in batch.payloads.values():
                     record = pending.records[0]
                     assert isinstance(record, EpisodeRecord)

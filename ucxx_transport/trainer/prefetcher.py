@@ -19,8 +19,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Final, Never, Self
+from functools import partial
+from typing import TYPE_CHECKING, Final, Self, Unpack
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, checked_seconds
@@ -30,8 +30,8 @@ from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_names, known_options
 from ucxx_transport.teardown import OfOneProcess, refuse_forked
-from ucxx_transport.trainer.accounts import Account, Accounts, Alone, PrefetchStatistics
-from ucxx_transport.trainer.batch import Batch, BatchFetch, FetchLimits, FetchSettings, SortedOut, given_up
+from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
+from ucxx_transport.trainer.batch import Alone, Batch, BatchFetch, FetchLimits, FetchSettings, LimitSettings, given_up
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, discardable_of
 from ucxx_transport.trainer.unpacking import unpacker_for
 
@@ -51,11 +51,7 @@ _TAKEN: Final = "the batch was taken or cancelled; take each once"
 
 
 class PendingBatch(BatchFetch):
-    """A batch to come, of `Prefetcher.begin` or `prepare`. Take its `result`, or `cancel` it.
-
-    Attributes:
-        account: what came of it.
-    """
+    """A batch to come, of `Prefetcher.begin`. Take its `result`, or `cancel` it."""
 
     _outcome: Batch | Exception | None = None
     _is_late = False
@@ -68,15 +64,8 @@ class PendingBatch(BatchFetch):
         alone: Alone | None,
     ) -> None:
         self._prefetcher = prefetcher
-        self.account = Account(alone)
-        self._records = records
-        self._sorter = prefetcher.limits.sorter(policy_version)
-        super().__init__(prefetcher.core, self._sorted_out, prefetcher.limits, prefetcher.uploader)
-
-    @cached_property
-    def records(self) -> Mapping[int, AskedFor]:
-        """Its episodes, by their places."""
-        return self._records()
+        core, limits, uploader = prefetcher.core, prefetcher.limits, prefetcher.uploader
+        super().__init__(core, limits, records, policy_version, uploader=uploader, alone=alone)
 
     @property
     def is_ready(self) -> bool:
@@ -108,7 +97,7 @@ class PendingBatch(BatchFetch):
         """
         batch, untaken = self.settle(timeout_s), self._prefetcher.untaken
         try:
-            self._prefetcher.accounts.report(self.account)
+            self._prefetcher.accounts.report(self)
         except Exception:
             if not batch.payloads:
                 untaken.pop(self, None)
@@ -134,15 +123,15 @@ class PendingBatch(BatchFetch):
                 raise ConfigError(_TAKEN)
             outcome = self._outcome
             self._is_late = outcome is None
-        if self.account.batch is not None:
-            return self.account.batch
+        if self.batch is not None:
+            return self.batch
         if isinstance(outcome, Batch):
             batch, failure = outcome, None
         else:
-            batch, failure = given_up(self._sorted_out(), outcome), outcome
+            batch, failure = given_up(self.sorted_out(), outcome), outcome
             self._core.reactor.submit(self.abandon)
             self._core.reactor.submit(partial(prefetcher.discard, batch.losses))
-        prefetcher.accounts.count(self.account, self.records, batch, failure)
+        prefetcher.accounts.count(self, batch, failure)
         return batch
 
     def fetch(self) -> Batch:
@@ -164,11 +153,12 @@ class PendingBatch(BatchFetch):
             del prefetcher.untaken[self]
             prefetcher.changed.notify_all()
             outcome = self._outcome
+        came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.records, ())
+        if self.batch is None:
+            prefetcher.accounts.count_closed(len(came), losses)
         if isinstance(outcome, Batch):
-            prefetcher.accounts.count_closed(len(outcome.payloads), outcome.losses, self.account)
             outcome.release()
         else:
-            prefetcher.accounts.count_closed(len(self.records), account=self.account)
             self._core.reactor.submit(self.abandon)
 
     def ended(self, outcome: Batch | Exception) -> None:
@@ -193,9 +183,6 @@ class PendingBatch(BatchFetch):
     def _is_over(self) -> bool:
         return self._outcome is not None or self._is_late or self not in self._prefetcher.untaken
 
-    def _sorted_out(self) -> SortedOut:
-        return self._sorter(self.records)
-
 
 class Prefetcher(OfOneProcess):
     """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
@@ -214,14 +201,14 @@ class Prefetcher(OfOneProcess):
         config: settings of the client, or a mapping of them.
         device: where episodes are given: None for numpy views, "cpu" for torch tensors, "cuda:N" and "cupy:N" for
             tensors and arrays on a GPU.
-        deadline_s: of one batch.
-        max_fetch_rounds: as for `fetch_batch`.
+        deadline_s: of one batch; 30.
+        max_fetch_rounds: as for `fetch_batch`; 3.
         max_staleness: as for `fetch_batch`.
         discard_lost: discard episodes that were given up although they may still lie in their slots (`failed`,
             `timeout`, `unreachable`). False leaves them there, for another trainer that is given their records; but if
             none is, a ring that does not overwrite loses those slots.
         unreachable_batches: after so many batches in a row without an answer of a source that has never answered, or of
-            which nothing came at all, `result` raises; None: never.
+            which nothing came at all, `result` raises; 3; None: never.
         on_loss: called with every episode that is in no batch, by `result` and `fetch` in the caller's thread. One line
             a batch and reason is logged in any case (`episodes_lost`), ever more seldom while it lasts.
         watcher: as for `UCXXClient`.
@@ -242,21 +229,14 @@ class Prefetcher(OfOneProcess):
         config: ClientConfig | Mapping[str, object] | None = None,
         *,
         device: object = None,
-        deadline_s: float | str = 30.0,
-        max_fetch_rounds: int = FetchLimits.max_fetch_rounds,
-        max_staleness: int | None = None,
-        discard_lost: bool = True,
-        unreachable_batches: int | None = FetchLimits.unreachable_batches,
         on_loss: Callable[[Loss], None] | None = None,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
-        **unknown: Never,
+        **limits: Unpack[LimitSettings],
     ) -> None:
-        choices = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
-        check_names(f"setting of {type(self).__name__}", unknown, choices)
-        self.limits = FetchLimits(
-            deadline_s, max_fetch_rounds, max_staleness, unreachable_batches, on_loss, discard_lost=discard_lost
-        )
+        others = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
+        check_names(f"setting of {type(self).__name__}", limits, LimitSettings.__annotations__.keys() | others)
+        self.limits = FetchLimits(**limits, on_loss=on_loss)
         sources = Sources(self.limits.unreachable_batches, self.in_a_batch)
         self.unpack, self.uploader, in_place = unpacker_for(device)
         self.core = ClientCore(
@@ -286,7 +266,7 @@ class Prefetcher(OfOneProcess):
 
         What came of a batch that raises is released.
         """
-        return self.prepare(records, policy_version=policy_version).fetch()
+        return self.begin(records, policy_version=policy_version).fetch()
 
     @known_options
     def begin(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
@@ -295,15 +275,10 @@ class Prefetcher(OfOneProcess):
         Raises:
             ConfigError: `records` is no list, `policy_version` is missing, or the prefetcher is closed.
         """
-        pending = self.prepare(records, policy_version=policy_version)
+        given = dict(enumerate(several(records, "records")))
+        pending = self.prepared(lambda: given, policy_version)
         pending.begin()
         return pending
-
-    @known_options
-    def prepare(self, records: Sequence[AskedFor], *, policy_version: int | None = None) -> PendingBatch:
-        """A batch whose fetch is begun later, by its `begin` or `result`; errors as `begin`."""
-        given = dict(enumerate(several(records, "records")))
-        return self.prepared(lambda: given, policy_version)
 
     def check_usable(self) -> None:
         """Refuse, by a ConfigError, one that is closed, or its parent process's."""
@@ -349,7 +324,7 @@ class Prefetcher(OfOneProcess):
     def prepared(
         self, records: Callable[[], Mapping[int, AskedFor]], policy_version: int | None, alone: Alone | None = None
     ) -> PendingBatch:
-        """As `prepare`, of what a call gives that the thread makes."""
+        """A batch of what a call gives that the thread makes; its fetch is begun later, by its `begin` or `result`."""
         self.check_usable()
         pending = PendingBatch(self, records, policy_version, alone)
         with self.lock:
@@ -373,7 +348,7 @@ class Prefetcher(OfOneProcess):
         for pending in untaken:
             pending.cancel()
         if untaken:
-            _log.info("episodes_not_taken", episodes=self.accounts.count_closed(0))
+            _log.info("episodes_not_taken", episodes=self.accounts.statistics(0).losses.get("closed", 0))
 
     def _run(self) -> None:
         try:

@@ -25,8 +25,7 @@ from ucxx_transport.schema.episode_record import several
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import refuse_forked
-from ucxx_transport.trainer.accounts import Alone
-from ucxx_transport.trainer.batch import Batch, FetchSettings
+from ucxx_transport.trainer.batch import Alone, Batch, FetchSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 
@@ -263,7 +262,7 @@ class RolloutFeed(Prefetcher):
         taken = self._take_next(timeout_s)
         if taken is None:
             raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
-        self.accounts.report(taken.pending.account)
+        self.accounts.report(taken.pending)
         return taken.batch.in_time
 
     def collect(self, timeout_s: float | str | None = None) -> list[object]:
@@ -283,7 +282,7 @@ class RolloutFeed(Prefetcher):
         in_use = self._take_next(timeout_s) or self._in_use
         if in_use is None:
             raise ConfigError("nothing is on its way or in use: start(rollouts) first, of a packer start_prefetch")
-        self.accounts.report(in_use.pending.account)
+        self.accounts.report(in_use.pending)
         return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
@@ -366,7 +365,7 @@ class RolloutFeed(Prefetcher):
             taken = self._take_next(None) if is_pending else None
             changed = self._in_use is not seen
         if taken is not None:
-            self.accounts.report(taken.pending.account)  # with no lock held
+            self.accounts.report(taken.pending)  # with no lock held
         return changed
 
     def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:

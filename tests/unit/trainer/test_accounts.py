@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.support.interrupts import Interrupter
 from tests.support.rows import row
+from tests.unit.trainer.fake_core import FakeCore
 from ucxx_transport import (
     AuthenticationError,
     ChecksumError,
@@ -23,9 +24,11 @@ from ucxx_transport import (
     StaleSlotError,
     TransportError,
 )
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch
-from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Account, Accounts
+from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Accounts
+from ucxx_transport.trainer.batch import BatchFetch, FetchLimits
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
 
 HERE = "this host"
@@ -35,6 +38,10 @@ UNREACHABLE = PeerLostError("the address cannot be reached", reason="unreachable
 def episode(worker: str, sequence: int = 0, *, host: str = "10.77.0.1", host_id: str = "another") -> EpisodeRecord:
     ref = SlotRef(ring_id=bytes(16), ring_name="r", slot=sequence, generation=1, nbytes=1, host_id=host_id, host=host)
     return EpisodeRecord(worker_id=worker, sequence=sequence, ref=ref)
+
+
+def fetch_of(asked: Mapping[int, AskedFor]) -> BatchFetch:
+    return BatchFetch(cast("ClientCore", FakeCore()), FetchLimits(), lambda: asked, None)
 
 
 class Trainer:
@@ -204,25 +211,24 @@ class Log:
         records = [loss.record or ProtocolError("malformed") for loss in losses]
         records += [episode("w")] * (of - len(losses))
         asked = dict(enumerate(records))
-        self.accounts.count(
-            Account(), asked, Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0)
-        )
+        batch = Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0)
+        self.accounts.count(fetch_of(asked), batch)
         return self.events
 
 
 def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is_counted_again() -> None:
     for at in itertools.count():
-        accounts, first, second = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float), Account(), Account()
+        accounts = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float)
         losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
         batch = Batch(payloads={}, losses=tuple(losses), nbytes=0, rounds=1, retried=0, took_s=0.0)
-        asked: dict[int, AskedFor] = {0: episode("a"), 1: episode("b")}
+        first, second = (fetch_of({0: episode("a"), 1: episode("b")}) for _ in range(2))
         interrupter = Interrupter(at, ("ucxx_transport/trainer/",))
         with suppress(KeyboardInterrupt), interrupter:
-            accounts.count(first, asked, batch)
-        accounts.count(first, asked, batch)
+            accounts.count(first, batch)
+        accounts.count(first, batch)
         with row(where=interrupter.where):
             assert first.problem is None
-            accounts.count(second, asked, batch)
+            accounts.count(second, batch)
             assert isinstance(second.problem, PeerLostError)
             found = accounts.statistics(0)
             assert (found.batches, found.losses) == (2, {"unreachable": 4})

@@ -45,9 +45,9 @@ class Fetch(BatchFetch):
     def __init__(
         self, core: FakeCore, records: Sequence[AskedFor], uploader: Any, policy_version: int | None, **limits: Any
     ) -> None:
-        bounds = FetchLimits(**{"deadline_s": 10, "max_fetch_rounds": 3, "max_staleness": None, **limits})
-        sort = bounds.sorter(policy_version)
-        super().__init__(cast("ClientCore", core), lambda: sort(dict(enumerate(records))), bounds, uploader)
+        bounds = FetchLimits(**{"deadline_s": 10, **limits})
+        given = lambda: dict(enumerate(records))  # noqa: E731
+        super().__init__(cast("ClientCore", core), bounds, given, policy_version, uploader=uploader)
         self.outcomes: list[Batch | Exception] = []
 
     def ended(self, outcome: Batch | Exception) -> None:

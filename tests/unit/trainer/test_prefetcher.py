@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, EpisodeStream, Loss, LossReason, PendingBatch, Prefetcher
-from ucxx_transport.trainer.batch import FetchSettings
+from ucxx_transport.trainer.batch import FetchLimits, FetchSettings, LimitSettings
 
 LOCAL = ClientConfig(local="view")
 
@@ -60,15 +60,21 @@ def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) 
     assert worker.ring.slot_states() == [SlotState.FREE] * 32
 
 
+def prepared(
+    prefetcher: Prefetcher, records: Sequence[EpisodeRecord], policy_version: int | None = None
+) -> PendingBatch:
+    return prefetcher.prepared(lambda: dict(enumerate(records)), policy_version)
+
+
 def test_what_is_prepared_is_fetched_once_it_is_begun(worker: LocalWorker) -> None:
     with Prefetcher(LOCAL) as prefetcher:
-        later, now = prefetcher.prepare(worker.play(1)), prefetcher.begin(worker.play(1))
+        later, now = prepared(prefetcher, worker.play(1)), prefetcher.begin(worker.play(1))
         assert sequences(now.result()) == [1]
         assert prefetcher.client_statistics().reads == 1
         assert not later.is_ready
         later.begin(after_s=1e-3)
         assert sequences(later.result()) == [0]
-        assert sequences(prefetcher.prepare(worker.play(1)).result()) == [2]
+        assert sequences(prepared(prefetcher, worker.play(1)).result()) == [2]
 
 
 def test_every_loss_is_reported_to_who_collects(worker: LocalWorker) -> None:
@@ -131,7 +137,7 @@ def test_a_wrong_argument_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="max_staleness"):
         Prefetcher(LOCAL, max_staleness=-1)
     with Prefetcher(LOCAL, max_staleness=1) as prefetcher:
-        for call in (prefetcher.prepare, prefetcher.begin, prefetcher.fetch):
+        for call in (prefetcher.begin, prefetcher.fetch):
             with pytest.raises(ConfigError, match="policy_version"):
                 call([])
 
@@ -164,11 +170,12 @@ def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
 
 
 def test_the_keywords_of_what_is_built_on_one_are_its_own() -> None:
-    parameters = inspect.signature(Prefetcher.__init__).parameters.values()
-    assert {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} == {
-        "on_loss",
-        *FetchSettings.__annotations__,
-    }
+    own, limits = (
+        {one.name for one in inspect.signature(made.__init__).parameters.values() if one.kind is one.KEYWORD_ONLY}
+        for made in (Prefetcher, FetchLimits)
+    )
+    assert limits == {"on_loss", *LimitSettings.__annotations__}
+    assert own | limits == {"on_loss", *FetchSettings.__annotations__}
 
 
 def test_where_its_thread_cannot_start_nothing_is_left_behind() -> None:
@@ -293,7 +300,7 @@ def test_what_is_asked_for_and_not_taken_when_it_is_closed_is_counted_and_logged
     prefetcher.fetch(worker.play(1, policy_version=9), policy_version=9).release()
     come = prefetcher.begin([*worker.play(2, policy_version=9), *worker.play(1, policy_version=1)], policy_version=9)
     wait_until(lambda: come.is_ready)
-    prefetcher.prepare(worker.play(3, policy_version=9), policy_version=9)
+    prepared(prefetcher, worker.play(3, policy_version=9), policy_version=9)
     beside = prefetcher.begin(worker.play_far_away(1, policy_version=9), policy_version=9)
     beside.cancel()
     beside.cancel()
@@ -370,7 +377,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def prepare(self) -> None:
-        self.pending.append(self.prefetcher.prepare(self.worker.play(1)))
+        self.pending.append(prepared(self.prefetcher, self.worker.play(1)))
 
     @rule()
     def begin(self) -> None:
