@@ -90,7 +90,7 @@ class Accounts:
         """
         losses, host_id, problem, alone = batch.losses, self._host_id, failure, fetch.alone
         with self._lock:
-            if fetch.batch is not None:
+            if fetch.is_counted:
                 return
             counts = self._counts.copy()
             counts["batches" if batch.in_time else "given_up"] += 1
@@ -109,8 +109,8 @@ class Accounts:
                 counts[loss.reason] += 1
             due = self._due(losses)
             # all of it or nothing, wherever an interrupt comes
-            fetch.unreported, fetch.problem = iter(losses), problem
-            self._counts, self._sources, fetch.batch = counts, sources, batch
+            fetch.unreported, fetch.problem, fetch.batch = iter(losses), problem, batch
+            self._counts, self._sources, fetch.is_counted = counts, sources, True
             if alone is not None:
                 self._lost.pop(alone.key, None)
                 for loss in batch.losses:

@@ -241,12 +241,13 @@ class BatchFetch:
 
     Attributes:
         alone: of an episode that is asked for by itself.
-        batch: once it is counted.
+        is_counted: whether it has a batch, and that is in the accounts.
         unreported: its losses that are to be reported, one by one.
         problem: what is to be raised after that, once.
     """
 
-    batch: Batch | None = None
+    batch: Batch
+    is_counted = False
     problem: Exception | None = None
     has_begun = False
     _job: Job | None = None

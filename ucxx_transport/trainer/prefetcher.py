@@ -2,7 +2,7 @@
 
 | a batch    | its outcome | in `untaken` | counts, when the prefetcher is closed           |
 |------------|-------------|--------------|-------------------------------------------------|
-| prepared   |             | yes          | its episodes, as lost by "closed"               |
+| added      |             | yes          | its episodes, as lost by "closed"               |
 | begun      |             | yes          | the same                                        |
 | come       | is there    | yes          | its payloads, the same; its losses, as they are |
 | taken      | is there    | no           | nothing more: counted then                      |
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self, Unpack
+from typing import TYPE_CHECKING, Final, Self, TypeVar, Unpack
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, checked_seconds
@@ -47,6 +47,8 @@ _GRACE_S: Final = 5.0
 
 _JOIN_TIMEOUT_S: Final = 5.0
 
+PendingT = TypeVar("PendingT", bound="PendingBatch")
+
 _TAKEN: Final = "the batch was taken or cancelled; take each once"
 
 
@@ -61,7 +63,7 @@ class PendingBatch(BatchFetch):
         prefetcher: Prefetcher,
         records: Callable[[], Mapping[int, AskedFor]],
         policy_version: int | None,
-        alone: Alone | None,
+        alone: Alone | None = None,
     ) -> None:
         self._prefetcher = prefetcher
         core, limits, uploader = prefetcher.core, prefetcher.limits, prefetcher.uploader
@@ -74,12 +76,12 @@ class PendingBatch(BatchFetch):
         return self._outcome is not None
 
     def begin(self, after_s: float = 0.0) -> None:
-        """Begin to fetch one that was prepared, in so many seconds, and return at once. Idempotent."""
+        """Begin to fetch it, in so many seconds, and return at once. Idempotent."""
         refuse_forked(self._core.pid, "PendingBatch")
         self._core.reactor.submit(partial(self._begin, after_s))
 
     def result(self, timeout_s: float | str | None = None) -> Batch:
-        """Wait for it, count it and report its losses; one that was prepared is begun. The caller releases it.
+        """Wait for it, count it and report its losses; one that has not begun is begun. The caller releases it.
 
         Args:
             timeout_s: how long at most; None: its own deadline, and some seconds for the thread.
@@ -123,7 +125,7 @@ class PendingBatch(BatchFetch):
                 raise ConfigError(_TAKEN)
             outcome = self._outcome
             self._is_late = outcome is None
-        if self.batch is not None:
+        if self.is_counted:
             return self.batch
         if isinstance(outcome, Batch):
             batch, failure = outcome, None
@@ -154,7 +156,7 @@ class PendingBatch(BatchFetch):
             prefetcher.changed.notify_all()
             outcome = self._outcome
         came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.records, ())
-        if self.batch is None:
+        if not self.is_counted:
             prefetcher.accounts.count_closed(len(came), losses)
         if isinstance(outcome, Batch):
             outcome.release()
@@ -276,7 +278,7 @@ class Prefetcher(OfOneProcess):
             ConfigError: `records` is no list, `policy_version` is missing, or the prefetcher is closed.
         """
         given = dict(enumerate(several(records, "records")))
-        pending = self.prepared(lambda: given, policy_version)
+        pending = self.add(PendingBatch(self, lambda: given, policy_version))
         pending.begin()
         return pending
 
@@ -321,15 +323,12 @@ class Prefetcher(OfOneProcess):
 
     # for its batches, and what is built on one
 
-    def prepared(
-        self, records: Callable[[], Mapping[int, AskedFor]], policy_version: int | None, alone: Alone | None = None
-    ) -> PendingBatch:
-        """A batch of what a call gives that the thread makes; its fetch is begun later, by its `begin` or `result`."""
+    def add(self, pending: PendingT) -> PendingT:
+        """Keep a batch where closing finds it until it is taken; its fetch is begun later, by `begin` or `result`."""
         self.check_usable()
-        pending = PendingBatch(self, records, policy_version, alone)
         with self.lock:
             self.check_usable()
-            self.untaken[pending] = None  # where closing finds it
+            self.untaken[pending] = None
         return pending
 
     def discard(self, losses: Sequence[Loss]) -> None:  # in the thread

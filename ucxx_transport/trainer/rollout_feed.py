@@ -25,7 +25,7 @@ from ucxx_transport.schema.episode_record import several
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import refuse_forked
-from ucxx_transport.trainer.batch import Alone, Batch, FetchSettings
+from ucxx_transport.trainer.batch import Alone, FetchSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 
@@ -47,27 +47,35 @@ def completion_of(rollout: object) -> object:
     return getattr(rollout, "completion", rollout)
 
 
-class _Rollouts:
+class _Rollouts(PendingBatch):
     """Rollouts to fetch, or fetched: as given, and the outputs of ours among them by their places, in order.
 
     What takes long is done by the thread that fetches, which asks first.
     """
 
-    pending: PendingBatch
+    _filled: Sequence[object] | None = None
 
-    def __init__(self, rollouts: Sequence[object], output_of: Callable[[object], object]) -> None:
+    def __init__(self, feed: RolloutFeed, rollouts: Sequence[object], policy_version: int | None) -> None:
         self.rollouts = tuple(several(rollouts, "rollouts"))
-        self.ours = {place: output for place, output in enumerate(map(output_of, self.rollouts)) if is_ours(output)}
+        outputs = enumerate(map(feed.output_of, self.rollouts))
+        self.ours = {place: output for place, output in outputs if is_ours(output)}
+        super().__init__(feed, self._read, policy_version)
 
-    @cached_property
-    def records(self) -> dict[int, AskedFor]:
-        """What the outputs say."""
+    def _read(self) -> dict[int, AskedFor]:
         return {place: record_of(output) for place, output in self.ours.items()}
 
     @cached_property
     def keys(self) -> dict[int, Hashable]:
         """By what each output is found again."""
         return {place: key_of(output, self.records[place]) for place, output in self.ours.items()}
+
+    @cached_property
+    def found(self) -> dict[Hashable, Payload | None]:
+        """What came of them, None for what is lost: by key, and by the outputs' own `id`; this keeps them alive."""
+        found: dict[Hashable, Payload | None] = dict.fromkeys([*self.keys.values(), *map(id, self.ours.values())])
+        for place, payload in self.batch.payloads.items():
+            found[self.keys[place]] = found[id(self.ours[place])] = payload
+        return found
 
     def is_for(self, other: _Rollouts) -> bool:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
@@ -76,52 +84,29 @@ class _Rollouts:
         same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
         return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
 
-    def take(self, batch: Batch) -> None:
-        """Keep what came of them, and what did not."""
-        self.batch = batch
-        # the objects themselves, which live as long as this: who asks by one of them need not have it read again
-        self.by_output = {id(self.ours[place]): payload for place, payload in batch.payloads.items()}
-        self._filled: Sequence[object] | None = None
-        self._asking = 0  # the thread in `on_missing`
-
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
         """The rollouts to train on."""
         if self._filled is None:
-            lost, missing = self.ours.keys() - self.batch.payloads.keys(), self.batch.losses
-            usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
-            if not lost or on_missing == "shrink":
-                self._filled = usable
-            elif on_missing != "refill":
-                self._filled = self._asked_for(on_missing, usable)
-            elif usable:
-                again = cycle(usable)
-                self._filled = [next(again) if place in lost else each for place, each in enumerate(self.rollouts)]
-            else:
-                reasons = ", ".join(sorted({loss.reason.value for loss in missing}))
-                message = (
-                    f"none of the batch's {len(lost)} episodes came: there is nothing to refill it with ({reasons})"
-                )
-                raise TransportError(message, lost=len(lost), of=len(self.rollouts))
+            self._filled = self._filled_by(on_missing)
         return list(self._filled)
 
-    def _asked_for(self, on_missing: Callable[..., Iterable[object]], usable: list[object]) -> list[object]:
-        if self._asking == threading.get_ident():
-            message = (
-                "on_missing makes this batch, and cannot ask for it; use the rollouts and the losses that it is given"
-            )
-            raise ConfigError(message, field="on_missing")
-        self._asking = threading.get_ident()
-        try:
-            return [*several(on_missing(usable, self.batch.losses), "rollouts")]
-        finally:
-            self._asking = 0
-
-    @cached_property
-    def by_key(self) -> dict[Hashable, Payload | None]:
-        """What came of them, by key; None for what is lost."""
-        return dict.fromkeys(self.keys.values()) | {
-            self.keys[place]: payload for place, payload in self.batch.payloads.items()
-        }
+    def _filled_by(self, on_missing: OnMissing) -> Sequence[object]:
+        lost = self.ours.keys() - self.batch.payloads.keys()
+        usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
+        if not lost or on_missing == "shrink":
+            return usable
+        if on_missing != "refill":
+            self._filled = usable  # for a function that asks for the batch that it is to make
+            try:
+                return [*several(on_missing(usable, self.batch.losses), "rollouts")]
+            finally:
+                self._filled = None
+        if not usable:
+            reasons = ", ".join(sorted({loss.reason.value for loss in self.batch.losses}))
+            message = f"none of the batch's {len(lost)} episodes came: there is nothing to refill it with ({reasons})"
+            raise TransportError(message, lost=len(lost), of=len(self.rollouts))
+        again = cycle(usable)
+        return [next(again) if place in lost else each for place, each in enumerate(self.rollouts)]
 
 
 class RolloutFeed(Prefetcher):
@@ -165,7 +150,7 @@ class RolloutFeed(Prefetcher):
             raise ConfigError(message, field="on_missing")
         if not callable(output_of):
             raise ConfigError(f"output_of must be a function of a rollout, not {output_of!r}", field="output_of")
-        self._output_of = output_of
+        self.output_of = output_of
         self._on_missing = on_missing
         self._state = threading.RLock()
         self._turn = threading.RLock()
@@ -185,7 +170,7 @@ class RolloutFeed(Prefetcher):
     def is_ready(self) -> bool:
         """Whether a batch has come, so that `collect` need not wait for it."""
         with self._locked():
-            return bool(self._pending) and self._pending[0].pending.is_ready
+            return bool(self._pending) and self._pending[0].is_ready
 
     @property
     def buffer(self) -> list[object] | None:
@@ -215,7 +200,7 @@ class RolloutFeed(Prefetcher):
         Raises:
             ConfigError: a batch is on its way already; `policy_version` is missing; or the feed is closed.
         """
-        asked = _Rollouts(rollouts, self._output_of)
+        asked = _Rollouts(self, rollouts, policy_version)
         with self._locked():
             if self._pending:
                 self.check_usable()
@@ -236,13 +221,12 @@ class RolloutFeed(Prefetcher):
         Raises:
             ConfigError: `policy_version` is missing, or the feed is closed.
         """
-        asked = _Rollouts(rollouts, self._output_of)
+        asked = _Rollouts(self, rollouts, policy_version)
         with self._locked():
             known = [*self._pending] if self._in_use is None else [*self._pending, self._in_use]
             if not any(asked.is_for(other) for other in known):
                 self._append(asked, policy_version)
             elif policy_version is not None:
-                self.limits.sorter(policy_version)  # refuses what is no number
                 self._policy_version = policy_version
 
     def wait(self, timeout_s: float | str | None = None) -> bool:
@@ -262,7 +246,7 @@ class RolloutFeed(Prefetcher):
         taken = self._take_next(timeout_s)
         if taken is None:
             raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
-        self.accounts.report(taken.pending)
+        self.accounts.report(taken)
         return taken.batch.in_time
 
     def collect(self, timeout_s: float | str | None = None) -> list[object]:
@@ -282,7 +266,7 @@ class RolloutFeed(Prefetcher):
         in_use = self._take_next(timeout_s) or self._in_use
         if in_use is None:
             raise ConfigError("nothing is on its way or in use: start(rollouts) first, of a packer start_prefetch")
-        self.accounts.report(in_use.pending)
+        self.accounts.report(in_use)
         return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
@@ -301,7 +285,7 @@ class RolloutFeed(Prefetcher):
         if self.core.pid != self.core.process:
             self.check_usable()
         with self._state:  # in which the batch in use is not released
-            payload = None if self._in_use is None else self._in_use.by_output.get(id(output))
+            payload = None if self._in_use is None else self._in_use.found.get(id(output))
             if payload is not None:
                 return self.unpack(payload)
         if not is_ours(output):
@@ -311,12 +295,12 @@ class RolloutFeed(Prefetcher):
         while True:
             with self._state:
                 in_use = self._in_use
-                if in_use is not None and key in in_use.by_key:
-                    payload = in_use.by_key[key]
+                if in_use is not None and key in in_use.found:
+                    payload = in_use.found[key]
                     return None if payload is None else self.unpack(payload)
             if not self._awaited(key, in_use):
                 break
-        batch = self.prepared(lambda: {0: record}, self._policy_version, Alone(key, output)).fetch()
+        batch = self.add(PendingBatch(self, lambda: {0: record}, self._policy_version, Alone(key, output))).fetch()
         if not batch.payloads:
             return None
         with batch.payloads[0] as payload:
@@ -346,8 +330,7 @@ class RolloutFeed(Prefetcher):
         return self._state
 
     def _append(self, asked: _Rollouts, policy_version: int | None) -> None:
-        asked.pending = self.prepared(lambda: asked.records, policy_version)
-        self._pending.append(asked)
+        self._pending.append(self.add(asked))
         if len(self._pending) == 1:
             self._begin_next()
         if policy_version is not None:
@@ -355,7 +338,7 @@ class RolloutFeed(Prefetcher):
 
     def _begin_next(self) -> None:
         if self._pending:
-            self._pending[0].pending.begin(0.0 if self._is_awaited else YIELD_S)
+            self._pending[0].begin(0.0 if self._is_awaited else YIELD_S)
 
     def _awaited(self, key: Hashable, seen: _Rollouts | None) -> bool:
         """Wait for what is on its way if `key` is among it; whether another batch than `seen` is in use now."""
@@ -365,7 +348,7 @@ class RolloutFeed(Prefetcher):
             taken = self._take_next(None) if is_pending else None
             changed = self._in_use is not seen
         if taken is not None:
-            self.accounts.report(taken.pending)  # with no lock held
+            self.accounts.report(taken)  # with no lock held
         return changed
 
     def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:
@@ -379,16 +362,15 @@ class RolloutFeed(Prefetcher):
                 asked = self._pending[0] if self._pending else None
             if asked is None:
                 return None
-            self._is_awaited = not asked.pending.is_ready
-            asked.take(asked.pending.settle(timeout_s))
-            for loss in asked.batch.losses:
+            self._is_awaited = not asked.is_ready
+            for loss in asked.settle(timeout_s).losses:
                 self.accounts.remember(Alone(asked.keys[loss.index], asked.ours[loss.index]), loss.reason)
             done: _Rollouts | None = asked
             with self._state:
                 if self._pending:  # else it was closed meanwhile, and this one is not used at all
                     done, self._in_use = self._in_use, asked
                     del self._pending[0]  # no call in between, at which an interrupt comes
-                    self.untaken.pop(asked.pending, None)
+                    self.untaken.pop(asked, None)
                     self._begin_next()
             if done is not None:
                 done.batch.release()

@@ -80,7 +80,10 @@ OF_ANOTHER = {
         "server.release",
     ),  # the publisher's
     *(f"{name}.discard" for name in ("prefetcher", "feed", "stream")),  # the thread's
-    *(f"pending.{name}" for name in ("has_begun", "start", "abandon", "fail", "ended")),
+    *(
+        f"pending.{name}"
+        for name in ("is_counted", "problem", "sorted_out", "has_begun", "start", "abandon", "fail", "ended")
+    ),
 }
 """What only an object calls that is refused itself."""
 
@@ -199,9 +202,9 @@ def main(url: str) -> None:
         **reads,
         **{f"async_{name}": given for name, given in reads.items()},
         "prefetcher.fetch": ([],),
-        "prefetcher.prepared": (dict, None),
-        "feed.prepared": (dict, None),
-        "stream.prepared": (dict, None),
+        "prefetcher.add": (pending,),
+        "feed.add": (pending,),
+        "stream.add": (pending,),
         "prefetcher.begin": ([],),
         "packer.start_prefetch": ([],),
         "packer.defer_prefetch": ([],),

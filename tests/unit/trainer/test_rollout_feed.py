@@ -471,7 +471,7 @@ def test_a_function_may_say_what_becomes_of_a_batch_with_losses(worker: LocalWor
         assert calls[:3] == [([first, second, "text"], [1]), (calls[1][0], [0]), (calls[1][0], [0])]
 
 
-def test_a_function_that_asks_for_the_batch_that_it_is_to_make_is_refused(worker: LocalWorker) -> None:
+def test_a_function_that_asks_for_the_batch_that_it_is_to_make_is_given_what_came(worker: LocalWorker) -> None:
     for ask in (RolloutFeed.collect, lambda feed: feed.buffer):
         calls: list[list[object]] = []
 
@@ -479,17 +479,14 @@ def test_a_function_that_asks_for_the_batch_that_it_is_to_make_is_refused(worker
             rollouts: list[object], _: object, calls: list[list[object]] = calls, ask: Any = ask
         ) -> list[object]:
             calls.append(rollouts)
-            if len(calls) == 1:
-                ask(feed)
-            return rollouts
+            assert ask(feed) == rollouts
+            return [*rollouts, "more"]
 
         with row(ask=ask), RolloutFeed(LOCAL, on_missing=asking) as feed:
             (kept,) = worker.play(1)
             feed.start([kept, kept])
-            with pytest.raises(ConfigError, match="on_missing makes this batch"):
-                feed.collect()
-            assert feed.collect() == feed.buffer == [kept]
-            assert len(calls) == 2
+            assert feed.collect() == feed.buffer == [kept, "more"]
+            assert calls == [[kept]]
 
 
 def test_a_batch_that_stops_the_trainer_is_in_use_and_the_next_one_on_its_way(worker: LocalWorker) -> None:
