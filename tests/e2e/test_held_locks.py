@@ -85,7 +85,7 @@ def test_a_discard_that_waits_for_a_held_lock_goes_on_though_another_call_s_inte
     core, refs = ClientCore(LOCAL, None), refs_of(*other.play(1))
     with held_lock(other.ring) as release:
         call = core.discard_call(refs, 60.0)
-        core.discard(call)
+        core.reads.go_on(call)
         core.damaged = True
         core.repair()
         release()
@@ -99,7 +99,7 @@ def test_a_discard_goes_on_though_it_is_interrupted_itself_while_it_waits_for_a_
     core, refs = ClientCore(LOCAL, None), refs_of(*other.play(1))
     with held_lock(other.ring) as release:
         call = core.discard_call(refs, 60.0)
-        core.discard(call)
+        core.reads.go_on(call)
         interrupter = Interrupter(0, ("client/local.py",))
         with pytest.raises(KeyboardInterrupt), interrupter:
             wait_until(core.reactor.poll, what="another look at the lock")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ucxx_transport.client import ClientStatistics, Payload
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.jobs import Call, Job
-from ucxx_transport.client.membership import Watcher
+from ucxx_transport.client.reads import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.link.base import EndpointEvents
@@ -94,7 +94,7 @@ class RigClient:
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
         """As `SyncUCXXClient.discard`, but for the count."""
         call = self.core.discard_call(refs, deadline_s)
-        self.core.discard(call)
+        self.core.reads.go_on(call)
         self._rig.run_until(lambda: call.done)
         return call.found
 

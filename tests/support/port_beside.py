@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ucxx_transport.client import SyncUCXXClient, UCXXClient
-from ucxx_transport.client.membership import Watcher
+from ucxx_transport.client.reads import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SharedRingBuffer

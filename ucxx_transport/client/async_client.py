@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -25,16 +25,16 @@ from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.machine import in_thread
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import several, slot_ref_of
+from ucxx_transport.schema.episode_record import slot_ref_of
 from ucxx_transport.teardown import OfOneProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ucxx_transport.client.buffer_pool import PageLocker
+    from typing_extensions import Buffer
+
     from ucxx_transport.client.errands import Selector
-    from ucxx_transport.client.local import Into
-    from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.client.reads import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory, Reactor
@@ -48,6 +48,8 @@ INLINE_WAIT_S: Final = 0.005
 
 TURN_S: Final = 0.001
 """The reactor gives the loop back after this at the latest."""
+
+CallT = TypeVar("CallT", bound=Call)
 
 LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
@@ -63,11 +65,9 @@ class UCXXClient(OfOneProcess):
             UCX.
         watcher: as for `SyncUCXXClient`.
         link_factory: opens the link on the first read that needs one; the default is UCX.
-        page_locker: page-locks the memory that payloads are received in, for a GPU that copies them from there. Rings
-            of this host are then copied out of too.
 
     Raises:
-        ConfigError: a setting is wrong, or page-locked, and `local="view"`.
+        ConfigError: a setting is wrong.
     """
 
     def __init__(
@@ -76,9 +76,8 @@ class UCXXClient(OfOneProcess):
         *,
         watcher: Watcher | None = None,
         link_factory: LinkFactory | None = None,
-        page_locker: PageLocker | None = None,
     ) -> None:
-        self._core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker)
+        self._core = ClientCore(config, link_factory, watcher=watcher)
         self._waiters = _Waiters(self._core.reactor, self._core.config.spin_s)
         self._kept_s = 0.0
 
@@ -87,12 +86,9 @@ class UCXXClient(OfOneProcess):
         """The settings in force."""
         return self._core.config
 
-    @property
-    def reader_id(self) -> int:
-        """This client's random id, u64, as servers and rings see it."""
-        return self._core.reader
-
-    async def read(self, ref: Referring, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
+    async def read(
+        self, ref: Referring, *, into: Buffer | None = None, deadline_s: float | str | None = None
+    ) -> Payload:
         """Read one payload; arguments, result and errors as `SyncUCXXClient.read`."""
         core = self._core
         if core.closed or core.pid != core.process:
@@ -119,7 +115,7 @@ class UCXXClient(OfOneProcess):
             raise
         job = Job([ref], until_s)
         job.into, job.is_held = into, True
-        await self._run(job, partial(core.reads.start_one, job))
+        await self._run(job, core.reads.start_one)
         core.reads.deliver(job)  # nothing is awaited from here to the caller: a cancellation would lose the payload
         self._kept_s += time.perf_counter() - began_s
         return job.payload()
@@ -128,20 +124,16 @@ class UCXXClient(OfOneProcess):
         self, refs: Iterable[Referring], *, deadline_s: float | str | None = None
     ) -> list[Payload | TransportError]:
         """Read payloads concurrently, fairly across sources; arguments and result as `SyncUCXXClient.read_many`."""
-        core = self._core
-        core.require_usable()
-        job = Job([*several(refs, "refs")], core.reactor.now() + core.limit_s(deadline_s))
-        remote, here = core.look_at(job, range(job.left))
-        if remote or here:
-            await self._run(job, partial(core.go_on, job, remote, here))
-        return [outcome for outcome in job.outcomes if outcome is not None]
+        job = self._core.read_call(refs, deadline_s)
+        if job.elsewhere or job.here:
+            await self._run(job, self._core.reads.go_on)
+        return job.results()
 
     async def discard(self, refs: Iterable[Referring], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
-        core = self._core
-        call = core.discard_call(refs, deadline_s)
+        call = self._core.discard_call(refs, deadline_s)
         if call.elsewhere or call.here:
-            await self._run(call, partial(core.discard, call))
+            await self._run(call, self._core.reads.go_on)
         return call.found
 
     async def take(
@@ -158,7 +150,7 @@ class UCXXClient(OfOneProcess):
         take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
-            await self._run(take, partial(core.reads.begin, take))
+            await self._run(take, core.reads.begin)
             return take.result()
         lock_until_s = core.reactor.now() + core.config.deadline_s
         while True:
@@ -198,19 +190,19 @@ class UCXXClient(OfOneProcess):
         await self.aclose()
 
     async def _read_aside(
-        self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Buffer | None, limit_s: float, began_s: float
     ) -> Payload:
         """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
         core = self._core
         begun = await in_thread(partial(core.local.begin, ring, ref, limit_s))
         return core.local.deliver(ref, begun, into, began_s)
 
-    async def _run(self, call: Call, start: Callable[[], None]) -> None:
+    async def _run(self, call: CallT, start: Callable[[CallT], object]) -> None:
         """Start a call and return when it is done."""
         core = self._core
         try:
             self._waiters.check_thread()
-            start()
+            start(call)
             if not call.done:
                 await self._waiters.wait(call, alone=len(core.reads.jobs) == 1)
         except BaseException:

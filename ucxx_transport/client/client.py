@@ -1,38 +1,59 @@
 """SyncUCXXClient: payloads by reference, from this host's rings in place and from other hosts over UCX; blocking.
 
 There is no thread and no event loop behind it: a call runs the reactor until it has what it asked for. Of several
-threads that share a client one runs it for the others too; see `lead`.
+threads that share a client one *leads*: it runs the reactor for the others too. They follow: they wait, each for a lock
+of its own, until their call is done or the lead is free. No wake-up is lost: one that follows first joins the line and
+then looks whether the lead is free; one that leaves the lead first releases it and then looks at the line. Each one
+that leaves wakes the next.
+
+An interrupt (Ctrl-C) may come between any two steps of Python. While the reactor sleeps it has cut nothing in two: the
+call that was interrupted is abandoned, and the others go on. Anywhere else it may have: then the next thread that leads
+repairs the core first (`ClientCore.repair`).
 """
 
 from __future__ import annotations
 
 import atexit
+import math
+import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Final, Self
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
 from ucxx_transport.client.jobs import Call, Job, Takeable
-from ucxx_transport.client.lead import Lead
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import several, slot_ref_of
+from ucxx_transport.schema.episode_record import slot_ref_of
 from ucxx_transport.teardown import OfOneProcess, refuse_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from types import FrameType
 
-    from ucxx_transport.client.errands import Selector
-    from ucxx_transport.client.local import Into
-    from ucxx_transport.client.membership import Watcher
+    from typing_extensions import Buffer
+
+    from ucxx_transport.client.errands import Discard, Selector
+    from ucxx_transport.client.reads import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.schema.episode_record import Referring
 
 _CLOSE_WAIT_S: Final = 5.0
+
+LOOK_S: Final = 1.0
+"""A thread that follows looks this often whether there is a lead to take; it is woken long before."""
+
+OVERDUE_S: Final = 5.0
+"""One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
+
+_CallT = TypeVar("_CallT", Job, "Discard")
 
 
 class SyncUCXXClient(OfOneProcess):
@@ -61,19 +82,14 @@ class SyncUCXXClient(OfOneProcess):
     ) -> None:
         # At exit the link is closed too, but after this, which is registered later.
         self._core = ClientCore(config, link_factory, watcher=watcher, on_link=lambda: atexit.register(self.close))
-        self._lead = Lead(self._core)
+        self._lead = _Lead(self._core)
 
     @property
     def config(self) -> ClientConfig:
         """The settings in force."""
         return self._core.config
 
-    @property
-    def reader_id(self) -> int:
-        """This client's random id, u64, as servers and rings see it."""
-        return self._core.reader
-
-    def read(self, ref: Referring, *, into: Into | None = None, deadline_s: float | str | None = None) -> Payload:
+    def read(self, ref: Referring, *, into: Buffer | None = None, deadline_s: float | str | None = None) -> Payload:
         """Read one payload.
 
         Args:
@@ -110,7 +126,7 @@ class SyncUCXXClient(OfOneProcess):
         job = Job([ref], core.reactor.now() + limit_s)
         if into is not None:
             job.into = into
-        self._lead.perform(job, Reads.start_one, job)
+        self._lead.perform(job, Reads.start_one)
         return job.payload()
 
     def read_many(
@@ -125,13 +141,7 @@ class SyncUCXXClient(OfOneProcess):
         Returns:
             A list as long as `refs`: the payload, or the error that `read` would have raised.
         """
-        core = self._core
-        core.require_usable()
-        job = Job([*several(refs, "refs")], core.reactor.now() + core.limit_s(deadline_s))
-        remote, here = core.look_at(job, range(job.left))
-        if remote or here:
-            self._lead.perform(job, lambda _: core.go_on(job, remote, here))
-        return [outcome for outcome in job.outcomes if outcome is not None]
+        return self._done(self._core.read_call(refs, deadline_s)).results()
 
     def discard(self, refs: Iterable[Referring], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.
@@ -147,10 +157,7 @@ class SyncUCXXClient(OfOneProcess):
         Raises:
             ConfigError: the client is closed, or `deadline_s` is no duration.
         """
-        call = self._core.discard_call(refs, deadline_s)
-        if call.elsewhere or call.here:
-            self._lead.perform(call, lambda _: self._core.discard(call))
-        return call.found
+        return self._done(self._core.discard_call(refs, deadline_s)).found
 
     def take(
         self,
@@ -183,7 +190,7 @@ class SyncUCXXClient(OfOneProcess):
         take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
-            self._lead.perform(take, Reads.begin, take)
+            self._lead.perform(take, Reads.begin)
             return take.result()
         while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
             left_s = take.wait_until_s - core.reactor.now()
@@ -200,7 +207,7 @@ class SyncUCXXClient(OfOneProcess):
         question = Call(core.reactor.now() + core.config.deadline_s)
         answers: list[ClientStatistics] = []
 
-        def answer(_: Reads) -> None:
+        def answer(*_: object) -> None:
             answers.append(core.statistics())
             question.finish()
 
@@ -214,17 +221,147 @@ class SyncUCXXClient(OfOneProcess):
             return  # a forked child's copy: the connections are its parent's
         atexit.unregister(self.close)
         core.closed = True
-        if not self._lead.try_to_lead(0.0):
+        lead = self._lead
+        if not lead.lock.acquire(blocking=False):
             core.reactor.submit(core.fail_all)  # so that the thread that leads has no reason to
-            if not self._lead.try_to_lead(_CLOSE_WAIT_S):
+            if not lead.lock.acquire(timeout=_CLOSE_WAIT_S):
                 return  # it hangs in a callback of the application: whatever is closed now would be in use
         try:
             core.close()
         finally:
-            self._lead.leave()
+            lead.lock.release()
+            lead.wake(None)
+
+    def _done(self, call: _CallT) -> _CallT:
+        """A call of `read_call` or `discard_call`, done."""
+        if call.elsewhere or call.here:
+            self._lead.perform(call, Reads.go_on)
+        return call
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class _Lead:
+    """See the module."""
+
+    def __init__(self, core: ClientCore) -> None:
+        self._core = core
+        self.lock = threading.RLock()  # which tells, even after an interrupt at the worst moment, whose it is
+        self.followers: dict[threading.Lock, None] = {}  # each waits for its own to be released
+
+    def perform(self, call: Call, start: Callable[[Reads, Any], object]) -> None:
+        """Start a call by `start(reads, call)` and run the reactor until it is done, or let the leader do so.
+
+        Raises:
+            ConfigError: it was interrupted by a signal handler that calls this client itself.
+        """
+        lock, core = self.lock, self._core
+        if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - as `threading.Condition` asks
+            self._recover()
+        if not lock.acquire(blocking=False):
+            self._follow(call, start)
+            return
+        try:
+            if core.damaged:
+                core.repair()
+            start(core.reads, call)
+            run_once = core.reactor.run_once
+            while not call.done:
+                run_once(math.inf)  # the deadline is a timer of the reactor
+        except BaseException:
+            self._interrupted(call)
+            raise
+        finally:
+            lock.release()
+            if self.followers:
+                self.wake()
+
+    def wake(self, most: int | None = 1) -> None:
+        """Have one of those that follow take the lead if it is free, or have all of them look."""
+        for follower in tuple(self.followers)[:most]:
+            _wake(follower)
+
+    def _follow(self, call: Call, start: Callable[[Reads, Any], object]) -> None:
+        """Let the thread that leads start a call, and lead when it has left."""
+        core, lock, follower = self._core, self.lock, threading.Lock()
+        follower.acquire()
+        call.on_done = partial(_wake, follower)
+        self.followers[follower] = None
+        started: list[bool] = []
+
+        def begin() -> None:
+            if not started:
+                started.append(True)
+                start(core.reads, call)
+
+        reactor = None
+        try:
+            while not call.done:
+                if not started and reactor is not core.reactor:  # at first; and when what was submitted is gone
+                    reactor = core.reactor
+                    reactor.submit(begin)
+                if lock.acquire(blocking=False):
+                    self._lead_on(call)
+                else:
+                    self._wait(follower, call)
+        except BaseException:
+            started.append(False)
+            with suppress(ConfigError):
+                core.reactor.submit(partial(core.abandon, call))
+            raise
+        finally:
+            del self.followers[follower]
+            self.wake()
+
+    def _wait(self, follower: threading.Lock, call: Call) -> None:
+        follower.acquire(timeout=LOOK_S)
+        if self._core.reactor.now() - call.until_s > OVERDUE_S:
+            raise DeadlineExceededError("the thread that runs this client's connections does not get on")
+
+    def _lead_on(self, call: Call) -> None:
+        """With the lead: repair the core, or run the reactor until a call is done; then leave."""
+        core = self._core
+        try:
+            if core.damaged:
+                core.repair()
+            else:
+                while not call.done:
+                    core.reactor.run_once(math.inf)
+        except BaseException:
+            self._interrupted(call)
+            raise
+        finally:
+            self.lock.release()
+
+    def _interrupted(self, call: Call) -> None:
+        core = self._core
+        is_whole = core.reactor.asleep
+        core.damaged = True  # also if a second interrupt comes now
+        if is_whole:
+            core.abandon(call)
+            core.damaged = False
+        else:
+            call.done = True  # nothing is done for it any more
+
+    def _recover(self) -> None:
+        """This thread has the lead already: it was interrupted between taking it and using it, or between two uses."""
+        frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - the only way to know whether a signal handler asks
+        while frame is not None:
+            if frame.f_code in _LEADING and frame.f_locals.get("self") is self:
+                raise ConfigError("a signal handler has interrupted this client, and cannot use it; use another client")
+            frame = frame.f_back
+        while self.lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+            self.lock.release()
+
+
+_LEADING: Final = frozenset({_Lead.perform.__code__, _Lead._follow.__code__})  # noqa: SLF001 - its own
+
+
+def _wake(follower: threading.Lock, _: object = None) -> None:
+    """Let a thread that follows look again."""
+    with suppress(RuntimeError):  # it has been woken already
+        follower.release()

@@ -26,7 +26,7 @@ from ucxx_transport.client.jobs import Read, copy_of
 from ucxx_transport.client.line import Line
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import FRAMING_BYTES, OWN_WINDOW_BYTES, PortKey, next_request
-from ucxx_transport.errors import BusyError, PeerLostError, ProtocolError, StaleSlotError, TransportError
+from ucxx_transport.errors import BusyError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.wire.codec import clear_trailer, seal_of
 from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES, TRAILER_BYTES
 
@@ -45,27 +45,24 @@ class Connection(Line):
         queue: reads that wait to be posted.
         errands: that wait for it to be open, or for an answer here.
         attempts: asked for and not answered. late: how many of them have exceeded their time.
-        used_s: when it was last given a read. pool: it is one of these.
+        used_s: when it was last given a read.
     """
 
     def __init__(self, pool: Connections, engine: Dispatch, key: PortKey) -> None:
-        super().__init__(pool.config, pool.reactor, engine.reader, pool.schemas, key)
+        super().__init__(pool, key)
         self.queue: deque[Read] = deque()
         self.attempts: set[Read] = set()
         self.errands: list[Errand] = []
         self.late = 0
         self.used_s = 0.0
-        self.pool = pool
         self.lend = pool.lend
         self._engine = engine
 
     @property
     def idle(self) -> bool:
-        """Whether it is open and nothing uses it."""
         return self.is_open and not (self.attempts or self.queue or self.errands)
 
     def opened(self) -> None:
-        """See `Line`."""
         for read in self.queue:
             read.due_s = read.limit_s
         errands, self.errands = self.errands, []
@@ -118,33 +115,42 @@ class Connection(Line):
         for read in reads:  # while the server works
             read.seal = seal_of(read.ref)
 
-    def ask_one(self, read: Read, now: float) -> None:
-        """Ask for the one payload of a job, while nothing else is under way, in few steps.
+    def ask_one(self, read: Read, now: float) -> bool:
+        """Ask for one payload in few steps, if nothing else is under way here, nor to be learnt or said before.
 
         The request leaves before anything is made ready for its answer, which nothing takes in before the next turn.
         """
+        ref = read.ref
+        if (
+            not self.is_open
+            or self.attempts
+            or self.queue
+            or read.sequence
+            or ref.fingerprint not in self.schemas
+            or ref.ring_id in self.pool.unsettled
+        ):
+            return False
         engine, endpoint, due_s, unsent = self._engine, self.endpoint, read.limit_s, None
         assert endpoint is not None
         try:
             endpoint.post_send(self.session.fetch_one(read))
         except TransportError as error:
             unsent = error
-        read.connection, read.alternate = self, read.source.alternate
+        read.connection = self
         if engine.read_attempts > 1 or read.alternate is not None:
             due_s = (now + due_s) / 2  # as `Dispatch.asked`
-        read.place, read.due_s = "asked", due_s
+        read.due_s = due_s
         if due_s < engine.look_s:
             engine.look_at(due_s)
         self.used_s = now
         self.attempts.add(read)
-        read.seal = seal_of(read.ref)
-        _, _, end, whole = read.seal
+        _, _, end, whole = read.seal = seal_of(ref)
         try:
             read.message = message = self.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         except TransportError as error:
             engine.fail(read, error)
             self.fail(error)
-            return
+            return True
         read.view = view = message.data
         clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
         try:
@@ -153,6 +159,7 @@ class Connection(Line):
             endpoint.post_receive(view, partial(self._one_came, read), channel=read.number & MAX_CHANNEL)
         except TransportError as error:
             self.fail(error)
+        return True
 
     def _has_memory(self, read: Read) -> bool:
         try:
@@ -196,7 +203,6 @@ class Connection(Line):
             self.fail(error)
             return
         self.session.receive(offer, reads)
-        self._engine.orphans.update(read for read in reads if read.job is None)
         receives: list[tuple[memoryview, OnDone, int]] = [
             (read.view, partial(self.came, (read,)), read.number) for read in reads
         ]
@@ -213,30 +219,21 @@ class Connection(Line):
             self.fail(operation.error)
             return
         self.rested = False
-        session, schemas, attempts = self.session, self.schemas, self.attempts
+        session, attempts = self.session, self.attempts
         arrived: list[Read] = []
         refused: list[tuple[Read, TransportError]] = []
         for read in reads:
+            attempts.remove(read)
+            self.late -= read.late
             try:
                 session.verify(read, read.view)
             except TransportError as error:
                 error.__traceback__ = None  # its frames hold the message
-                self._answered(read)
                 refused.append((read, error))
                 if session.broken:
                     break
-                continue
-            ref = read.ref
-            if ref.fingerprint in schemas or read.job is None:
-                attempts.remove(read)  # as `_answered`
-                self.late -= read.late
-                arrived.append(read)
             else:
-                self._answered(read)
-                session.end(read, delivered=False)
-                refused.append(
-                    (read, ProtocolError("the reference names another schema than the ring at its port has"))
-                )
+                arrived.append(read)
         self._engine.arrived(self, arrived)
         for read, refusal in refused:  # which may close the connection: the ends of the others wait already
             self._engine.refused(read, refusal)
@@ -245,10 +242,10 @@ class Connection(Line):
         self.after_answers()
 
     def _one_came(self, read: Read, operation: Operation) -> None:
-        """The receive of a job's one payload is over.
+        """The receive of the one payload that was asked for is over.
 
-        An answer that is the whole payload, while there still is nothing else to do, needs no settling and no list of
-        ends: what `came` and `Reads.arrived` do of it is done here in one step. Whatever else comes is theirs.
+        An answer that is the whole payload, while there still is nothing else to do here, needs no list of ends: what
+        `came` and `Reads.arrived` do of it is done here in one step. Whatever else comes is theirs.
         """
         engine, job, ref, view = self._engine, read.job, read.ref, read.view
         assert read.seal is not None
@@ -256,12 +253,13 @@ class Connection(Line):
         if (
             operation.error is not None
             or self.closed
-            or read.place != "asked"
+            or read.late
+            or read.before is not None
             or ref.checksum is not None
             or len(self.attempts) > 1
             or self.queue
             or self.pool.waiting
-            or engine.wary
+            or engine.ports.wary
             or view[:HEADER_BYTES] != header
             or view[end:whole] != trailer
             or job is None
@@ -277,13 +275,13 @@ class Connection(Line):
                 self.came((read,), operation)
                 return
         content = read.message[HEADER_BYTES : HEADER_BYTES + ref.nbytes]
-        job.outcomes[0] = Payload(ref, content, self.schemas[ref.fingerprint], "ucx")
-        read.place, read.job = "over", None
+        job.outcomes[read.index] = Payload(ref, content, self.schemas[ref.fingerprint], "ucx")
+        del job.reads[read.index]
+        read.job = None
         read.source.under_way -= 1
         self.rested = True
         self.attempts.clear()
-        job.reads.clear()
-        job.left = 0
+        job.left -= 1
         if job.is_held:
             job.held = read
         else:
@@ -292,15 +290,15 @@ class Connection(Line):
             way.nbytes += ref.nbytes
             way.recent_s.append(time.perf_counter() - job.began_s)
             self._end_one(read, delivered=True)
+        if len(job.outcomes) > 1:
+            if not job.left:
+                engine.finished.append(job)
+                engine.settle()
+            return
         job.done = True
         engine.jobs.discard(job)  # not before: an interrupt must not lose it
         if job.on_done is not None:
             job.finish()
-
-    def _answered(self, read: Read) -> None:
-        """An attempt is in flight no more."""
-        self.attempts.remove(read)
-        self.late -= read.late
 
     def end_held(self, read: Read, *, delivered: bool) -> None:
         """End an attempt that was kept in suspense; where the connection is lost meanwhile, by the next one."""
@@ -342,7 +340,6 @@ class Connection(Line):
         engine.settle()
 
     def send_ends(self) -> None:
-        """Send the ends that wait, in a frame of their own."""
         endpoint = self.endpoint
         if self.closed or endpoint is None or not self.session.ends:
             return
@@ -352,7 +349,6 @@ class Connection(Line):
             self.fail(error)
 
     def run(self, errand: Errand) -> None:
-        """Start an errand as soon as the connection is open."""
         if self.is_open:
             errand.start(self)
         else:
@@ -379,9 +375,6 @@ class Connection(Line):
             return
         self.closed = True
         self.stop_timer()
-        for read in self.attempts:
-            read.place = "over"
-            self._engine.orphans.discard(read)
         for left in (self.attempts, self.queue, self.errands):
             left.clear()
         self.session.close()

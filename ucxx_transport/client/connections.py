@@ -17,9 +17,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Never
 
-from ucxx_transport.errors import TransportError
+from ucxx_transport.errors import ProtocolError, TransportError
 from ucxx_transport.link.process import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.logs import get_logger
 from ucxx_transport.wire.frames import MAX_NAMES, Status
@@ -47,9 +47,14 @@ ENDS_DELAY_S: Final = 0.001
 
 GOODBYE_TIMEOUT_S: Final = 0.5
 
-Connect: TypeAlias = "Callable[[PortKey], Carrier]"
-
 _log = get_logger(__name__)
+
+
+class Schemas(dict[int, "Schema | None"]):
+    """By fingerprint, those of the rings behind all connections so far; raw bytes have none."""
+
+    def __missing__(self, fingerprint: int) -> Never:
+        raise ProtocolError("the reference names another schema than the ring at its port has")
 
 
 class Connections:
@@ -58,20 +63,20 @@ class Connections:
     Attributes:
         known: by port. waiting: those that have not been started.
         ending: those with ends that wait for a request to go along with.
-        schemas: by fingerprint, of the rings behind all connections so far; raw bytes have none.
+        schemas: see there.
         unsettled: by ring, deliveries and discards that its servers may not know of.
     """
 
-    def __init__(self, base: ClientBase, reactor: Reactor, connect: Connect) -> None:
+    def __init__(self, base: ClientBase, reactor: Reactor, connect: Callable[[PortKey], Carrier]) -> None:
         self.config = config = base.config
         self.reactor = reactor
-        self.counters = base.counters
+        self.reader, self.counters = base.reader, base.counters
         self.lend = base.pool.lend
         self.max_age_s = config.pool_endpoint_max_age_s
         self.known: dict[PortKey, Carrier] = {}
         self.waiting: deque[Carrier] = deque()
         self.ending: set[Carrier] = set()
-        self.schemas: dict[int, Schema | None] = {0: None}
+        self.schemas = Schemas({0: None})
         self.unsettled: OrderedDict[bytes, deque[SlotRef]] = OrderedDict()
         self.closed = False
         self._connect = connect
@@ -81,7 +86,6 @@ class Connections:
         self._is_queue_logged = False
 
     def to(self, key: PortKey, now: float) -> Carrier:
-        """The connection to a port, opened if there is none."""
         connection = self.known.get(key)
         if connection is None or (now - connection.used_s > self.max_age_s and connection.idle):
             self._close_aged(now)  # also those to sources that are not read any more
@@ -92,7 +96,6 @@ class Connections:
         return connection
 
     def evict(self, key: PortKey) -> None:
-        """Close the connection to a port if nothing uses it."""
         connection = self.known.get(key)
         if connection is not None and connection.idle:
             connection.close()
@@ -119,7 +122,6 @@ class Connections:
         self._closing += 1
 
     def descriptors_free(self, _: bool) -> None:  # noqa: FBT001 - as a link calls it
-        """A closed connection's descriptors are free."""
         self._closing -= 1
         self._start_waiting()
 
@@ -135,7 +137,6 @@ class Connections:
                 other.close()
 
     def close(self) -> None:
-        """Close every connection. Idempotent."""
         self.closed = True
         self.waiting.clear()
         for connection in tuple(self.known.values()):
@@ -177,7 +178,6 @@ class Connections:
         return len(self.known) - len(self.waiting) + self._closing
 
     def _has_room(self) -> bool:
-        """Whether there are descriptors for one more."""
         if self._budget is None:
             others = descriptors_in_use() - self._in_use * PER_CONNECTION
             self._budget = connection_budget(limit=raised_limit(), in_use=others, asked=self.config.max_connections)
@@ -197,7 +197,6 @@ class Connections:
         self.ending.add(connection)
 
     def send_ends(self) -> None:
-        """Send all ends that wait."""
         while self.ending:
             self.ending.pop().send_ends()
 

@@ -1,7 +1,7 @@
 """ClientCore, which the blocking and the asyncio client and the prefetcher share.
 
 It has an identity, settings, buffers, counts and names; it reads rings of this host at once, in any thread, and has a
-reactor with the reads over the link. What begins or ends those is for the thread that runs the reactor.
+reactor with `reads`: what begins or ends there is for the thread that runs the reactor.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from ucxx_transport.client.buffer_pool import PageLocker
-from ucxx_transport.client.errands import Discard, RingDiscard, SourceErrand, Take
+from ucxx_transport.client.errands import Discard, SourceErrand, Take
 from ucxx_transport.client.jobs import Call, ClientBase, Job, OnPayload, Takeable, clear_frames
-from ucxx_transport.client.local import Entry, Into, LocalReader
-from ucxx_transport.client.membership import Membership, Watcher
+from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.payload import writable_bytes
-from ucxx_transport.client.reads import Reads
+from ucxx_transport.client.reads import Membership, Reads, Watcher
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.link.reactor import Reactor
@@ -30,14 +27,15 @@ from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ucxx_transport.client.buffer_pool import PageLocker
+    from ucxx_transport.client.jobs import Entry
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.link.endpoint import Link
     from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.episode_record import Referring
-
-LOCK_PAUSE_S: Final = 0.05
-"""A ring whose lock was held is tried again after this."""
 
 
 class ClientCore(ClientBase):
@@ -74,10 +72,10 @@ class ClientCore(ClientBase):
                 "'auto', which then copies into those, or receive with device='cpu'",
                 field="local",
             )
-        super().__init__(config, page_locker, None if watcher is None else Membership(watcher), clock)
+        super().__init__(config, page_locker, clock)
         self.local = LocalReader(self, page_locker is None if in_place is None else in_place)
-        self._locked: dict[Job | Discard, Callable[[], None]] = {}  # calls that wait for a ring's lock
-        self.closed = self.damaged = False
+        self._membership = None if watcher is None else Membership(watcher)
+        self.damaged = False
         self.pid = os.getpid()
         self._link_factory = link_factory
         self._on_link = on_link
@@ -85,7 +83,8 @@ class ClientCore(ClientBase):
         self.reactor = self.reads.reactor
 
     def _opened(self) -> Reads:
-        return Reads(self, Reactor(self._open_link, spin_s=self.config.spin_s, clock=self.clock))
+        reactor = Reactor(self._open_link, spin_s=self.config.spin_s, clock=self.clock)
+        return Reads(self, reactor, self.local, self._membership)
 
     def _open_link(self, timers: Reactor) -> Link:
         if self._link_factory is not None:
@@ -113,7 +112,7 @@ class ClientCore(ClientBase):
         """The seconds that a call may take; a ConfigError when they are no duration."""
         return self.config.deadline_s if deadline_s is None else checked_seconds(deadline_s, "deadline_s")
 
-    def admit(self, ref: SlotRef, into: Into | None) -> SharedRingBuffer | None:
+    def admit(self, ref: SlotRef, into: Buffer | None) -> SharedRingBuffer | None:
         """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
 
         Raises:
@@ -141,12 +140,12 @@ class ClientCore(ClientBase):
 
     def begin(
         self,
-        refs: Sequence[SlotRef],
+        refs: Iterable[SlotRef],
         deadline_s: float | str | None = None,
         *,
         on_done: Callable[[Any], object] | None = None,
         on_payload: OnPayload | None = None,
-        into: Into | None = None,
+        into: Buffer | None = None,
     ) -> Job:
         """Read payloads: those of this host's rings now, the others as the reactor is run.
 
@@ -158,18 +157,24 @@ class ClientCore(ClientBase):
             on_payload: called with each payload and its index as it comes; what it returns takes the payload's place, a
                 TransportError that it raises becomes the outcome.
         """
-        self.require_usable()
-        limit_s = self.limit_s(deadline_s)
-        job = Job([*refs], self.reactor.now() + limit_s, on_done)
-        job.on_payload, job.into = on_payload, into
-        self.go_on(job, *self.look_at(job, range(len(refs))))
+        job = self._job(refs, deadline_s)
+        job.on_done, job.on_payload, job.into = on_done, on_payload, into
+        self.reads.go_on(self._look_at(job))
         return job
 
-    def look_at(self, job: Job, indices: Iterable[int]) -> tuple[list[int], Sequence[Entry]]:
-        """Read what a job reads on this host, unless there is more to read; returns what is left for `go_on`."""
-        remote: list[int] = []
+    def read_call(self, refs: Iterable[Referring], deadline_s: float | str | None) -> Job:
+        """A call that reads payloads of this host's rings now, unless there are others too; the rest is `elsewhere`."""
+        return self._look_at(self._job(refs, deadline_s))
+
+    def _job(self, refs: Iterable[Referring], deadline_s: float | str | None) -> Job:
+        self.require_usable()
+        return Job([*several(refs, "refs")], self.reactor.now() + self.limit_s(deadline_s))
+
+    def _look_at(self, job: Job) -> Job:
+        """Admit the payloads of a job that have no outcome; read those of this host, if they are all."""
+        job.elsewhere = []
         here: list[Entry] = []
-        for index in indices:
+        for index in job.missing:
             try:
                 ref = job.refs[index]
                 if type(ref) is not SlotRef:
@@ -179,45 +184,21 @@ class ClientCore(ClientBase):
                 self.local.over(job, index, error)
                 continue
             if ring is None:
-                remote.append(index)
+                job.elsewhere.append(index)
             else:
                 here.append((index, ring))
-        return remote, here if remote else self.local.in_turn(job, here)
-
-    def go_on(self, job: Job, remote: Sequence[int], here: Sequence[Entry]) -> None:
-        """Do the rest of a job after `look_at`: what is asked of other hosts leaves before anything is copied here."""
-        if remote and len(job.refs) == 1:
-            self.reads.start_one(job)
-        elif remote:
-            self.reads.start(job, remote)
-            here = self.local.in_turn(job, here)
-        if here:
-            self.reads.jobs.add(job)
-        self._until_free(job, here, partial(self.reads.here_over, job))
-
-    def _until_free(self, call: Job | Discard, held: Sequence[Entry], over: Callable[[], object]) -> None:
-        """Visit rings whose locks are held ever again, while the reactor does what else there is; then it is `over`."""
-
-        def again() -> None:
-            if call.done:
-                self._locked.pop(call, None)
-            else:  # where an interrupt ends it, `repair` finds the call
-                self._until_free(call, () if self.closed else self.local.in_turn(call, held), over)
-
-        if held:
-            self._locked[call] = again
-            self.reactor.call_at(min(self.reactor.now() + LOCK_PAUSE_S, call.until_s), again)
-        else:
-            self._locked.pop(call, None)
-            over()
+        job.here = here if job.elsewhere else self.local.in_turn(job, here)
+        return job
 
     def discard_call(self, refs: Iterable[Referring], deadline_s: float | str | None = None) -> Discard:
-        """Let payloads of this host's rings go unread; `discard` does so with the others, if there are any."""
+        """A call that lets payloads of this host's rings go unread now; the others are `elsewhere`."""
         self.require_usable()
-        named = [*_payloads(several(refs, "refs"))]
-        call = Discard(named, self.reactor.now() + self.limit_s(deadline_s))
+        call = Discard([], self.reactor.now() + self.limit_s(deadline_s))
         here: list[Entry] = []
-        for index, ref in enumerate(named):
+        for each in several(refs, "refs"):
+            with suppress(StaleSlotError):  # a record without a payload has none to discard
+                call.refs.append(slot_ref_of(each))
+        for index, ref in enumerate(call.refs):
             with suppress(TransportError):  # gone, delivered before, or out of this client's reach
                 ring = self.local.ring_of(ref)
                 if ring is not None:
@@ -227,13 +208,6 @@ class ClientCore(ClientBase):
                     call.elsewhere.setdefault(ref.ring_id, []).append(ref)
         call.here = self.local.in_turn(call, here)
         return call
-
-    def discard(self, call: Discard) -> None:
-        """Do the rest of a call of `discard_call`, as the reactor is run."""
-        call.left += len(call.elsewhere)
-        for refs in call.elsewhere.values():
-            self.reads.begin(RingDiscard(call, refs))
-        self._until_free(call, call.here, call.part_over)
 
     def take_call(self, source: Takeable | Referring, wait_s: float | str, **what: Any) -> Take:
         """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
@@ -274,16 +248,13 @@ class ClientCore(ClientBase):
         reads.errands.update(errand for errand in old.errands.difference(jobs) if not errand.done)
         for names in old.connections.unsettled.values():
             reads.connections.owe(names)
+        reads.locked.update(call for call in old.locked if isinstance(call, Discard))  # jobs: as what follows
         self.reads, self.reactor = reads, reads.reactor
-        for call, again in tuple(self._locked.items()):
-            if isinstance(call, Discard):
-                again()
-            else:  # as what follows
-                del self._locked[call]
+        for discard in tuple(reads.locked):
+            reads.visit_again(discard)
         for job in unfinished:
-            missing = job.missing
-            job.left = len(missing)
-            self.go_on(job, *self.look_at(job, missing))  # which reports it at once when nothing is missing
+            job.left = len(job.missing)
+            reads.go_on(self._look_at(job))  # which reports it at once when nothing is missing
         for errand in tuple(reads.errands):
             if isinstance(errand, SourceErrand):
                 errand.bind(reads)
@@ -315,15 +286,14 @@ class ClientCore(ClientBase):
 
     def end(self) -> None:
         """The second half: nothing is left behind. Payloads still held stay valid."""
-        if self.membership is not None:
-            self.membership.close()
+        if self._membership is not None:
+            self._membership.close()
         self.reads.connections.close()
         self.reactor.close()
         self.local.close()
         self.pool.close()
 
     def statistics(self) -> ClientStatistics:
-        """The counts now."""
         refuse_forked(self.pid, "client")
         pool = self.pool.statistics()
         link = self.reactor.link if self.reactor.has_link and not self.reactor.closed else None
@@ -341,10 +311,3 @@ def _note_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_note_fork)
-
-
-def _payloads(refs: Iterable[object]) -> Iterator[SlotRef]:
-    """The payloads of what a caller names; a record without one has none to discard. Errors as `slot_ref_of`."""
-    for ref in refs:
-        with suppress(StaleSlotError):
-            yield slot_ref_of(ref)

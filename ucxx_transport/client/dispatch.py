@@ -13,25 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport import errors
+from ucxx_transport.client import ports
 from ucxx_transport.client.jobs import Outcome, copy_of, too_late
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.ports import (
-    PROBE_S,
-    PortKey,
-    Ports,
-    Source,
-    backoff_s,
-    blames_port,
-    retries_slot,
-    rotates,
-    shares,
-)
 from ucxx_transport.errors import PeerLostError, TransportError
 from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.jobs import Carrier, ClientBase, Errand, Job, Read
+    from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.schema import SlotRef
 
@@ -55,15 +46,13 @@ class Dispatch(ABC):
     """See the module; what begins and ends reads is in `reads`.
 
     Attributes:
-        reader, counters: the client's. delivered: counts what came over the link.
+        counters: the client's. delivered: counts what came over the link.
         claim: see `Deduplicator`. claimed: the last that was.
         reactor: runs it. now, call_at: the reactor's.
         ports: of all sources. connections: to them.
         jobs: those with reads that have no outcome.
         finished: jobs that have all their outcomes, until `settle` reports them.
-        orphans: attempts in flight that no read waits for, and late ones.
         errands: those that are not over.
-        wary: whether any port is in quarantine.
         again: reads that are to go on, until `settle`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """
@@ -71,20 +60,17 @@ class Dispatch(ABC):
     connections: Connections
 
     def __init__(self, base: ClientBase, reactor: Reactor) -> None:
-        self.reader = base.reader
         self.counters = base.counters
         self.claimed: list[SlotRef] = []
         self.claim = partial(base.delivered.claim, note=self.claimed)
         self.delivered = base.counters.ways["ucx"]
-        self.ports = Ports(base.config.port_quarantine_s, base.reader)
+        self.ports = ports.Ports(base.config.port_quarantine_s, base.reader)
         self.reactor = reactor
         self.now = reactor.now
         self.call_at = reactor.call_at
         self.jobs: set[Job] = set()
         self.finished: list[Job] = []
-        self.orphans: set[Read] = set()
         self.errands: set[Errand] = set()
-        self.wary = False
         self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
         self.look_s = math.inf
         self.read_attempts = base.config.read_attempts
@@ -95,61 +81,47 @@ class Dispatch(ABC):
     def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
         """Attempts have brought their payloads, whose schemas are known; each is ended, unless it is held."""
 
-    def _run(self) -> None:
-        """Give every read that waits for one a port."""
-        while self.again:
-            (source, key), reads = self.again.popitem()
-            reads = [read for read in reads if read.job is not None]
-            if reads and key is None:
-                self.assign(source, reads, self.now())
-            elif reads and key is not None:
-                self._enqueue(key, reads, self.now())
-
     def assign(self, source: Source, reads: list[Read], now: float) -> None:
         """Give reads, of one source, a port each."""
         keys = source.keys
-        if self.wary:
+        if self.ports.wary:
             keys = self.ports.healthy(source, now)
             if not keys:
                 keys = source.keys
                 for read in reads:
                     if read.job is not None and not read.job.alone:
-                        read.limit_s = min(read.limit_s, now + PROBE_S)
-        first, count, ports = source.first(keys, alone=source.under_way <= len(reads)), len(reads), len(keys)
-        nbytes = sum(read.ref.nbytes for read in reads) if ports > 1 and count > 1 else 0
+                        read.limit_s = min(read.limit_s, now + ports.PROBE_S)
+        first, count = source.first(keys, alone=source.under_way <= len(reads)), len(keys)
+        nbytes = sum(read.ref.nbytes for read in reads) if count > 1 and len(reads) > 1 else 0
         start = 0
-        for number, share in enumerate(shares(count, nbytes, ports), start=first):
+        for number, share in enumerate(ports.shares(len(reads), nbytes, count), start=first):
             group = reads[start : start + share]
             start += share
             for read in group:
-                read.alternate = keys[(number + 1) % ports] if ports > 1 else None
-            self._enqueue(keys[number % ports], group, now)
+                read.alternate = keys[(number + 1) % count] if count > 1 else None
+            self._enqueue(keys[number % count], group, now)
 
-    def reassign(self, reads: Iterable[Read]) -> None:
-        """Give reads that were not asked yet a port again."""
+    def reassign(self, reads: Iterable[Read], key: PortKey | None = None) -> None:
+        """Give reads that are not asked any more, or not yet, a port again: this one, or the one that is due."""
         for read in reads:
-            self._go_on(read)
-
-    def _go_on(self, read: Read, key: PortKey | None = None) -> None:
-        read.place = "over"  # until it is queued, nothing is due
-        read.due_s = read.limit_s
-        self.again.setdefault((read.source, key), []).append(read)
+            self.again.setdefault((read.source, key), []).append(read)
 
     def _enqueue(self, key: PortKey, reads: list[Read], now: float) -> None:
         """Let reads wait for their turn on a connection, which may have come."""
         connection = self.connections.to(key, now)
+        if len(reads) == 1 and connection.ask_one(reads[0], now):
+            return
+        soonest_s = math.inf
         for read in reads:
-            read.place = "queued"
+            is_last = connection.is_open or (read.alternate is None and read.call >= self.read_attempts)
+            read.due_s = read.limit_s if is_last else (now + read.limit_s) / 2
             read.connection = connection
+            soonest_s = min(soonest_s, read.due_s)
         connection.queue.extend(reads)
         if connection.is_open:
             connection.pump()
-        for read in reads:
-            if read.place == "queued":
-                limit_s = read.limit_s
-                is_last = connection.is_open or (read.alternate is None and read.call >= self.read_attempts)
-                read.due_s = limit_s if is_last else (now + limit_s) / 2
-                self.look_at(read.due_s)
+        if connection.queue:
+            self.look_at(soonest_s)
 
     def asked(self, connection: Carrier, reads: Iterable[Read]) -> None:
         """Reads are asked of a port now; when that will have taken too long, see `ports.attempt_budget_s`."""
@@ -158,7 +130,7 @@ class Dispatch(ABC):
             due_s = read.limit_s
             if read.alternate is not None or read.call < self.read_attempts:
                 due_s = (now + due_s) / 2
-            read.connection, read.place, read.due_s = connection, "asked", due_s
+            read.connection, read.due_s = connection, due_s
             soonest_s = min(soonest_s, due_s)
         self.look_at(soonest_s)
 
@@ -169,14 +141,7 @@ class Dispatch(ABC):
         if not self.ports.avoids(key, now):
             _log.warning("port_quarantined", host=key[0], port=key[1], reason=error.message)
         self.ports.quarantine(key, now)
-        self.wary = True
         self.connections.evict(key)
-
-    def forgive(self, key: PortKey) -> None:
-        """A port has answered, or is said to be there."""
-        if self.wary:
-            self.ports.forgive(key)
-            self.wary = self.ports.avoids_any(self.now())
 
     def connection_lost(
         self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
@@ -188,11 +153,10 @@ class Dispatch(ABC):
         key = connection.key
         reads = [read for read in (*asked, *queued) if read.job is not None]
         if stale and isinstance(error, PeerLostError):
-            for read in reads:
-                self._go_on(read, key)  # no reason to distrust the port
+            self.reassign(reads, key)  # no reason to distrust the port
         else:
             failed = [read for read in (asked if connection.is_open else reads) if read.job is not None]
-            if blames_port(error) and (failed or not connection.is_open):
+            if ports.blames_port(error) and (failed or not connection.is_open):
                 self.quarantine(key, error)
             for source in {read.source for read in failed}:
                 source.advance()
@@ -211,45 +175,42 @@ class Dispatch(ABC):
         if (
             alternate is None
             or now >= read.limit_s
-            or not rotates(error)
+            or not ports.rotates(error)
             or (self.ports.avoids(alternate, now) and self.ports.healthy(read.source, now))
         ):
             self._call_failed(read, error, now)
         else:
             self.counters.add("rotations")
-            self._go_on(read, alternate)
+            self.reassign((read,), alternate)
 
     def _call_failed(self, read: Read, error: TransportError, now: float) -> None:
         """The slot layer: a fresh call, or the end of the read."""
         job, source = read.job, read.source
         assert job is not None
-        is_port, is_late = blames_port(error), isinstance(error, errors.DeadlineExceededError)
+        is_port, is_late = ports.blames_port(error), isinstance(error, errors.DeadlineExceededError)
         remaining_s = job.until_s - now
         hopeless = (
             is_port
             and not job.alone
             and (read.limit_s < job.until_s or (is_late and not self.ports.healthy(source, now)))
         )
-        if not hopeless and retries_slot(
+        if not hopeless and ports.retries_slot(
             error, attempt=read.call, read_attempts=self.read_attempts, remaining_s=remaining_s
         ):
             self.counters.add("retries")
-            pause_s = backoff_s(error, read.call)
+            pause_s = ports.backoff_s(error, read.call)
             read.call += 1
             read.limit_s = job.until_s
             if pause_s:
-                read.place = "paused"
-                read.due_s = now + pause_s
-                self.look_at(read.due_s)
+                self.call_at(now + pause_s, partial(self._resume, read))
             else:
-                self._go_on(read)
+                self.reassign((read,))
             return
         if remaining_s <= 0 and error.retryable and not is_late:
             error = too_late(read.ref, last=error.message)
         self.fail(read, error)
 
     def look_at(self, when_s: float) -> None:
-        """See that `_look_round` is called by then."""
         if when_s < self.look_s:
             if self._look is not None:
                 self._look.cancel()
@@ -260,80 +221,83 @@ class Dispatch(ABC):
         """Take a step with everything that is due."""
         self._look = None
         self.look_s = math.inf
-        now = self.now()
-        for job, read in [(each, read) for each in self.jobs for read in each.reads.values()]:
-            if read.due_s <= now and read.job is not None:
-                self._due(read, job, now)
-        for attempt in tuple(self.orphans):
-            if attempt.due_s <= now:
-                attempt.due_s = now + LATE_GRACE_S
-                connection = attempt.connection
-                if attempt.late and connection.late == len(connection.attempts):  # there is nothing to wait for
-                    facts = {"host": connection.key[0], "port": connection.key[1], "reason": "aborted"}
-                    connection.fail(PeerLostError("the port has not answered in time", **facts))
-                elif not attempt.late:
-                    attempt.late = True
-                    connection.late += 1
+        now, known = self.now(), self.connections.known
+        for connection in tuple(known.values()):
+            for read in tuple(connection.queue):
+                if read.due_s <= now and read.job is not None:
+                    self._queued_too_long(connection, read, read.job, now)
+            for read in tuple(connection.attempts):
+                if read.due_s <= now and not connection.closed:
+                    self._asked_too_long(connection, read, now)
         for errand in tuple(self.errands):
             if errand.due_s <= now:
                 errand.due()
         self.settle()
-        due_s = [read.due_s for job in self.jobs for read in job.reads.values()]
-        due_s += [attempt.due_s for attempt in self.orphans] + [errand.due_s for errand in self.errands]
-        self.look_at(min(due_s, default=math.inf))
+        due_s = [read.due_s for connection in known.values() for read in connection.queue if read.job is not None]
+        due_s += [read.due_s for connection in known.values() for read in connection.attempts]
+        self.look_at(min(due_s + [errand.due_s for errand in self.errands], default=math.inf))
 
-    def _due(self, read: Read, job: Job, now: float) -> None:
-        connection = read.connection
-        if read.place == "paused":
-            if now < job.until_s:
-                self._go_on(read)
+    def _queued_too_long(self, connection: Carrier, read: Read, job: Job, now: float) -> None:
+        if self._probes_no_more(connection, read, job, now):
+            return
+        other = self.connections.known.get(read.alternate) if read.alternate is not None else None
+        if now < read.limit_s and connection in self.connections.waiting and not (other and other.is_open):
+            read.due_s = read.limit_s  # no port has failed, and another connection would wait as well
+            return
+        connection.queue.remove(read)
+        read.source.advance()
+        self.failed(read, too_late(read.ref))
+
+    def _asked_too_long(self, connection: Carrier, read: Read, now: float) -> None:
+        """An attempt has exceeded its time: its connection takes no new ones until it has been answered."""
+        job = read.job
+        if not read.late and job is not None and self._probes_no_more(connection, read, job, now):
+            return
+        read.due_s = now + LATE_GRACE_S
+        if read.late:
+            if connection.late == len(connection.attempts):  # there is nothing to wait for
+                facts = {"host": connection.key[0], "port": connection.key[1], "reason": "aborted"}
+                connection.fail(PeerLostError("the port has not answered in time", **facts))
+            return
+        read.late = True
+        connection.late += 1
+        if job is not None:
+            error = too_late(read.ref, port=connection.key[1])
+            self.quarantine(connection.key, error)
+            if connection.late == 1:
+                self.reassign(connection.queue)
+                connection.queue.clear()
+            job.reads[read.index] = successor = read.successor()
+            read.source.advance()
+            self.failed(successor, error)
+
+    def _probes_no_more(self, connection: Carrier, read: Read, job: Job, now: float) -> bool:
+        """Whether the port has answered another read since this one was to be a probe: then it has all its time."""
+        if read.limit_s >= job.until_s or self.ports.avoids(connection.key, now):
+            return False
+        read.limit_s = read.due_s = job.until_s
+        return True
+
+    def _resume(self, read: Read) -> None:
+        if read.job is not None:
+            if self.now() < read.job.until_s:
+                self.reassign((read,))
             else:
                 self.fail(read, too_late(read.ref))
-            return
-        if read.limit_s < job.until_s and not self.ports.avoids(connection.key, now):
-            read.limit_s = read.due_s = job.until_s  # the port has answered another read meanwhile
-            return
-        error: TransportError = too_late(read.ref)
-        if read.place == "asked":
-            error = too_late(read.ref, port=connection.key[1])
-            self._late(read, error, now)
-            read = job.reads[read.index] = read.successor()
-        elif read in connection.queue:
-            other = self.connections.known.get(read.alternate) if read.alternate is not None else None
-            if now < read.limit_s and connection in self.connections.waiting and not (other and other.is_open):
-                read.due_s = read.limit_s  # no port has failed, and another connection would wait as well
-                return
-            connection.queue.remove(read)
-        read.source.advance()
-        self.failed(read, error)
-
-    def _late(self, read: Read, error: TransportError, now: float) -> None:
-        """An attempt has exceeded its time: its connection takes no new ones until it has been answered."""
-        connection = read.connection
-        read.late, read.place = True, "over"
-        read.due_s = now + LATE_GRACE_S
-        self.orphans.add(read)
-        connection.late += 1
-        self.quarantine(connection.key, error)
-        if connection.late == 1:
-            self.reassign(connection.queue)
-            connection.queue.clear()
+            self.settle()
 
     def refused(self, read: Read, error: TransportError) -> None:
         """The server has answered without a payload, or with something that is none."""
         key = read.connection.key
-        self.forgive(key)
-        read.place = "over"
+        self.ports.forgive(key, self.now())
         if read.job is None or read.late:
-            self.orphans.discard(read)
             return  # the read has gone on without it
-        if blames_port(error):
+        if ports.blames_port(error):
             self.quarantine(key, error)
         read.source.advance()
         self.failed(read, error)
 
     def fail(self, read: Read, error: TransportError) -> None:
-        """A read has its outcome: an error."""
         error.__traceback__ = None  # its frames may hold a buffer
         self.counters.failed(error)
         self.over(read, error)
@@ -342,12 +306,11 @@ class Dispatch(ABC):
         """A payload has its outcome, by this read, or by the late attempt of one before it."""
         job, index = read.job, read.index
         assert job is not None
-        current = job.reads.pop(index)
-        read.job = current.job = None
-        current.source.under_way -= 1
-        if current.place == "asked":  # its attempt goes on without it
-            self.orphans.add(current)
-            self.look_at(current.due_s)
+        attempt: Read | None = job.reads.pop(index)
+        read.source.under_way -= 1
+        while attempt is not None:  # those in flight go on without it
+            attempt.job = None
+            attempt = attempt.before
         job.outcomes[index] = outcome
         job.left -= 1
         if not job.left:
@@ -376,14 +339,16 @@ class Dispatch(ABC):
         try:
             while self.again or self.finished:
                 if self.again:
-                    self._run()
+                    (source, key), reads = self.again.popitem()
+                    reads = [read for read in reads if read.job is not None]
+                    if reads and key is None:
+                        self.assign(source, reads, self.now())
+                    elif reads and key is not None:
+                        self._enqueue(key, reads, self.now())
                     continue
                 if self.connections.ending:
                     self.connections.send_ends()
                 job = self.finished.pop(0)
-                for attempt in self.orphans:
-                    if attempt.job is job:
-                        attempt.job = None
                 job.finish()
                 self.jobs.discard(job)  # not before: an interrupt must not lose it
         finally:

@@ -24,8 +24,7 @@ from ucxx_transport.client.jobs import Call, Job, Read, Takeable
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import backoff_s, blames_port, retries_slot
 from ucxx_transport.errors import BusyError, ConfigError, DeadlineExceededError, StaleSlotError, TransportError
-from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.slot_ref import Common, common_of, renumbered
+from ucxx_transport.schema.slot_ref import renumbered
 from ucxx_transport.schema.wire_form import record_and_meta
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Carrier
-    from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.client.jobs import Carrier, Entry
+    from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offer
 
 Selector = Literal["oldest", "newest"]
@@ -93,13 +92,12 @@ class SourceErrand(ABC):
         self._asked_until_s = self.until_s if is_last else (now + self.until_s) / 2
         self._look_at(self._asked_until_s)
         whose = engine.ports.source(source.host, tuple(source.ports))
-        keys = (engine.wary and engine.ports.healthy(whose, now)) or whose.keys
+        keys = (engine.ports.wary and engine.ports.healthy(whose, now)) or whose.keys
         self._connection = connection = engine.connections.to(keys[whose.first(keys, alone=True)], now)
         whose.advance()
         connection.run(self)
 
     def start(self, connection: Carrier) -> None:
-        """The connection is open."""
         if self._is_asked(connection):
             self.say(connection)
 
@@ -180,7 +178,6 @@ class Take(Job, SourceErrand):
         self._records: Sequence[Mapping[str, object] | None] = ()
 
     def say(self, connection: Carrier) -> None:
-        """See `SourceErrand`."""
         now = self._engine.now()
         wait_s = max(0.0, min(self.wait_until_s - now, MAX_WAIT_S, (self._asked_until_s - now) / 2))
         wait_ms = math.ceil(wait_s * 1000)
@@ -188,7 +185,6 @@ class Take(Job, SourceErrand):
         self.send(connection, asked, self._offered)
 
     def over(self, error: TransportError | None) -> None:
-        """See `SourceErrand`."""
         self._error = error
         self.finish()
 
@@ -225,8 +221,9 @@ class Take(Job, SourceErrand):
         alternate = next((key for key in source.keys if key != connection.key), None)
         reads: list[Read] = []
         records = []
+        asked = self.source
+        common = (offer.ring_id, asked.ring_name, asked.host_id, asked.host, tuple(asked.ports), offer.fingerprint)
         try:
-            common = self._common(offer)
             for index, (slot, generation, nbytes, checksum, _, envelope) in enumerate(offer.payloads):
                 record, meta = record_and_meta(envelope)
                 ref = renumbered(common, slot, generation, nbytes, checksum, meta)
@@ -250,25 +247,6 @@ class Take(Job, SourceErrand):
             engine.errands.discard(self)
         connection.receive(offer, reads)
 
-    def _common(self, offer: Offer) -> Common:
-        """What the references of what was picked have in common."""
-        source = self.source
-        if isinstance(source, SlotRef) and (source.ring_id, source.fingerprint) == (offer.ring_id, offer.fingerprint):
-            return common_of(source)
-        return common_of(
-            SlotRef(
-                ring_id=offer.ring_id,
-                ring_name=source.ring_name,
-                slot=0,
-                generation=0,
-                nbytes=0,
-                host_id=source.host_id,
-                host=source.host,
-                ports=tuple(source.ports),
-                fingerprint=offer.fingerprint,
-            )
-        )
-
 
 class RingDiscard(SourceErrand):
     """The part of a discard that is of one ring. What cannot be said by its deadline goes along with the next read."""
@@ -279,13 +257,11 @@ class RingDiscard(SourceErrand):
         self._left = {(ref.slot, ref.generation): ref for ref in refs}
 
     def say(self, connection: Carrier) -> None:
-        """See `SourceErrand`."""
         names = tuple(self._left.values())[:MAX_NAMES]
         asked = connection.session.confirm(names)
         self.send(connection, asked, partial(self._confirmed, names))
 
     def over(self, error: TransportError | None) -> None:  # noqa: ARG002 - a discard never fails
-        """See `SourceErrand`."""
         self._engine.connections.owe(self._left.values())
         self.done = True
         self._whole.part_over()
@@ -320,16 +296,15 @@ class Discard(Call):
         left: rings that are not over, and one for those of this host.
     """
 
-    def __init__(self, refs: Sequence[SlotRef], until_s: float) -> None:
+    def __init__(self, refs: list[SlotRef], until_s: float) -> None:
         super().__init__(until_s)
         self.refs = refs
         self.found = 0
         self.elsewhere: dict[bytes, list[SlotRef]] = {}
-        self.here: Sequence[tuple[int, SharedRingBuffer]] = ()
+        self.here: Sequence[Entry] = ()
         self.left = 1
 
     def part_over(self) -> None:
-        """A ring of another host is over, or are those of this host."""
         self.left -= 1
         if not self.left:
             self.finish()

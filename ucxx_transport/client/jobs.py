@@ -6,9 +6,9 @@ import secrets
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.payload import Deduplicator, Payload
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ucxx_transport.client.buffer_pool import Bytes, PageLocker
-    from ucxx_transport.client.membership import Membership
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.membership.sources import SourceRecord
+    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.actions import Asked, Offer
     from ucxx_transport.wire.client_side import ClientSession
@@ -35,32 +35,29 @@ Outcome = Payload | TransportError
 _OWN_CODE: Final = str(Path(__file__).parent)
 
 OnPayload = Callable[[int, Payload], Payload]
-Place = Literal["queued", "asked", "paused", "over"]
 
 Takeable: TypeAlias = "SlotRef | SourceRecord"
 """What names a ring and says where it is served."""
+
+Entry: TypeAlias = "tuple[int, SharedRingBuffer]"
+"""The index of a call's reference, and its ring, of this host."""
 
 
 class ClientBase:
     """What every part of a client uses.
 
     Attributes:
-        reader: its random id. delivered: the names of what it has delivered.
+        reader: its random id. delivered: the names of what it has delivered. closed: nothing is to begin any more.
     """
 
-    def __init__(
-        self,
-        config: ClientConfig,
-        page_locker: PageLocker | None,
-        membership: Membership | None,
-        clock: Callable[[], float],
-    ) -> None:
+    closed = False
+
+    def __init__(self, config: ClientConfig, page_locker: PageLocker | None, clock: Callable[[], float]) -> None:
         self.config = config
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
         self.pool = BufferPool(config.buffer_pool_bytes, page_locker)
         self.delivered = Deduplicator(REMEMBERED_RINGS)
-        self.membership = membership
         self.clock = clock
 
 
@@ -69,16 +66,14 @@ class Call:
 
     Attributes:
         until_s: its deadline, on the reactor's clock.
-        done: whether it is over.
-        on_done: called with it once it is.
+        done: whether it is over. on_done: called with it once it is.
     """
 
     done = False
     on_done: Callable[[Any], object] | None = None
 
-    def __init__(self, until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
+    def __init__(self, until_s: float) -> None:
         self.until_s = until_s
-        self.on_done = on_done
 
     def finish(self) -> None:
         """It is done. Idempotent."""
@@ -92,9 +87,10 @@ class Job(Call):
 
     Attributes:
         refs: what it is to read.
-        outcomes: one a reference, in order; None as long as there is none.
-        left: how many have none.
+        outcomes: one a reference, in order; None as long as there is none. left: how many have none.
         reads: those over the link, by index, as long as they have none.
+        elsewhere: indices of what is to be read over the link.
+        here: what is in rings of this host whose locks are held, or is to be read after that.
         on_payload: called with each payload that came over the link and its index; what it returns takes its place.
         into: the caller's memory for the payload; of a job of one.
         is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
@@ -108,10 +104,11 @@ class Job(Call):
     is_held = False
     held: Read | None = None
     alone = True
+    elsewhere: Sequence[int] = ()
+    here: Sequence[Entry] = ()
 
-    def __init__(self, refs: list[SlotRef], until_s: float, on_done: Callable[[Any], object] | None = None) -> None:
+    def __init__(self, refs: list[SlotRef], until_s: float) -> None:
         self.until_s = until_s
-        self.on_done = on_done
         self.refs = refs
         self.left = left = len(refs)
         self.outcomes: list[Outcome | None] = [None] * left
@@ -122,6 +119,10 @@ class Job(Call):
     def missing(self) -> list[int]:
         """The indices of those that have no outcome."""
         return [index for index, outcome in enumerate(self.outcomes) if outcome is None]
+
+    def results(self) -> list[Outcome]:
+        """All outcomes, once it is done."""
+        return [outcome for outcome in self.outcomes if outcome is not None]
 
     def payload(self) -> Payload:
         """What a job of one has read, once it is done; or raises its error."""
@@ -142,21 +143,19 @@ class Read(Attempt):
     attempt is kept: if its answer comes after all, and there is no outcome yet, it is delivered.
 
     Attributes:
-        job: whose; None once it has its outcome, and of an attempt that has no use.
-        index: in the job. ref: the payload. source: where it is.
-        place: see `reads`. connection: where it is queued or asked.
+        job: whose; None once it has its outcome, and of an attempt that has no use. index: in the job.
+        ref: the payload. source: where it is. connection: where it is queued or asked.
         message: the buffer that its answer lies in, from `start` on. view: the answer. whole_bytes: how long it is.
         alternate: the port that this call may still rotate to.
-        call: number of the slot layer's call, from 1.
-        limit_s: when this call is over at the latest.
+        call: number of the slot layer's call, from 1. limit_s: when this call is over at the latest.
         due_s: when to look at it again.
-        late: see above.
+        late: see above. before: the late one that it took the place of.
     """
 
-    place: Place = "queued"
     alternate: PortKey | None = None
     call = 1
     late = False
+    before: Read | None = None
     start = whole_bytes = 0
     ref: SlotRef
     connection: Carrier
@@ -173,7 +172,7 @@ class Read(Attempt):
     def successor(self) -> Read:
         """The read that goes on while this one is late."""
         read = Read(self.job, self.index, self.ref, self.source, self.limit_s)
-        read.alternate, read.call, read.seal = self.alternate, self.call, self.seal
+        read.alternate, read.call, read.before = self.alternate, self.call, self
         return read
 
 
@@ -213,7 +212,7 @@ class Carrier(Protocol):
     def ask(self, asked: Asked, on_answer: Callable[[Asked, memoryview], None], /) -> None: ...
     def run(self, errand: Errand) -> None: ...
     def pump(self) -> None: ...
-    def ask_one(self, read: Read, now: float) -> None: ...
+    def ask_one(self, read: Read, now: float) -> bool: ...
     def receive(self, offer: Offer, reads: list[Read]) -> None: ...
     def after_answers(self) -> None: ...
     def send_ends(self) -> None: ...

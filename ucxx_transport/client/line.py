@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -19,10 +19,10 @@ from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.config import ClientConfig
+    from ucxx_transport.client.connections import Connections
     from ucxx_transport.link.base import Operation
     from ucxx_transport.link.endpoint import Endpoint
-    from ucxx_transport.link.reactor import Reactor, Timer
+    from ucxx_transport.link.reactor import Timer
     from ucxx_transport.wire.actions import Asked
 
 
@@ -34,27 +34,21 @@ class Line(ABC):
     """See the module. It is the endpoint's `EndpointEvents`.
 
     Attributes:
-        key: where it leads to.
-        session: what to send, and what answers mean.
-        endpoint: once it is being opened.
-        is_open: whether the handshake is over.
-        closed: whether it is.
+        pool: it is one of these. key: where it leads to.
         rested: whether it has lain idle, and nothing has been answered since.
-        schemas: by fingerprint, those of the rings behind all lines so far.
     """
 
-    def __init__(
-        self, config: ClientConfig, reactor: Reactor, reader: int, schemas: dict[int, Schema | None], key: PortKey
-    ) -> None:
+    def __init__(self, pool: Connections, key: PortKey) -> None:
+        self.pool = pool
         self.key = key
-        self.schemas = schemas
-        self.session = ClientSession(reader=reader, nonce=secrets.token_bytes(NONCE_BYTES), token=config.token_bytes)
+        self.schemas = pool.schemas
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        self.session = ClientSession(reader=pool.reader, nonce=nonce, token=pool.config.token_bytes)
         self.endpoint: Endpoint | None = None
         self.is_open = False
         self.closed = False
         self.rested = False
-        self._connect_timeout_s = config.connect_timeout_s
-        self._reactor = reactor
+        self._reactor = pool.reactor
         self._timer: Timer | None = None
 
     @abstractmethod
@@ -103,11 +97,10 @@ class Line(ABC):
             self.fail(error)
 
     def _start_timer(self) -> None:
-        due_s = self._reactor.now() + self._connect_timeout_s
+        due_s = self._reactor.now() + self.pool.config.connect_timeout_s
         self._timer = self._reactor.call_at(due_s, partial(self._too_slow_to_open, due_s))
 
     def stop_timer(self) -> None:
-        """It is open, or closed: connecting takes no more time."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -123,7 +116,7 @@ class Line(ABC):
         except TransportError as error:
             self.fail(error)
             return
-        self.ask(self.session.hello(), self._welcomed)
+        self._go_on(self._handshake())
 
     def _too_slow_to_open(self, due_s: float) -> None:
         if self._reactor.now() - due_s > OWN_DELAY_S:
@@ -138,33 +131,30 @@ class Line(ABC):
             words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
         self.fail(PeerLostError(words, host=host, port=port, reason="unreachable"))
 
-    def _welcomed(self, _: Asked, answer: memoryview) -> None:
-        challenge = self.session.on_welcome(answer)
-        if challenge is None:
-            self._greeted()
+    def _handshake(self) -> Generator[Asked, memoryview, None]:
+        """Each of its frames, for which it gets the answer."""
+        session, schemas = self.session, self.schemas
+        challenge = session.on_welcome((yield session.hello()))
+        if challenge is not None:
+            session.on_authenticated((yield challenge))
+        expected = session.fingerprint
+        if expected not in schemas:  # once a schema
+            asked = session.describe(session.ring_id)
+            schema = Schema.from_bytes(session.answered(asked.attempt, (yield asked)))
+            if schema.fingerprint != expected:
+                raise ProtocolError(
+                    "the server's schema is not the one that its ring names",
+                    expected=f"{expected:#018x}",
+                    found=f"{schema.fingerprint:#018x}",
+                )
+            schemas[expected] = schema
+
+    def _go_on(self, handshake: Generator[Asked, memoryview, None], answer: memoryview | None = None) -> None:
+        try:
+            asked = next(handshake) if answer is None else handshake.send(answer)
+        except StopIteration:
+            self.stop_timer()
+            self.is_open = True
+            self.opened()
         else:
-            self.ask(challenge, self._authenticated)
-
-    def _authenticated(self, _: Asked, answer: memoryview) -> None:
-        self.session.on_authenticated(answer)
-        self._greeted()
-
-    def _greeted(self) -> None:
-        session = self.session
-        if session.fingerprint not in self.schemas:  # once a schema
-            self.ask(session.describe(session.ring_id), self._described)
-            return
-        self.stop_timer()
-        self.is_open = True
-        self.opened()
-
-    def _described(self, asked: Asked, answer: memoryview) -> None:
-        schema, expected = Schema.from_bytes(self.session.answered(asked.attempt, answer)), self.session.fingerprint
-        if schema.fingerprint != expected:
-            raise ProtocolError(
-                "the server's schema is not the one that its ring names",
-                expected=f"{expected:#018x}",
-                found=f"{schema.fingerprint:#018x}",
-            )
-        self.schemas[expected] = schema
-        self._greeted()
+            self.ask(asked, lambda _, answer: self._go_on(handshake, answer))

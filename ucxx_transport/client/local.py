@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 import xxhash
-from typing_extensions import Buffer
 
 from ucxx_transport.client.jobs import ClientBase, Job, Takeable, clear_traceback
 from ucxx_transport.client.payload import Payload
@@ -32,15 +31,13 @@ from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.owner import host_id, segment_folder
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.errands import Discard, Take
+    from ucxx_transport.client.jobs import Entry
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.schema import SlotRef
-
-Into = Buffer
-
-Entry: TypeAlias = tuple[int, SharedRingBuffer]
-"""The index of a call's reference, and its ring, of this host."""
 
 Begun: TypeAlias = "tuple[SharedRingBuffer, ReadLease, Bytes | None]"
 """A ring, the read attempt in flight, and the copy if the mode asks for one."""
@@ -114,7 +111,6 @@ class LocalReader:
             return self._rings.get(ref.ring_id) or self._attach(ref)
 
     def close(self) -> None:
-        """Close all rings. Views still held keep their mapping."""
         with self._lock:
             for ring in self._rings.values():
                 ring.close()
@@ -171,8 +167,9 @@ class LocalReader:
                 del self._rings[ring_id]
                 ring.close()
 
-    def read(self, ring: SharedRingBuffer, ref: SlotRef, into: Into | None, limit_s: float, began_s: float) -> Payload:
-        """`begin` and `deliver` in one."""
+    def read(
+        self, ring: SharedRingBuffer, ref: SlotRef, into: Buffer | None, limit_s: float, began_s: float
+    ) -> Payload:
         return self.deliver(ref, self.begin(ring, ref, limit_s), into, began_s)
 
     def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> Begun:
@@ -197,7 +194,7 @@ class LocalReader:
             return ring, lease, None
         return ring, lease, self._copied(ring, ref, lease)
 
-    def deliver(self, ref: SlotRef, begun: Begun, into: Into | None, began_s: float) -> Payload:
+    def deliver(self, ref: SlotRef, begun: Begun, into: Buffer | None, began_s: float) -> Payload:
         """Deliver what `begin` has read, counted from `began_s` (`perf_counter`); a StaleSlotError for a duplicate."""
         ring, lease, root = begun
         try:
@@ -266,7 +263,6 @@ class LocalReader:
         self._counters.add("discarded", found)
 
     def over(self, job: Job, index: int, outcome: Payload | TransportError) -> None:
-        """A payload of a job has its outcome."""
         if isinstance(outcome, TransportError):
             self._counters.failed(outcome)
             clear_traceback(outcome)

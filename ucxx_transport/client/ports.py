@@ -16,12 +16,8 @@ staying, in one run on 2 cores).
 
 While all ports of a source are in quarantine, they are tried, for `PROBE_S` at most by a batch that reads from others.
 
-All names of a frame are of one ring; it takes as many of a queue as the windows have room for:
-
-| names that follow each other in the queue | asked for by                                                    |
-|-------------------------------------------|-----------------------------------------------------------------|
-| small ones, at least two                  | one frame whose answers share a message of at most `PACK_BYTES` |
-| others, up to `MAX_NAMES`                 | one frame, each answer a message of its own                     |
+All names of a frame are of one ring; it takes as many of a queue as the windows have room for. Small ones that follow
+each other share one message as their answer, of at most `PACK_BYTES`; each other one has a message of its own.
 """
 
 from __future__ import annotations
@@ -140,6 +136,7 @@ class Ports:
 
     Attributes:
         sources: by address and ports; use `source`, which keeps their order, unless one has just been used.
+        wary: whether any port is in quarantine.
     """
 
     def __init__(self, quarantine_s: float, first: int = 0) -> None:
@@ -147,6 +144,7 @@ class Ports:
         self._quarantine_s = quarantine_s
         self._first = first
         self._avoided_until_s: dict[PortKey, float] = {}
+        self.wary = False
 
     def source(self, host: str, ports: tuple[int, ...]) -> Source:
         """A source by its address and ports, at least one."""
@@ -161,26 +159,22 @@ class Ports:
         return source
 
     def healthy(self, source: Source, now: float) -> tuple[PortKey, ...]:
-        """The ports of a source that are not in quarantine."""
         return tuple(key for key in source.keys if not self.avoids(key, now))
 
     def avoids(self, key: PortKey, now: float) -> bool:
-        """Whether a port is in quarantine."""
         until_s = self._avoided_until_s.get(key)
         return until_s is not None and now < until_s
 
-    def avoids_any(self, now: float) -> bool:
-        """Whether any port is in quarantine; those that are no more are forgotten."""
-        self._avoided_until_s = {key: until_s for key, until_s in self._avoided_until_s.items() if now < until_s}
-        return bool(self._avoided_until_s)
-
     def quarantine(self, key: PortKey, now: float) -> None:
-        """Avoid a port from now on."""
         self._avoided_until_s[key] = now + self._quarantine_s
+        self.wary = True
 
-    def forgive(self, key: PortKey) -> None:
-        """A port has just answered: it is healthy."""
-        self._avoided_until_s.pop(key, None)
+    def forgive(self, key: PortKey, now: float) -> None:
+        """A port has just answered, or is said to be there: it is healthy. Those avoided long enough are forgotten."""
+        if self.wary:
+            avoided = self._avoided_until_s.items()
+            self._avoided_until_s = {port: until_s for port, until_s in avoided if port != key and now < until_s}
+            self.wary = bool(self._avoided_until_s)
 
 
 def shares(count: int, nbytes: int, ports: int) -> list[int]:

@@ -16,38 +16,108 @@ delivered. The policy is in `ports`, how a connection is used in `connection`.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
-from ucxx_transport.client.jobs import Job, Outcome, Read, copy_of, removed, too_late
+from ucxx_transport.client.errands import Discard, RingDiscard
+from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
-from ucxx_transport.errors import ChecksumError, ConfigError, StaleSlotError, TransportError
+from ucxx_transport.errors import ConfigError, StaleSlotError, TransportError
+from ucxx_transport.settings import check_can
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.errands import SourceErrand
     from ucxx_transport.client.jobs import Carrier, ClientBase
+    from ucxx_transport.client.local import LocalReader
     from ucxx_transport.link.reactor import Reactor
+    from ucxx_transport.membership.sources import SourceChange, SourceRecord
+
+LOCK_PAUSE_S: Final = 0.05
+"""A ring whose lock was held is tried again after this."""
+
+
+class Watcher(Protocol):
+    """What a client needs of a `SourceWatcher`."""
+
+    def report_to(self, report: Callable[[SourceChange], object]) -> Callable[[], None]: ...
+
+
+class Membership:
+    """Which sources are gone: what a watcher reports, in its thread, for the reads, in the reactor's.
+
+    A read of a source that is gone fails at once, in whatever it was waiting, instead of by its deadline.
+
+    Attributes:
+        gone: rings whose sources are.
+        news: the newest report of each ring that the reads have not seen. A client that lies idle runs no reactor, and
+            what waits for it must not grow with every report.
+        announce: called when there are news and were none. close: ends the reports.
+    """
+
+    def __init__(self, watcher: Watcher) -> None:
+        check_can(watcher, "report_to", "watcher", "a SourceWatcher")
+        self.gone: OrderedDict[bytes, None] = OrderedDict()
+        self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
+        self.announce: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+        self.close = watcher.report_to(self._report)
+
+    def take_news(self) -> Iterable[tuple[SourceRecord, bool]]:
+        """The news, which are none then: whose, and whether it is there."""
+        with self._lock:
+            news, self.news = self.news, {}
+        return news.values()
+
+    def _report(self, change: SourceChange) -> None:
+        if change.kind == "update":
+            return
+        record, is_there = change.record, change.kind == "add"
+        ring_id = record.ring_id
+        with self._lock:
+            if is_there:
+                self.gone.pop(ring_id, None)
+            else:
+                self.gone[ring_id] = None
+                if len(self.gone) > REMEMBERED_RINGS:
+                    self.gone.popitem(last=False)
+            is_first = not self.news
+            was_removed = ring_id in self.news and not self.news[ring_id][1]
+            # One that was removed and is back ends its reads all the same: it is another epoch.
+            self.news[ring_id] = (record, is_there and not was_removed)
+        if is_first and self.announce is not None:
+            self.announce()
 
 
 class Reads(Dispatch):
-    """All jobs of a client that read over the link, and its connections, to any port of any source."""
+    """All calls of a client that are under way, and its connections, to any port of any source.
 
-    def __init__(self, base: ClientBase, reactor: Reactor) -> None:
+    Attributes:
+        locked: those that wait for the lock of a ring of this host.
+    """
+
+    def __init__(self, base: ClientBase, reactor: Reactor, local: LocalReader, membership: Membership | None) -> None:
         super().__init__(base, reactor)
         self.connections = Connections(base, reactor, lambda key: Connection(self.connections, self, key))
+        self.locked: set[Job | Discard] = set()
+        self._base, self._local = base, local
         self._schemas = self.connections.schemas
-        self._membership = membership = base.membership
+        self._membership = membership
         self._gone = {} if membership is None else membership.gone
         self._verify_checksum = base.config.verify_checksum
         if membership is not None:
-            membership.bind(reactor, self.hear)
+            membership.announce = partial(reactor.submit, self.hear)
+            if membership.news:
+                membership.announce()
 
     def hear(self) -> None:
         """Take in what a watcher has reported; before a read begins, which a report from before does not concern."""
@@ -56,11 +126,53 @@ class Reads(Dispatch):
             keys = [] if record.host is None else [(record.host, port) for port in record.ports]
             if is_there:
                 for key in keys:  # worth a try
-                    self.forgive(key)
+                    self.ports.forgive(key, self.now())
                 continue
             self.fail_all(removed(record), record.ring_id)
             for key in keys:
                 self.connections.evict(key)
+
+    def go_on(self, call: Job | Discard) -> None:
+        """Do the rest of a call: what is asked of other hosts leaves before anything is copied here."""
+        if isinstance(call, Discard):
+            call.left += len(call.elsewhere)
+            for refs in call.elsewhere.values():
+                self.begin(RingDiscard(call, refs))
+        else:
+            if len(call.elsewhere) == len(call.refs) == 1:
+                self.start_one(call)
+            elif call.elsewhere:
+                self.start(call, call.elsewhere)
+                call.here = self._local.in_turn(call, call.here)
+            if call.here:
+                self.jobs.add(call)
+        self._until_free(call)
+
+    def visit_again(self, call: Job | Discard) -> None:
+        """Visit rings whose locks were held, where the call still waits for them."""
+        if call.done:
+            self.locked.discard(call)
+        else:  # where an interrupt ends it, `repair` finds the call
+            call.here = () if self._base.closed else self._local.in_turn(call, call.here)
+            self._until_free(call)
+
+    def _until_free(self, call: Job | Discard) -> None:
+        """Visit them ever again, while the reactor does what else there is; then what is of this host is over."""
+        if call.here:
+            self.locked.add(call)
+            self.call_at(min(self.now() + LOCK_PAUSE_S, call.until_s), partial(self.visit_again, call))
+            return
+        self.locked.discard(call)
+        if isinstance(call, Discard):
+            call.part_over()
+        else:
+            self._check(call)
+            self.settle()
+
+    def _check(self, job: Job) -> None:
+        """A job may have its last outcome, though no read has brought it."""
+        if not (job.left or job.done or job in self.finished):
+            self.finished.append(job)
 
     def start(self, job: Job, indices: Iterable[int]) -> None:
         """Begin to read what a job reads over the link."""
@@ -73,11 +185,11 @@ class Reads(Dispatch):
             ref = refs[index]
             if ref.host is None or not ref.ports:
                 message = "this reference carries no address to read from; start the UCXXServer before writing"
-                self._fail_at(job, index, ConfigError(message, ring=ref.ring_name))
+                self._local.over(job, index, ConfigError(message, ring=ref.ring_name))
             elif ref.ring_id in gone:
-                self._fail_at(job, index, removed(ref))
+                self._local.over(job, index, removed(ref))
             elif until_s <= now:
-                self._fail_at(job, index, too_late(ref))  # before any port is blamed for it
+                self._local.over(job, index, too_late(ref))  # before any port is blamed for it
             else:
                 address = ref.host, ref.ports
                 source, group = groups.get(address) or groups.setdefault(address, (self.ports.source(*address), []))
@@ -88,6 +200,7 @@ class Reads(Dispatch):
             source.under_way += len(group)
         for source, group in groups.values():
             self.assign(source, group, now)
+        self._check(job)
         self.settle()
 
     def start_one(self, job: Job) -> None:
@@ -99,27 +212,21 @@ class Reads(Dispatch):
             source is not None
             and not source.under_way
             and (connection := connections.known.get(source.key)) is not None
-            and connection.is_open
-            and not (connection.attempts or connection.queue or self.wary or ref.ring_id in connections.unsettled)
             and now - connection.used_s <= connections.max_age_s
             and now < job.until_s
-            and ref.fingerprint in self._schemas
+            and not self.ports.wary
             and (membership is None or not (membership.news or ref.ring_id in membership.gone))
         ):
             source.under_way = 1
             self.jobs.add(job)
             job.reads[0] = read = Read(job, 0, ref, source, job.until_s)
-            connection.ask_one(read, now)
-            if self.again or self.finished:
-                self.settle()
-        else:
-            self.start(job, (0,))
-
-    def here_over(self, job: Job) -> None:
-        """What a job reads on this host has its outcomes; where that was all, it is done."""
-        if not (job.left or job.done or job in self.finished):
-            self.finished.append(job)
-            self.settle()
+            read.alternate = source.alternate
+            if connection.ask_one(read, now):
+                if self.again or self.finished:
+                    self.settle()
+                return
+            source.under_way = 0
+        self.start(job, (0,))
 
     def begin(self, errand: SourceErrand) -> None:
         """Have payloads taken, or discarded."""
@@ -137,26 +244,23 @@ class Reads(Dispatch):
                 if ring_id in (None, read.ref.ring_id):
                     self.fail(read, copy_of(error))
             for index in job.missing if ring_id is None else ():  # they wait for the lock of a ring of this host
-                self._fail_at(job, index, copy_of(error))
+                self._local.over(job, index, copy_of(error))
+            self._check(job)
         for errand in tuple(self.errands):
             if ring_id in (None, errand.source.ring_id):
                 errand.end(copy_of(error))
         self.settle()
 
     def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
-        """See `Dispatch`."""
-        if self.wary:
-            self.forgive(connection.key)
-        end, schemas, orphans, way = connection.session.end, self._schemas, self.orphans, self.delivered
+        if self.ports.wary:
+            self.ports.forgive(connection.key, self.now())
+        end, schemas, way = connection.session.end, self._schemas, self.delivered
         now_s = time.perf_counter()
         for read in reads:
             job, ref = read.job, read.ref
-            if job is None or read.place != "asked":  # it is late, or not wanted
-                orphans.discard(read)
-                if job is None or read.index not in job.reads:
-                    end(read, delivered=False)
-                    continue
-            read.place = "over"
+            if job is None:  # it is not wanted
+                end(read, delivered=False)
+                continue
             start = read.start + HEADER_BYTES
             content = read.message[start : start + ref.nbytes]
             try:
@@ -169,8 +273,10 @@ class Reads(Dispatch):
                     self.over(read, payload)
                     continue
                 self.claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
-            except TransportError as error:
-                self._unusable(connection, read, error)
+            except TransportError as error:  # its bytes have changed; or it has been delivered before
+                error.__traceback__ = None  # its frames hold the payload
+                end(read, delivered=isinstance(error, StaleSlotError))
+                self.refused(read, error)
                 continue
             way.reads += 1
             way.nbytes += ref.nbytes
@@ -178,16 +284,6 @@ class Reads(Dispatch):
             plain = job.into is None and job.on_payload is None
             self.over(read, payload if plain else self._passed_on(job, read.index, payload))
             end(read, delivered=True)
-
-    def _unusable(self, connection: Carrier, read: Read, error: TransportError) -> None:
-        """A payload has come and is not delivered: its bytes have changed, or it has been delivered before."""
-        error.__traceback__ = None  # its frames hold the payload
-        has_changed = isinstance(error, ChecksumError)
-        connection.session.end(read, delivered=not has_changed)
-        if not has_changed:
-            self.fail(read, error)
-        elif not read.late:  # else the read has gone on without it
-            self.failed(read, error)
 
     def _passed_on(self, job: Job, index: int, payload: Payload) -> Outcome:
         """A payload as its caller wants it."""
@@ -216,11 +312,3 @@ class Reads(Dispatch):
             if job.into is not None:
                 job.outcomes[0] = self._passed_on(job, 0, payload)
         read.connection.end_held(read, delivered=True)
-
-    def _fail_at(self, job: Job, index: int, error: TransportError) -> None:
-        """Fail what is no read yet."""
-        self.counters.failed(error)
-        job.outcomes[index] = error
-        job.left -= 1
-        if not job.left:
-            self.finished.append(job)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client import Payload, UCXXClient
     from ucxx_transport.client.core import ClientCore
     from ucxx_transport.client.jobs import Job
-    from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.client.reads import Watcher
     from ucxx_transport.link.reactor import LinkFactory, Timer
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.trainer.unpacking import DeviceUploader

@@ -37,7 +37,7 @@ from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
     from ucxx_transport.client import ClientStatistics
-    from ucxx_transport.client.membership import Watcher
+    from ucxx_transport.client.reads import Watcher
     from ucxx_transport.link.reactor import LinkFactory
 
 _log = get_logger(__name__)
@@ -335,7 +335,7 @@ class Prefetcher(OfOneProcess):
         refs = discardable_of(losses, discard_lost=self.limits.discard_lost)
         if refs:
             try:
-                self.core.discard(self.core.discard_call(refs, self.limits.deadline_s))
+                self.core.reads.go_on(self.core.discard_call(refs, self.limits.deadline_s))
             except Exception as error:  # noqa: BLE001 - of what is lost already: it costs no other fetch
                 _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
 

@@ -67,7 +67,7 @@ def test_a_discard_is_over_when_its_client_is_closed() -> None:
         ref = rig.write(EPISODE)
         rig.faults_of(1).hold = hold = Hold()
         call = client.core.discard_call([ref], 600.0)
-        client.core.discard(call)
+        client.core.reads.go_on(call)
         rig.settle()
         assert not call.done
         client.core.fail_all()
@@ -86,7 +86,7 @@ def test_a_discard_goes_on_although_another_call_s_interrupt_has_cut_a_step_in_t
         client.consume(refs[0])
         rig.faults_of(1).drop = 1
         call = client.core.discard_call(refs[1:], 600.0)
-        client.core.discard(call)
+        client.core.reads.go_on(call)
         client.core.damaged = True
         client.core.repair()
         rig.run_until(lambda: call.done)

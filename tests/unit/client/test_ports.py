@@ -140,8 +140,8 @@ def test_only_the_port_that_failed_is_avoided() -> None:
 def test_a_port_that_served_a_read_is_forgiven() -> None:
     ports = Ports(30.0)
     ports.quarantine((HOST, 5001), 100.0)
-    ports.forgive((HOST, 5001))
-    ports.forgive((HOST, 5002))
+    ports.forgive((HOST, 5001), 100.0)
+    ports.forgive((HOST, 5002), 100.0)
     assert not ports.avoids((HOST, 5001), 100.0)
 
 
@@ -151,15 +151,15 @@ def test_a_duration_of_zero_avoids_nothing() -> None:
     assert not ports.avoids((HOST, 5001), 100.0)
 
 
-def test_whether_any_port_is_avoided_is_known_until_the_last_one_is_not() -> None:
+def test_ports_are_wary_until_the_last_one_that_failed_is_avoided_no_more() -> None:
     ports = Ports(30.0)
-    assert not ports.avoids_any(0.0)
     for number in range(100):
         ports.quarantine((HOST, number), float(number))
     ports.quarantine((HOST, 0), 100.0)
-    assert ports.avoids_any(129.0)
-    ports.forgive((HOST, 0))
-    assert not ports.avoids_any(129.0)
+    ports.forgive((HOST, 1), 128.0)
+    assert ports.wary
+    ports.forgive((HOST, 0), 129.0)
+    assert not ports.wary
 
 
 # --- What one frame asks for ---

@@ -100,6 +100,15 @@ def test_threads_that_read_all_the_time_are_all_served(beside: PortBeside) -> No
         assert client.statistics().reads == 200
 
 
+def is_led(client: SyncUCXXClient) -> bool:
+    """Whether a thread runs the client's reactor."""
+    lock = client._lead.lock  # noqa: SLF001 - not to be seen otherwise
+    if lock.acquire(blocking=False):
+        lock.release()
+        return False
+    return True
+
+
 def test_a_thread_that_follows_is_done_before_the_one_that_leads(beside: PortBeside) -> None:
     with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(1) as threads:
         client.read(beside.ring.write_raw(EPISODE)).release()
@@ -117,7 +126,7 @@ def test_a_thread_that_follows_leads_when_the_other_has_left(beside: PortBeside)
         client.read(beside.ring.write_raw(EPISODE)).release()
         hold = beside.faults.hold = Hold()
         first = threads.submit(client.read, beside.ring.write_raw(EPISODE), deadline_s=0.2)
-        wait_until(lambda: client._lead.is_led, what="the first thread leads")  # noqa: SLF001 - not to be seen otherwise
+        wait_until(lambda: is_led(client), what="the first thread leads")
         threading.Timer(0.5, hold.set).start()
         client.read(beside.ring.write_raw(EPISODE)).release()
         assert isinstance(first.exception(), DeadlineExceededError)
@@ -237,9 +246,9 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
         following: list[object] = []
 
         def follow() -> None:
-            wait_until(lambda: client._lead.is_led, what="the main thread leads")  # noqa: SLF001 - not to be seen otherwise
+            wait_until(lambda: is_led(client), what="the main thread leads")
             following.append(threads.submit(client.read, refs[1]))
-            wait_until(lambda: client._lead.following == 1, what="the other one follows")  # noqa: SLF001 - likewise
+            wait_until(lambda: len(client._lead.followers) == 1, what="the other one follows")  # noqa: SLF001 - likewise
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
         thread = threading.Thread(target=follow)
@@ -263,7 +272,7 @@ def test_an_interrupt_of_a_thread_that_leads_after_another_is_recovered_from(bes
         hold = beside.faults.hold = Hold()
         refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
         leading = threads.submit(client.read, refs[0], deadline_s=0.3)
-        wait_until(lambda: client._lead.is_led, what="another thread leads")  # noqa: SLF001 - not to be seen otherwise
+        wait_until(lambda: is_led(client), what="another thread leads")
         leading.add_done_callback(lambda _: core.reactor.submit(interrupt))
         with pytest.raises(Interrupted):
             client.read(refs[1])

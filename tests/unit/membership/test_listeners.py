@@ -16,7 +16,7 @@ from tests.support.rows import row
 from tests.support.source_records import record
 from tests.support.thread_limit import no_more_threads
 from tests.support.waiting import wait_until
-from ucxx_transport.client.membership import Membership
+from ucxx_transport.client.reads import Membership
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.membership import SourceRecord, SourceWatcher
 from ucxx_transport.membership.entries import source_key
