@@ -181,7 +181,7 @@ class ExchangeMachine(RuleBasedStateMachine):
             selector=choice.choice(("oldest", "newest")),
             wait_s=choice.choice((0.0, 0.0, 0.3)),
         )
-        core.reads.begin(take)
+        core.reads.ask(take)
         self.rig.run_until(lambda: take.done)
         try:
             payloads = take.result()

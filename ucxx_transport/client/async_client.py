@@ -150,7 +150,7 @@ class UCXXClient(OfOneProcess):
         take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
-            await self._run(take, core.reads.begin)
+            await self._run(take, core.reads.ask)
             return take.result()
         lock_until_s = core.reactor.now() + core.config.deadline_s
         while True:

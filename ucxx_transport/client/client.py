@@ -190,7 +190,7 @@ class SyncUCXXClient(OfOneProcess):
         take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
-            self._lead.perform(take, Reads.begin)
+            self._lead.perform(take, Reads.ask)
             return take.result()
         while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
             left_s = take.wait_until_s - core.reactor.now()

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ucxx_transport.client.errands import Request
 from ucxx_transport.client.jobs import Read, copy_of
 from ucxx_transport.client.line import Line
 from ucxx_transport.client.payload import Payload
@@ -33,9 +34,8 @@ from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Errand
     from ucxx_transport.link.base import OnDone, Operation
-    from ucxx_transport.wire.actions import Offer
+    from ucxx_transport.wire.actions import Asked, Offer
 
 
 class Connection(Line):
@@ -43,7 +43,6 @@ class Connection(Line):
 
     Attributes:
         queue: reads that wait to be posted.
-        errands: that wait for it to be open, or for an answer here.
         attempts: asked for and not answered. late: how many of them have exceeded their time.
         used_s: when it was last given a read.
     """
@@ -52,7 +51,6 @@ class Connection(Line):
         super().__init__(pool, key)
         self.queue: deque[Read] = deque()
         self.attempts: set[Read] = set()
-        self.errands: list[Errand] = []
         self.late = 0
         self.used_s = 0.0
         self.lend = pool.lend
@@ -60,14 +58,11 @@ class Connection(Line):
 
     @property
     def idle(self) -> bool:
-        return self.is_open and not (self.attempts or self.queue or self.errands)
+        return self.is_open and not (self.attempts or self.queue)
 
     def opened(self) -> None:
         for read in self.queue:
             read.due_s = read.limit_s
-        errands, self.errands = self.errands, []
-        for errand in errands:
-            errand.start(self)
         self.pump()
         self.pool.opened(self)
 
@@ -75,6 +70,11 @@ class Connection(Line):
         """Ask for what waits, as far as both windows have room; ends that wait go along."""
         queue, session = self.queue, self.session
         while queue and self.is_open and not self.late and not self.closed:
+            first = queue[0]
+            if isinstance(first, Request):
+                queue.popleft()
+                self._ask_request(first)
+                continue
             if session.named > 1 and session.named_bytes > OWN_WINDOW_BYTES // 2:
                 return  # many names a frame, rather than one for each answer
             reads, shared_bytes = next_request(queue, session)
@@ -126,6 +126,7 @@ class Connection(Line):
             or self.attempts
             or self.queue
             or read.sequence
+            or read.goes_first
             or ref.fingerprint not in self.schemas
             or ref.ring_id in self.pool.unsettled
         ):
@@ -160,6 +161,25 @@ class Connection(Line):
         except TransportError as error:
             self.fail(error)
         return True
+
+    def _ask_request(self, request: Request) -> None:
+        """Ask for something else than payloads by name, if that is still wanted."""
+        if request.job is not None:
+            self.attempts.add(request)
+            self._engine.asked(self, (request,))
+            self.ask(request.errand.frame(self, request), partial(self._request_came, request))
+
+    def _request_came(self, request: Request, asked: Asked, answer: memoryview) -> None:
+        self.attempts.remove(request)
+        self.late -= request.late
+        try:
+            request.errand.take_in(self, request, asked.attempt, answer)
+        except TransportError as error:
+            if self.session.broken:
+                self.attempts.add(request)  # it is lost with the connection
+                raise
+            self._engine.refused(request, error)
+        self.after_answers()
 
     def _has_memory(self, read: Read) -> bool:
         try:
@@ -348,12 +368,6 @@ class Connection(Line):
         except TransportError as error:
             self.fail(error)
 
-    def run(self, errand: Errand) -> None:
-        if self.is_open:
-            errand.start(self)
-        else:
-            self.errands.append(errand)
-
     def fail(self, error: TransportError) -> None:
         """The connection is of no use any more; its reads go on elsewhere, or fail with `error`."""
         if self.closed:
@@ -363,10 +377,7 @@ class Connection(Line):
         stale = self.rested
         asked = [read for read in self.attempts if read.job is not None and not read.late]
         queued = list(self.queue)
-        errands = list(self.errands)
         self.close()
-        for errand in errands:
-            errand.lost(self, error)
         self._engine.connection_lost(self, asked, queued, error, stale=stale)
 
     def close(self) -> None:
@@ -375,8 +386,8 @@ class Connection(Line):
             return
         self.closed = True
         self.stop_timer()
-        for left in (self.attempts, self.queue, self.errands):
-            left.clear()
+        self.attempts.clear()
+        self.queue.clear()
         self.session.close()
         self.pool.owe(self.session.owed())
         self.pool.removed(self)

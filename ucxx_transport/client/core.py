@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ucxx_transport.client.errands import Discard, SourceErrand, Take
+from ucxx_transport.client.errands import Discard, Errand, Take
 from ucxx_transport.client.jobs import Call, ClientBase, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.payload import writable_bytes
@@ -210,7 +210,7 @@ class ClientCore(ClientBase):
         return call
 
     def take_call(self, source: Takeable | Referring, wait_s: float | str, **what: Any) -> Take:
-        """A call that takes payloads, for `Reads.begin` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
+        """A call that takes payloads, for `Reads.ask` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
         self.require_usable()
         whose: Any = source
         if not isinstance(whose, SlotRef) and not hasattr(whose, "ring_name"):  # nor a source's record
@@ -220,8 +220,6 @@ class ClientCore(ClientBase):
 
     def abandon(self, call: Call) -> None:
         """A call is not wanted any more: what it has is released, what comes is not delivered; a discard goes on."""
-        if isinstance(call, Take):
-            self.reads.errands.discard(call)
         if isinstance(call, Job):
             self.reads.abandon(call)
 
@@ -245,7 +243,6 @@ class ClientCore(ClientBase):
                 self.delivered.forget(ref)
         reads = self._opened()
         reads.jobs.update(unfinished)
-        reads.errands.update(errand for errand in old.errands.difference(jobs) if not errand.done)
         for names in old.connections.unsettled.values():
             reads.connections.owe(names)
         reads.locked.update(call for call in old.locked if isinstance(call, Discard))  # jobs: as what follows
@@ -254,11 +251,10 @@ class ClientCore(ClientBase):
             reads.visit_again(discard)
         for job in unfinished:
             job.left = len(job.missing)
-            reads.go_on(self._look_at(job))  # which reports it at once when nothing is missing
-        for errand in tuple(reads.errands):
-            if isinstance(errand, SourceErrand):
-                errand.bind(reads)
-                errand.ask()
+            if isinstance(job, Errand) and not job.counts:  # it has not been answered
+                reads.ask(job)
+            else:
+                reads.go_on(self._look_at(job))  # which reports it at once when nothing is missing
         self.damaged = False
 
     def close(self) -> None:

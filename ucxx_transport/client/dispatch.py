@@ -21,7 +21,7 @@ from ucxx_transport.logs import get_logger
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Carrier, ClientBase, Errand, Job, Read
+    from ucxx_transport.client.jobs import Carrier, ClientBase, Job, Read
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.schema import SlotRef
@@ -52,7 +52,6 @@ class Dispatch(ABC):
         ports: of all sources. connections: to them.
         jobs: those with reads that have no outcome.
         finished: jobs that have all their outcomes, until `settle` reports them.
-        errands: those that are not over.
         again: reads that are to go on, until `settle`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """
@@ -70,7 +69,6 @@ class Dispatch(ABC):
         self.call_at = reactor.call_at
         self.jobs: set[Job] = set()
         self.finished: list[Job] = []
-        self.errands: set[Errand] = set()
         self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
         self.look_s = math.inf
         self.read_attempts = base.config.read_attempts
@@ -117,7 +115,10 @@ class Dispatch(ABC):
             read.due_s = read.limit_s if is_last else (now + read.limit_s) / 2
             read.connection = connection
             soonest_s = min(soonest_s, read.due_s)
-        connection.queue.extend(reads)
+        if reads[0].goes_first:
+            connection.queue.extendleft(reads)
+        else:
+            connection.queue.extend(reads)
         if connection.is_open:
             connection.pump()
         if connection.queue:
@@ -194,11 +195,11 @@ class Dispatch(ABC):
             and not job.alone
             and (read.limit_s < job.until_s or (is_late and not self.ports.healthy(source, now)))
         )
-        if not hopeless and ports.retries_slot(
-            error, attempt=read.call, read_attempts=self.read_attempts, remaining_s=remaining_s
-        ):
+        waits, attempts = now < job.wait_until_s, self.read_attempts
+        attempt = 0 if waits else read.call
+        if not hopeless and ports.retries_slot(error, attempt=attempt, read_attempts=attempts, remaining_s=remaining_s):
             self.counters.add("retries")
-            pause_s = ports.backoff_s(error, read.call)
+            pause_s = ports.WAIT_PAUSE_S if waits and read.call >= attempts else ports.backoff_s(error, read.call)
             read.call += 1
             read.limit_s = job.until_s
             if pause_s:
@@ -229,13 +230,10 @@ class Dispatch(ABC):
             for read in tuple(connection.attempts):
                 if read.due_s <= now and not connection.closed:
                     self._asked_too_long(connection, read, now)
-        for errand in tuple(self.errands):
-            if errand.due_s <= now:
-                errand.due()
         self.settle()
         due_s = [read.due_s for connection in known.values() for read in connection.queue if read.job is not None]
         due_s += [read.due_s for connection in known.values() for read in connection.attempts]
-        self.look_at(min(due_s + [errand.due_s for errand in self.errands], default=math.inf))
+        self.look_at(min(due_s, default=math.inf))
 
     def _queued_too_long(self, connection: Carrier, read: Read, job: Job, now: float) -> None:
         if self._probes_no_more(connection, read, job, now):
@@ -299,7 +297,8 @@ class Dispatch(ABC):
 
     def fail(self, read: Read, error: TransportError) -> None:
         error.__traceback__ = None  # its frames may hold a buffer
-        self.counters.failed(error)
+        if read.job is not None and read.job.counts:
+            self.counters.failed(error)
         self.over(read, error)
 
     def over(self, read: Read, outcome: Outcome) -> None:

@@ -97,13 +97,16 @@ class Job(Call):
         held: that payload's read. Of a job of one, like `is_held`.
         began_s: of `perf_counter`.
         alone: whether all that it reads over the link is of one source: then nothing else waits for it.
+        counts: whether its errors are counted as failed reads.
+        wait_until_s: what may pass is tried again so long, however often.
     """
 
     on_payload: OnPayload | None = None
     into: Buffer | None = None
     is_held = False
     held: Read | None = None
-    alone = True
+    alone = counts = True
+    wait_until_s = 0.0
     elsewhere: Sequence[int] = ()
     here: Sequence[Entry] = ()
 
@@ -149,12 +152,12 @@ class Read(Attempt):
         alternate: the port that this call may still rotate to.
         call: number of the slot layer's call, from 1. limit_s: when this call is over at the latest.
         due_s: when to look at it again.
-        late: see above. before: the late one that it took the place of.
+        late: see above. before: the late one that it took the place of. goes_first: before others that are queued.
     """
 
     alternate: PortKey | None = None
     call = 1
-    late = False
+    late = goes_first = False
     before: Read | None = None
     start = whole_bytes = 0
     ref: SlotRef
@@ -171,35 +174,17 @@ class Read(Attempt):
 
     def successor(self) -> Read:
         """The read that goes on while this one is late."""
-        read = Read(self.job, self.index, self.ref, self.source, self.limit_s)
+        read = type(self)(self.job, self.index, self.ref, self.source, self.limit_s)
         read.alternate, read.call, read.before = self.alternate, self.call, self
         return read
 
 
-class Errand(Protocol):
-    """Something else than reads by name that a source is asked. At `due_s` it wants to be called."""
-
-    source: Takeable
-    done: bool
-    due_s: float
-
-    def due(self) -> None: ...
-    def end(self, error: TransportError, /) -> None: ...
-
-    def start(self, connection: Carrier, /) -> None:
-        """The connection is open."""
-
-    def lost(self, connection: Carrier, error: TransportError, /) -> None:
-        """It failed, or was never open."""
-
-
 class Carrier(Protocol):
-    """A `Connection`, as its reads and errands, and the pool, see it; what each is, is said there."""
+    """A `Connection`, as its reads, errands and the pool see it; what each is, is said there."""
 
     key: PortKey
     session: ClientSession
     queue: deque[Read]
-    errands: list[Errand]
     attempts: set[Read]
     late: int
     is_open: bool
@@ -210,7 +195,6 @@ class Carrier(Protocol):
     def idle(self) -> bool: ...
     def start(self) -> None: ...
     def ask(self, asked: Asked, on_answer: Callable[[Asked, memoryview], None], /) -> None: ...
-    def run(self, errand: Errand) -> None: ...
     def pump(self) -> None: ...
     def ask_one(self, read: Read, now: float) -> bool: ...
     def receive(self, offer: Offer, reads: list[Read]) -> None: ...
@@ -228,7 +212,9 @@ def removed(source: Takeable) -> PeerLostError:
 
 
 def too_late(ref: SlotRef, **facts: object) -> DeadlineExceededError:
-    """The error of a read whose time is up."""
+    """The error of a read whose time is up; generation 0 names no payload, but its source."""
+    if not ref.generation:
+        return DeadlineExceededError("the source did not answer in time", host=ref.host, ports=ref.ports, **facts)
     message = "the payload did not arrive in time"
     return DeadlineExceededError(message, host=ref.host, slot=ref.slot, nbytes=ref.nbytes, **facts)
 

@@ -264,7 +264,8 @@ class LocalReader:
 
     def over(self, job: Job, index: int, outcome: Payload | TransportError) -> None:
         if isinstance(outcome, TransportError):
-            self._counters.failed(outcome)
+            if job.counts:
+                self._counters.failed(outcome)
             clear_traceback(outcome)
         job.outcomes[index] = outcome
         job.left -= 1

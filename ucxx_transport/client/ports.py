@@ -45,6 +45,9 @@ PROBE_S: Final = 0.5
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_LIMIT_S: Final = 0.5
+WAIT_PAUSE_S: Final = 0.1
+"""A source that is waited for is asked again after this."""
+
 SHORTEST_ATTEMPT_S: Final = 0.001
 """What is left is worth a try only if a round trip may fit into it."""
 

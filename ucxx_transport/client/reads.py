@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
-from ucxx_transport.client.errands import Discard, RingDiscard
+from ucxx_transport.client.errands import Discard, Request, RingDiscard
 from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.payload import Payload
@@ -36,7 +36,7 @@ from ucxx_transport.settings import check_can
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.errands import SourceErrand
+    from ucxx_transport.client.errands import Errand
     from ucxx_transport.client.jobs import Carrier, ClientBase
     from ucxx_transport.client.local import LocalReader
     from ucxx_transport.link.reactor import Reactor
@@ -137,7 +137,7 @@ class Reads(Dispatch):
         if isinstance(call, Discard):
             call.left += len(call.elsewhere)
             for refs in call.elsewhere.values():
-                self.begin(RingDiscard(call, refs))
+                self.ask(RingDiscard(call, refs))
         else:
             if len(call.elsewhere) == len(call.refs) == 1:
                 self.start_one(call)
@@ -174,7 +174,7 @@ class Reads(Dispatch):
         if not (job.left or job.done or job in self.finished):
             self.finished.append(job)
 
-    def start(self, job: Job, indices: Iterable[int]) -> None:
+    def start(self, job: Job, indices: Iterable[int], make: Callable[..., Read] = Read) -> None:
         """Begin to read what a job reads over the link."""
         now = self.now()
         self.hear()
@@ -193,7 +193,7 @@ class Reads(Dispatch):
             else:
                 address = ref.host, ref.ports
                 source, group = groups.get(address) or groups.setdefault(address, (self.ports.source(*address), []))
-                job.reads[index] = read = Read(job, index, ref, source, until_s)
+                job.reads[index] = read = make(job, index, ref, source, until_s)
                 group.append(read)
         job.alone = len(groups) < 2
         for source, group in groups.values():
@@ -228,14 +228,10 @@ class Reads(Dispatch):
             source.under_way = 0
         self.start(job, (0,))
 
-    def begin(self, errand: SourceErrand) -> None:
+    def ask(self, errand: Errand) -> None:
         """Have payloads taken, or discarded."""
-        self.hear()
-        errand.bind(self)
-        if errand.source.ring_id in self._gone:
-            errand.end(removed(errand.source))
-        else:
-            errand.ask()
+        errand.engine = self
+        self.start(errand, (0,), Request)
 
     def fail_all(self, error: TransportError, ring_id: bytes | None = None) -> None:
         """Fail whatever is under way, or only what is asked for of one ring over the link."""
@@ -246,9 +242,6 @@ class Reads(Dispatch):
             for index in job.missing if ring_id is None else ():  # they wait for the lock of a ring of this host
                 self._local.over(job, index, copy_of(error))
             self._check(job)
-        for errand in tuple(self.errands):
-            if ring_id in (None, errand.source.ring_id):
-                errand.end(copy_of(error))
         self.settle()
 
     def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:

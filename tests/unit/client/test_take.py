@@ -30,7 +30,7 @@ RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 def begin(client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> Take:
     values = {"max_payloads": 16, "max_bytes": 1 << 20, "selector": "oldest", **asked}
     take = client.core.take_call(source, wait_s, **values)
-    client.core.reads.begin(take)
+    client.core.reads.ask(take)
     return take
 
 
@@ -221,7 +221,7 @@ def test_an_abandoned_take_gives_back_what_was_picked_for_it(*, is_offered: bool
         assert rig.states(*refs[1:]) == [SlotState.READING] * 2
         assert client.counts.lent_buffers == 2 * is_offered
         client.core.abandon(take)
-        assert not client.core.reads.errands
+        assert not client.core.reads.jobs
         hold.set()
         rig.faults_of(1).hold = None
         rig.advance(30.0 * is_offered)
@@ -250,7 +250,7 @@ def test_what_was_picked_for_a_take_comes_although_another_call_s_interrupt_has_
         rig.run_until(lambda: take.done)
         assert contents(take.result()) == [b"\1", b"\2", b"\3"]
         rig.settle()
-        assert not client.core.reads.errands
+        assert not client.core.reads.jobs
         assert rig.ring.statistics().reading == rig.ring.statistics().ready == 0
 
 
