@@ -164,11 +164,12 @@ class Take(Errand):
             connection.fail(error)
             return
         if job is not None:
-            request.job, self.counts = None, True
             self.reads, self.refs, self.left = dict(enumerate(reads)), [read.ref for read in reads], len(reads)
             self.began_s = time.perf_counter()
             outcomes: list[Outcome | None] = [None] * self.left
-            self.records, self.outcomes = records, outcomes  # no call in between, at which an interrupt comes
+            # no call in between, at which an interrupt comes: `result` and `repair` need all three
+            self.records, self.outcomes, self.counts = records, outcomes, True
+            request.job = None
             source.under_way += len(reads) - 1
         connection.receive(offer, reads)
 

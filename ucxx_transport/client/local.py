@@ -13,18 +13,10 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 import xxhash
 
+from ucxx_transport import errors
 from ucxx_transport.client.jobs import ClientBase, Job, Takeable, clear_traceback
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.errors import (
-    BusyError,
-    ChecksumError,
-    ConfigError,
-    DeadlineExceededError,
-    ProtocolError,
-    SlotError,
-    StaleSlotError,
-    TransportError,
-)
+from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.link.process import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import HOLD_NBYTES
@@ -58,7 +50,7 @@ def verify_checksum(content: Bytes, ref: SlotRef) -> None:
         return
     found = xxhash.xxh3_64_intdigest(content.data)
     if found != ref.checksum:
-        raise ChecksumError(
+        raise errors.ChecksumError(
             "the payload's bytes are not those that were written",
             slot=ref.slot,
             generation=ref.generation,
@@ -121,7 +113,7 @@ class LocalReader:
             return None
         try:
             ring = self._opened(ref)
-        except (ConfigError, ProtocolError) as error:
+        except (errors.ConfigError, errors.ProtocolError) as error:
             is_gone = error.facts.get("reason") == "missing"
             if not (is_gone or self._config.local == "auto"):
                 raise
@@ -147,7 +139,7 @@ class LocalReader:
         """The ring of that name; where there is no descriptor for it, others are closed."""
         try:
             return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
-        except ConfigError as error:
+        except errors.ConfigError as error:
             cause = error.__cause__
             if not (isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)):
                 raise
@@ -180,11 +172,11 @@ class LocalReader:
             )
             if ref.fingerprint != ring.fingerprint or ref.nbytes != lease.words[HOLD_NBYTES]:
                 ring.refuse(lease, ref)
-        except BusyError:
+        except errors.BusyError:
             if not ring.reclaim_dead():  # the one that holds it may be gone
                 raise
             lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
-        except SlotError:
+        except errors.SlotError:
             # Another read may have closed this handle meanwhile: to make room, or because the worker died.
             other = self.ring_of(ref) if ring.closed else None
             if other is None:
@@ -240,7 +232,7 @@ class LocalReader:
                     self._visit(call, index, ring, max(0.0, min(left_s, LOCK_TURN_S)))
                     continue
                 except TransportError as error:
-                    if not isinstance(error, DeadlineExceededError) or left_s <= LOCK_TURN_S:
+                    if not isinstance(error, errors.DeadlineExceededError) or left_s <= LOCK_TURN_S:
                         if isinstance(call, Job):
                             self.over(call, index, error)
                         continue

@@ -31,12 +31,13 @@ class Payload:
 
     Attributes:
         ref: the reference it was read by.
+        schema: the fields of its arrays; None for a raw ring's.
         transport: "view" (the slot, in place), "copy" (copied out of the slot), "ucx".
         record: of a payload that was taken: what its writer noted of it, a rollout worker's record or else the `meta`;
             None when that was nothing, and for one that was read by its reference.
     """
 
-    __slots__ = ("_arrays", "_root", "_schema", "record", "ref", "transport")
+    __slots__ = ("_arrays", "_root", "record", "ref", "schema", "transport")
 
     def __init__(self, ref: SlotRef, root: npt.NDArray[np.uint8], schema: Schema | None, transport: Transport) -> None:
         self.ref = ref
@@ -44,18 +45,13 @@ class Payload:
         self.transport: Transport = transport
         root.setflags(write=False)
         self._root: npt.NDArray[np.uint8] | None = root
-        self._schema = schema
+        self.schema = schema
         self._arrays: ArrayTree | None = None
 
     @property
     def nbytes(self) -> int:
         """Length of the payload in bytes."""
         return self.ref.nbytes
-
-    @property
-    def schema(self) -> Schema | None:
-        """The fields of its arrays; None for a raw ring's."""
-        return self._schema
 
     @property
     def buffer(self) -> memoryview:
@@ -79,10 +75,10 @@ class Payload:
         root = self._held()
         arrays = self._arrays  # once: another thread may release meanwhile
         if arrays is None:
-            if self._schema is None:
+            if self.schema is None:
                 arrays = {"data": root}
             else:
-                arrays = self._schema.views(root.data, writable=root.flags.writeable)
+                arrays = self.schema.views(root.data, writable=root.flags.writeable)
             self._arrays = arrays
         return arrays
 

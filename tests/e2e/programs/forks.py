@@ -60,9 +60,7 @@ AS_IT_WAS = {
     *(
         "pending.records",
         "client.config",
-        "client.reader_id",
         "async_client.config",
-        "async_client.reader_id",
         "group.rank",
     ),
     *("packer.setup_ucxx_data_packer", "packer.ucxx_feed", "packer.on_episode_lost", "packer.rollout_output_of"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,7 @@ from ucxx_transport.client import Payload
 PACKAGE = str(Path(ucxx_transport.__file__).parent)
 LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
 A_FURTHER_NAME = 18
+A_FURTHER_SOURCE = 18
 READS = 20
 
 
@@ -53,3 +55,20 @@ def test_a_further_name_of_a_batch_costs_less_than_a_read_of_its_own() -> None:
 
         one, many = fewest(lambda: read(1)), fewest(lambda: read(16))
         assert len(many) - len(one) <= 15 * A_FURTHER_NAME, "\n".join(many)
+
+
+def test_a_name_of_a_further_source_costs_a_batch_as_little_as_one_of_the_same() -> None:
+    with port_beside(slots=64) as beside, beside.client() as client:
+
+        def read(count: int) -> list[str]:
+            names: list[str] = []
+            written = [beside.ring.write_raw(bytes(1000)) for _ in range(count)]
+            refs = [replace(ref, host=f"10.0.0.{number}") for number, ref in enumerate(written, 1)]
+            with counted(names):
+                outcomes = client.read_many(refs)
+            assert all(isinstance(outcome, Payload) for outcome in outcomes)
+            return names
+
+        read(16)  # so that a connection to each is open
+        one, many = fewest(lambda: read(1)), fewest(lambda: read(16))
+        assert len(many) - len(one) <= 15 * A_FURTHER_SOURCE, "\n".join(many)
