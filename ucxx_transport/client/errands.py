@@ -187,7 +187,6 @@ class RingDiscard(Errand):
         return connection.session.confirm(request.names)
 
     def finish(self) -> None:
-        """See `Call`."""
         if not self.done:
             self.engine.connections.owe(self._left.values())
             self.done = True

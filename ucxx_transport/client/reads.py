@@ -10,8 +10,7 @@ timer, or a call takes one step, and `settle` does what follows from it.
 | asked     | its attempt is in flight                               | its port is quarantined; it goes elsewhere |
 | paused    | the server was busy, or not ready                      | it is asked again                          |
 
-An attempt that has exceeded its time is *late*: if its answer comes after all and the read has no outcome yet, it is
-delivered. The policy is in `ports`, how a connection is used in `connection`.
+The policy is in `ports`, how a connection is used in `connection`.
 """
 
 from __future__ import annotations

@@ -51,6 +51,18 @@ def write(rig: ExchangeRig, count: int, first: int = 0) -> list[SlotRef]:
     ]
 
 
+def test_a_take_does_not_wait_behind_the_reads_that_its_connection_has_no_room_for_yet() -> None:
+    with open_rig(ports=1, ring=RingConfig(slots=16, slot_bytes=1 << 20, prefault=False)) as rig:
+        client = rig.client()
+        reads = client.core.begin([rig.write(bytes(1 << 20)) for _ in range(12)], 60.0)
+        newest = rig.write(b"x")
+        take = begin(client, newest, max_payloads=1, selector="newest")
+        rig.run_until(lambda: take.done)
+        assert contents(take.result()) == [b"x"]
+        assert reads.left > 6
+        assert all(isinstance(outcome, Payload) for outcome in client.outcomes(reads))
+
+
 def test_what_is_there_comes_in_order_with_its_record_and_frees_its_slots() -> None:
     with open_rig(ring=RING) as rig:
         client = rig.client()
