@@ -8,10 +8,6 @@ see a count that is a moment old.
 |----------------------|---------------------------------------------------------|
 | 0-30                 | counts, in the order of `PortStatistics`                |
 | 31                   | when the port's loop last turned, ns of CLOCK_MONOTONIC |
-
-| word of the general block | what                                                                         |
-|---------------------------|------------------------------------------------------------------------------|
-| 0                         | 1 while the source waits for its epoch: reads are answered NOT_READY         |
 """
 
 from __future__ import annotations
@@ -22,7 +18,8 @@ from typing import Final
 from ucxx_transport.units import MAX_PORTS
 
 PORT_WORDS: Final = 32
-AWAITED: Final = MAX_PORTS * PORT_WORDS  # the worker writes it, and every port looks at it before it serves
+# The general block's one word: 1 while the source waits for its epoch, and reads are answered NOT_READY.
+AWAITED: Final = MAX_PORTS * PORT_WORDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

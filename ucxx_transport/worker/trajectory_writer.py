@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -136,7 +136,9 @@ class TrajectoryWriter(OfOneProcess):
         self._serve = serve
         self._on_error = on_error
         self._nonfinite_meta = nonfinite_meta
-        self._publish = _publication(worker_id, store, publisher, store_config, store_meta)
+        self._publisher_config = made_of(PublisherConfig, publisher, "publisher")
+        self._store_config = _store_settings(store, store_config)
+        self._store_meta, _ = checked_meta(store_meta or {}, "store_meta")
         self._runtimes = runtimes
         self._lock = threading.Lock()
         self._sequence = itertools.count()
@@ -276,8 +278,11 @@ class TrajectoryWriter(OfOneProcess):
             stack.callback(packer.close)
             if self._serve:
                 self.server = stack.enter_context(UCXXServer(ring, self._server_config))
-            if self._publish is not None:
-                self.publisher = stack.enter_context(self._publish(self.server or RingSource(ring)))
+            if self._store_config.url is not None:
+                options: Any = {"store_config": self._store_config, "meta": self._store_meta}
+                source = self.server or RingSource(ring)
+                publisher = HeartbeatPublisher(None, self._worker_id, source, self._publisher_config, **options)
+                self.publisher = stack.enter_context(publisher)
             self._open = stack.pop_all()
         self.ring = ring
         return packer
@@ -358,19 +363,13 @@ def _check_ucx(config: ServerConfig, ring: Mapping[str, Any]) -> None:
             pass
 
 
-def _publication(
-    worker_id: str, store: str | None, publisher: Any, store_config: Any, meta: Mapping[str, object] | None
-) -> Callable[[RingSource], HeartbeatPublisher] | None:
-    """What makes the publisher of a ring, whose settings are checked; None where there is no store."""
-    config = made_of(PublisherConfig, publisher, "publisher")
-    reached = made_of(StoreConfig, store_config, "store_config")
-    checked_meta(meta or {}, "store_meta")
-    if store is not None:
-        reached = replace(reached, url=store)
-    if (url := reached.url) is None:
-        return None
-    parse_store_url(url)
-    return lambda source: HeartbeatPublisher(url, worker_id, source, config, store_config=reached, meta=meta)
+def _store_settings(url: str | None, given: StoreConfig | Mapping[str, Any] | None) -> StoreConfig:
+    config = made_of(StoreConfig, given, "store_config")
+    if url is not None:
+        config = replace(config, url=url)
+    if config.url is not None:
+        parse_store_url(config.url)
+    return config
 
 
 def _checked_names(narrow: object, reward: object) -> list[str]:
