@@ -145,11 +145,10 @@ class Sidecar:
     def _run(self) -> None:
         (first_s, longest_s), young, pause_s = self.pauses_s, 0, 0.0
         while not self._wait(pause_s):
-            up_s = 0.0
             try:
                 up_s, reason = self._attend()
             except Exception as error:  # noqa: BLE001 - the edge of a thread: it goes on
-                reason = str(error)
+                up_s, reason = 0.0, str(error)
                 if not self.up.done():
                     self.up.set_exception(error)
                     if self.serve is not None:
@@ -350,8 +349,7 @@ def interpreter() -> str:
 
     A ConfigError: `sys.executable` is none, as in an application that embeds Python, and no other was set.
     """
-    chosen = multiprocessing.spawn.get_executable()
-    path = os.fsdecode(chosen) if chosen else ""
+    path = os.fsdecode(multiprocessing.spawn.get_executable() or "")
     # an application that embeds Python would start itself again
     if path and (path != sys.executable or Path(path).name.lower().startswith(_INTERPRETERS)):
         return path

@@ -88,9 +88,8 @@ class WriteOptions(TypedDict, total=False):
 class TrajectoryPacker:
     """Writes trajectories of one schema into one ring. Thread-safe. Close it before the ring.
 
-    Raises:
-        ConfigError: `narrow`, the fields whose values may lose precision, or `reward`, the one that `rewards_in` sums
-            up, names no field of the schema.
+    A ConfigError: `narrow`, the fields whose values may lose precision, or `reward`, the one that `rewards_in` sums up,
+    names no field of the schema.
     """
 
     def __init__(
@@ -155,10 +154,8 @@ class TrajectoryPacker:
             return length, None
         with np.errstate(all="ignore"):
             values = np.asarray(rewards, np.float64)
-            if values.size == 0 or not np.isfinite(values).all():
-                return length, None
             total = float(values.sum())
-        if not np.isfinite(total):
+        if values.size == 0 or not np.isfinite(total):  # as it is not where one of them is not
             return length, None
         least, most = float(values.min()), float(values.max())
         return length, RewardSummary(total=total, mean=total / values.size, least=least, most=most)
@@ -173,8 +170,7 @@ class TrajectoryPacker:
     def _set_apart(self, leaves: list[Any]) -> dict[int, DeviceArray]:
         """Those of `leaves` on a GPU, by position, stood in for until they have a place; others narrowed where need be.
 
-        Raises:
-            ConfigError: a leaf cannot be taken, or a value does not fit its field; the message names the field.
+        A ConfigError, which names the field: a leaf cannot be taken, or a value does not fit.
         """
         devices: dict[int, DeviceArray] = {}
         for index, field in enumerate(self._schema.fields):
@@ -194,11 +190,7 @@ class TrajectoryPacker:
         return devices
 
     def _narrowed(self, values: Array, field: TensorSpec) -> Array:
-        """`values` in the field's dtype: integers as they are, floats rounded to the nearest; the first are logged.
-
-        Raises:
-            ConfigError: another kind, or a value that does not fit; the message names the field and the remedy.
-        """
+        """`values` in the field's dtype: integers as they are, floats rounded to the nearest; the first are logged."""
         given, stored = values.dtype, field.dtype
         are_integers = given.kind in "iu" and stored.kind in "iu"
         if not are_integers and not ("float" in given.name and "float" in stored.name):
