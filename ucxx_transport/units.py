@@ -67,30 +67,26 @@ _NANOSECONDS: Final[Mapping[str, int]] = {
 
 def parse_bytes(value: object) -> int:
     """A size in bytes from a number, or text such as `"512MiB"`; a ValueError that says what would be one."""
-    if isinstance(value, str):
-        size = _scaled(value, _BYTE_UNITS, f"expected {_A_SIZE}", "use B, KiB, MiB, GiB or TiB (or kB, MB, GB, TB)")
-        if isinstance(size, float):
-            size = round(size, 2)  # of "1.1kB" more than its whole bytes are rounding
-            if not size.is_integer():
-                raise ValueError(f"expected a whole number of bytes, not {value!r}")
-        return int(size)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError(f"expected {_A_SIZE}")
+    if not isinstance(value, str):
+        with suppress(ValueError):
+            return _count(value)
+        raise ValueError(f"expected {_A_SIZE}")
+    size = _scaled(value, _BYTE_UNITS, f"expected {_A_SIZE}", "use B, KiB, MiB, GiB or TiB (or kB, MB, GB, TB)")
+    if isinstance(size, float):
+        size = round(size, 2)  # of "1.1kB" more than its whole bytes are rounding
+        if not size.is_integer():
+            raise ValueError(f"expected a whole number of bytes, not {value!r}")
+    return int(size)
 
 
 def parse_duration(value: object) -> float:
     """A duration in seconds from a number, or text such as `"250ms"`; a ValueError that says what would be one."""
     seconds = math.nan
-    try:
+    with suppress(OverflowError):
         if isinstance(value, str):
             seconds = _scaled(value, _NANOSECONDS, f"expected {_A_DURATION}", "use ns, us, ms, s, m or h") / _SECOND
         elif isinstance(value, int | float) and not isinstance(value, bool):
             seconds = float(value)
-    except OverflowError:
-        pass
     if not math.isfinite(seconds):
         raise ValueError(f"expected {_A_DURATION}")
     if seconds < 0:

@@ -193,12 +193,11 @@ class PortThread:
         candidates: Sequence[int],
         link_factory: LinkFactory | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings = replace(settings, max_connections=_max_connections(settings))
         self._candidates = candidates
         self._name = f"ucxx-port-{index}"
         self._reactor = Reactor(link_factory or _ucxx_links(settings), spin_s=settings.spin_s)
-        limited = replace(settings, max_connections=_max_connections(settings))
-        self._port = Port(ring, limited, index, self._reactor)
+        self._port = Port(ring, self._settings, index, self._reactor)
         self.up: Future[int] = Future()
         self._stop_by_s = math.inf
         self._thread: Thread | None = None

@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypedDict
 
@@ -85,6 +86,7 @@ class WriteOptions(TypedDict, total=False):
     deadline_s: float | str | None
 
 
+@dataclass(eq=False, repr=False)
 class TrajectoryPacker:
     """Writes trajectories of one schema into one ring. Thread-safe. Close it before the ring.
 
@@ -92,49 +94,43 @@ class TrajectoryPacker:
     names no field of the schema.
     """
 
-    def __init__(
-        self,
-        ring: SharedRingBuffer,
-        schema: Schema,
-        narrow: Iterable[str] = (),
-        reward: str | None = None,
-        *,
-        runtimes: RuntimeFinder = runtime_of,
-    ) -> None:
-        self._ring = ring
-        self._schema = schema
-        self._may_narrow = frozenset(narrow)
-        self._reward = reward
-        for keyword, names in (("narrow", sorted(self._may_narrow)), ("reward", [] if reward is None else [reward])):
-            if unknown := [name for name in names if name not in schema.offsets]:
-                remedy = nearest_remedy(unknown[0], schema.offsets) or f"its fields are {listed([*schema.offsets])}"
-                text = f"{keyword} names {describe(unknown[0])}, which is no field of the schema; {remedy}"
+    ring: SharedRingBuffer
+    schema: Schema
+    narrow: Iterable[str] = ()
+    reward: str | None = None
+    runtimes: RuntimeFinder = runtime_of
+    _warned: set[str] = field(default_factory=set, init=False)
+    _meets_devices: bool = field(default=False, init=False)
+    # One at a time: a GPU copies one thing at a time to the host, and the ring must not be unlocked under a copy.
+    _copying: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _unlock: Callable[[], object] | None = field(default=None, init=False)
+    _closed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._may_narrow, offsets = frozenset(self.narrow), self.schema.offsets
+        for keyword, name in (*(("narrow", name) for name in sorted(self._may_narrow)), ("reward", self.reward)):
+            if name is not None and name not in offsets:
+                remedy = nearest_remedy(name, offsets) or f"its fields are {listed([*offsets])}"
+                text = f"{keyword} names {describe(name)}, which is no field of the schema; {remedy}"
                 raise ConfigError(text, field=keyword)
-        self._warned: set[str] = set()
-        self._runtimes = runtimes
-        self._meets_devices = False
-        # One at a time: a GPU copies one thing at a time to the host, and the ring must not be unlocked under a copy.
-        self._copying = threading.Lock()
-        self._unlock: Callable[[], object] | None = None
-        self._closed = False
 
     def write(self, trajectory: Mapping[str, object], **options: Any) -> SlotRef:
         """Write one trajectory; options and errors as `SharedRingBuffer.write`."""
         if not self._may_narrow and not self._meets_devices:
             try:
-                return self._ring.write(trajectory, **options)
+                return self.ring.write(trajectory, **options)
             except DeviceArrayError:  # before a slot was touched
                 self._meets_devices = True
-        schema = self._schema
+        schema = self.schema
         leaves = schema.gather(trajectory)
         devices = self._set_apart(leaves)
         tree = schema.nest(leaves)
         if not devices:
-            return self._ring.write(tree, **options)
+            return self.ring.write(tree, **options)
         arrays, placement = schema.arrange(tree)
         self._lock_pages(next(iter(devices.values())))
         lengths = dict(zip(schema.varlen, placement.lengths, strict=True))
-        with self._ring.reserve(lengths=lengths, **options) as lease:
+        with self.ring.reserve(lengths=lengths, **options) as lease:
             targets = schema.gather(lease.arrays)
             with self._copies(devices, targets):
                 rest = [index for index in range(len(arrays)) if index not in devices]
@@ -143,12 +139,12 @@ class TrajectoryPacker:
 
     def rewards_in(self, trajectory: object) -> tuple[int | None, RewardSummary | None]:
         """How many steps a trajectory has, and a summary of their rewards where these are finite numbers."""
-        if (name := self._reward) is None:
+        if (name := self.reward) is None:
             return None, None
         leaf = trajectory.get(name) if isinstance(trajectory, Mapping) else None
         if leaf is None:  # nested, or missing: then writing says so
             leaf = flatten(trajectory).get(name, ())
-        rewards = on_host(leaf, name, self._runtimes)
+        rewards = on_host(leaf, name, self.runtimes)
         length = rewards.shape[0] if rewards.ndim else 1
         if rewards.dtype.name not in DTYPES or rewards.dtype.kind == "c":  # refused by the write, or without order
             return length, None
@@ -173,20 +169,20 @@ class TrajectoryPacker:
         A ConfigError, which names the field: a leaf cannot be taken, or a value does not fit.
         """
         devices: dict[int, DeviceArray] = {}
-        for index, field in enumerate(self._schema.fields):
+        for index, spec in enumerate(self.schema.fields):
             leaf = leaves[index]
             if type(leaf) is not np.ndarray and is_on_device(leaf):
-                array = self._runtimes(leaf, field.name).adopt(leaf, field.name)
-                is_converted = field.name in self._may_narrow or casts_exactly(array.dtype, field.dtype)
-                if array.dtype is field.dtype or not is_converted:  # which the check of the fields refuses
+                array = self.runtimes(leaf, spec.name).adopt(leaf, spec.name)
+                is_converted = spec.name in self._may_narrow or casts_exactly(array.dtype, spec.dtype)
+                if array.dtype is spec.dtype or not is_converted:  # which the check of the fields refuses
                     devices[index] = array
                     leaves[index] = _stand_in(array.shape, array.dtype)
                     continue
                 leaf = leaves[index] = array.runtime.to_host(array)
-            if field.name in self._may_narrow:
-                given = as_array(leaf, field.name)
-                if given.dtype is not field.dtype and not casts_exactly(given.dtype, field.dtype):
-                    leaves[index] = self._narrowed(given, field)
+            if spec.name in self._may_narrow:
+                given = as_array(leaf, spec.name)
+                if given.dtype is not spec.dtype and not casts_exactly(given.dtype, spec.dtype):
+                    leaves[index] = self._narrowed(given, spec)
         return devices
 
     def _narrowed(self, values: Array, field: TensorSpec) -> Array:
@@ -212,7 +208,7 @@ class TrajectoryPacker:
             self._require_open()
             if self._unlock is None:
                 self._unlock = array.runtime.page_lock(
-                    self._ring.mapping, array.device, what="a ring", remedy="lower ring.slots or the size of a slot"
+                    self.ring.mapping, array.device, what="a ring", remedy="lower ring.slots or the size of a slot"
                 )
 
     @contextmanager
