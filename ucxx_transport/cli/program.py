@@ -9,14 +9,8 @@
 
 Only the verb that is called is imported, so that `version` costs no more than it must.
 
-Two verbs are programs that are no part of the library, the demo and the benchmarks:
-
-| program  | in a clone        | in an installed wheel             |
-|----------|-------------------|-----------------------------------|
-| cartpole | examples/cartpole | ucxx_transport/_programs/cartpole |
-| bench    | bench             | ucxx_transport/_programs/bench    |
-
-pyproject.toml has the wheel's column.
+Two verbs are programs that are no part of the library, the demo and the benchmarks: beside the package in a clone, in
+its folder `_programs` in an installed wheel, which pyproject.toml fills.
 """
 
 from __future__ import annotations

@@ -263,7 +263,6 @@ class RankGroup(OfOneProcess):
             DeadlineExceededError: no such view came.
             ConfigError: a callback calls this.
         """
-        refuse_forked(self._pid, "RankGroup")
         self._shared.listeners.refuse_in_callback("wait_for_view()")
         self._member()
         retrying = Retrying(self._context, timeout_s, "waiting for a view")
@@ -344,8 +343,7 @@ class RankGroup(OfOneProcess):
 
     def _member(self) -> None:
         """A NotReadyError while this rank is not a member, a ConfigError in a forked child."""
-        refuse_forked(self._pid, "RankGroup")
-        if self._participant is None or not self.state.state.is_seated:
+        if not self.state.state.is_seated or self._participant is None:
             raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
 
     def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float | str) -> GroupView:
