@@ -13,7 +13,7 @@ import struct
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 from weakref import ref
 
 import numpy as np
@@ -24,10 +24,8 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import ABORTED, CONSUMED, RELEASED, message_bytes
 from ucxx_transport.ring.transitions import HoldWords, Transitions
+from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.wire_form import record_and_meta
-
-if TYPE_CHECKING:
-    from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)
 

@@ -7,9 +7,10 @@ several readers share a ring (`readers` > 1): those too that others are reading,
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from operator import itemgetter
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import xxhash
@@ -21,16 +22,10 @@ from ucxx_transport.ring.handle import RingHandle
 from ucxx_transport.ring.layout import RELEASED
 from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords
-from ucxx_transport.schema.episode_record import slot_ref_of
+from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords, Words
+from ucxx_transport.schema.episode_record import Referring, slot_ref_of
 from ucxx_transport.schema.slot_ref import SlotRef, renumbered
 from ucxx_transport.schema.wire_form import record_and_meta
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ucxx_transport.ring.transitions import Words
-    from ucxx_transport.schema.episode_record import Referring
 
 _MAX_READER: Final = (1 << 63) - 1
 _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY

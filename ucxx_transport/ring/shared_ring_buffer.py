@@ -25,16 +25,13 @@ from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import LOOK_EVERY_S
-from ucxx_transport.schema.slot_ref import renumbered
+from ucxx_transport.ring.transitions import LOOK_EVERY_S, Words
+from ucxx_transport.schema.slot_ref import SlotRef, renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
 from ucxx_transport.schema.wire_form import checked_meta
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from ucxx_transport.ring.transitions import Words
-    from ucxx_transport.schema import SlotRef
 
 _log = get_logger(__name__)
 

@@ -15,14 +15,12 @@ import xxhash
 from ucxx_transport.errors import ConfigError, ProtocolError, nearest_remedy
 from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.tensor_spec import TensorSpec
-from ucxx_transport.schema.tensors import Array, Placement, as_array, byte_view, fit, make_placer, view_fields
+from ucxx_transport.schema.tensors import Array, Memory, Placement, as_array, byte_view, fit, make_placer, view_fields
 from ucxx_transport.schema.tree import ArrayTree, collect, flatten, grown, listed, nesting_of
 from ucxx_transport.schema.wire_form import describe, is_unsigned, misfit, refuse, untrusted
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from ucxx_transport.schema.tensors import Memory
 
 Lengths: TypeAlias = Literal["equal", "any"]
 

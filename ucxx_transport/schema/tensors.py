@@ -44,10 +44,8 @@ from ucxx_transport.schema.wire_form import describe, misfit
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    # numpy tells type checkers of its buffers from Python 3.12 on
-    Memory: TypeAlias = "Buffer | Array"
-
 Array: TypeAlias = np.ndarray[Any, DType]
+Memory: TypeAlias = "Buffer | Array"  # numpy tells type checkers of its buffers from Python 3.12 on
 
 _NUMBERS = (bool, int, float, complex)
 
