@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.errands import Request
-from ucxx_transport.client.jobs import Read, copy_of
+from ucxx_transport.client.jobs import Read
 from ucxx_transport.client.line import Line
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import FRAMING_BYTES, OWN_WINDOW_BYTES, PortKey, next_request
@@ -149,7 +149,6 @@ class Connection(Line):
         try:
             read.message = message = self.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         except TransportError as error:
-            engine.fail(read, error)
             self.fail(error)
             return True
         read.view = view = message.data
@@ -213,22 +212,19 @@ class Connection(Line):
 
     def receive(self, offer: Offer, reads: list[Read]) -> None:
         """Receive what the server has picked, each payload for its read; one without a job is given back."""
+        self.session.receive(offer, reads)
+        self.attempts.update(reads)
         try:
             for read in reads:
                 self._lend_to(read)
         except TransportError as error:  # they are on their way all the same
-            for read in reads:
-                if read.job is not None:
-                    self._engine.fail(read, copy_of(error))
             self.fail(error)
             return
-        self.session.receive(offer, reads)
+        is_lone = len(reads) == 1 and offer.fingerprint in self.schemas
         receives: list[tuple[memoryview, OnDone, int]] = [
-            (read.view, partial(self.came, (read,)), read.number) for read in reads
+            (read.view, partial(self._one_came, read) if is_lone else partial(self.came, (read,)), read.number)
+            for read in reads
         ]
-        if len(reads) == 1 and offer.fingerprint in self.schemas:
-            reads[0].seal = seal_of(reads[0].ref)
-            receives = [(reads[0].view, partial(self._one_came, reads[0]), reads[0].number)]
         self._post(None, reads, receives)
 
     def came(self, reads: Sequence[Read], operation: Operation) -> None:
@@ -268,8 +264,7 @@ class Connection(Line):
         `came` and `Reads.arrived` do of it is done here in one step. Whatever else comes is theirs.
         """
         engine, job, ref, view = self._engine, read.job, read.ref, read.view
-        assert read.seal is not None
-        header, trailer, end, whole = read.seal
+        header, trailer, end, whole = read.seal or seal_of(ref)
         if (
             operation.error is not None
             or self.closed
