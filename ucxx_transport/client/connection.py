@@ -126,7 +126,6 @@ class Connection(Line):
             or self.attempts
             or self.queue
             or read.sequence
-            or read.goes_first
             or ref.fingerprint not in self.schemas
             or ref.ring_id in self.pool.unsettled
         ):

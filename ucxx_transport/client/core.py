@@ -147,15 +147,11 @@ class ClientCore(ClientBase):
         on_payload: OnPayload | None = None,
         into: Buffer | None = None,
     ) -> Job:
-        """Read payloads: those of this host's rings now, the others as the reactor is run.
+        """Read payloads: those of this host's rings now, the others as the reactor is run; see the clients' calls.
 
-        Args:
-            refs: what to read.
-            deadline_s: for all of them together.
-            into: as for `SyncUCXXClient.read`, of a job of one.
-            on_done: called with the job once it is done; before this returns, when nothing is to be waited for.
-            on_payload: called with each payload and its index as it comes; what it returns takes the payload's place, a
-                TransportError that it raises becomes the outcome.
+        `on_done` is called with the job once it is done; before this returns, when nothing is to be waited for.
+        `on_payload` is called with each payload and its index as it comes; what it returns takes the payload's place, a
+        TransportError that it raises becomes the outcome.
         """
         job = self._job(refs, deadline_s)
         job.on_done, job.on_payload, job.into = on_done, on_payload, into

@@ -107,7 +107,8 @@ class Dispatch(ABC):
     def _enqueue(self, key: PortKey, reads: list[Read], now: float) -> None:
         """Let reads wait for their turn on a connection, which may have come."""
         connection = self.connections.to(key, now)
-        if len(reads) == 1 and connection.ask_one(reads[0], now):
+        goes_first = reads[0].goes_first
+        if len(reads) == 1 and not goes_first and connection.ask_one(reads[0], now):
             return
         soonest_s = math.inf
         for read in reads:
@@ -115,7 +116,7 @@ class Dispatch(ABC):
             read.due_s = read.limit_s if is_last else (now + read.limit_s) / 2
             read.connection = connection
             soonest_s = min(soonest_s, read.due_s)
-        if reads[0].goes_first:
+        if goes_first:
             connection.queue.extendleft(reads)
         else:
             connection.queue.extend(reads)

@@ -102,9 +102,8 @@ class Source:
     """One source's ports.
 
     Attributes:
-        keys: all of them, at least one. position: of the one that is due, counted on for ever.
-        key: that one. alternate: the one that follows, None where there is no other.
-        under_way: how many reads are.
+        keys: all of them, at least one. key: the one that is due. alternate: the next, None where there is no other.
+        position: of the one that is due, counted on for ever. under_way: how many reads are.
     """
 
     __slots__ = ("alternate", "key", "keys", "position", "under_way")
