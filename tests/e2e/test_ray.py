@@ -25,7 +25,7 @@ _record_factory = logging.getLogRecordFactory()
 ray: Any = pytest.importorskip("ray", exc_type=ImportError)
 logging.setLogRecordFactory(_record_factory)  # Ray's would add a key to the log events of all other tests
 
-from ucxx_transport.integrations.ray import ActorRollouts, server_config_of_node  # noqa: E402 - it needs ray
+from ucxx_transport.integrations.ray import ActorRollouts  # noqa: E402 - it needs ray
 
 PATH = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -39,7 +39,7 @@ class Rollouts(UCXXRolloutMixin):
     """An actor that plays episodes whose every value follows from their number."""
 
     def __init__(self, name: str) -> None:
-        server = server_config_of_node(ports=1)
+        server = {"host": ray.util.get_node_ip_address(), "ports": 1}
         self.setup_ucxx(name, ring={"slots": 32}, server=server, varlen={"obs": 1000}, reward="reward")
         self._played = 0
 

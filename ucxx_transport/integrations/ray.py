@@ -11,7 +11,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from ucxx_transport.config import ServerConfig, checked_count, checked_seconds
+from ucxx_transport.config import checked_count, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.owner import host_id
@@ -26,15 +26,6 @@ _DYING_S = 30.0
 """Ray reports a death before the process is gone; on a busy host long before."""
 
 _LOOK_S = 0.02
-
-
-def server_config_of_node(**settings: Any) -> ServerConfig:
-    """Settings of a rollout actor's server: it listens where Ray's other nodes reach this one.
-
-    Args:
-        **settings: as for `ServerConfig`; another `host` takes the place of that address.
-    """
-    return ServerConfig(**{"host": ray.util.get_node_ip_address(), **settings})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
