@@ -1,61 +1,88 @@
 """What does it cost a trainer that its payloads come from many workers? And does it run out of descriptors?
 
-64 sources, read by one client in batches of one payload from each, beside batches of as many from one source. Then 500
-small sources under `ulimit -n 256`, which cannot hold a connection to each of them: every one has to be read.
+One client, whose batches have a payload of each of 64 sources, or 8 of each, beside batches of as many of one source.
+The same of bare UCX and pyzmq: what it costs them that 64 ports and their threads share the machine. Then 500 small
+sources under `ulimit -n 256`, which cannot hold a connection to each of them: every one has to be read.
 
-The sources are rings with a server of one port each, threads of a few processes: their workers are not the question.
+The sources are threads of a few processes, a port each: their workers are not the question.
 """
 
 from __future__ import annotations
 
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-from bench.core.control import ControlledProcess
-from bench.core.ends import Offer
+import zmq
+
+from bench.core.ends import Offer, Reader
 from bench.core.figures import Row
 from bench.core.lineup import Lineup
-from bench.core.ours import DEADLINE_S, RingSource
-from bench.core.rounds import Plan
+from bench.core.ours import DEADLINE_S, BlockingReader, RingSource
+from bench.core.rounds import Lane, Plan, measure_sizes
+from bench.peers.bare_ucx import BareReader, BareSource
+from bench.peers.zeromq import DealersReader, ZeromqSource
 from ucxx_transport import ClientConfig, Payload, SlotRef, SyncUCXXClient
 
-__all__ = ["CASE", "LIMITED", "MANY", "ONE", "SOURCES", "measure"]
+__all__ = ["BARE", "DESCRIPTORS_CASE", "LIMITED", "OURS", "SOURCES", "ZEROMQ", "case", "measure"]
 
 SOURCES: Final = 64
 WORKERS: Final = 4
 SIZE_BYTES: Final = 64 << 10
-BATCHES: Final = 4
+BATCHES: Final = {SOURCES: 4, 8 * SOURCES: 2}
+"""Payloads of a batch, and how many batches the sources hold."""
+
+OURS: Final = "this package"
+BARE: Final = "bare UCX"
+ZEROMQ: Final = "pyzmq ROUTER and DEALER"
+PORT: Final = {"mode": "thread", "ports": 1}
+CONNECT_TIMEOUT_S: Final = 20.0
+SUBJECTS: Final[dict[str, tuple[Callable[[], Reader], tuple[Any, ...]]]] = {
+    OURS: (BlockingReader, (RingSource, PORT)),
+    BARE: (BareReader, (BareSource, 0.0)),  # 64 that spin take the cores from each other, and give a third less
+    ZEROMQ: (DealersReader, (ZeromqSource, int(zmq.ROUTER))),
+}
+"""What reads, and what a source is made with."""
 
 MANY_SOURCES: Final = 500
-QUICK_SOURCES: Final = 150
+QUICK_SOURCES: Final = 152
 SMALL_BYTES: Final = 1024
 DESCRIPTORS: Final = 256
-
-ONE: Final = "1 source"
-MANY: Final = "64 sources"
-CASE: Final = f"ulimit -n {DESCRIPTORS}"
+DESCRIPTORS_CASE: Final = f"ulimit -n {DESCRIPTORS}"
 LIMITED: Final = "500 small sources"
 
 
-class SourcesWorker:
-    """Several sources of one process."""
+def case(batch: int, sources: int) -> str:
+    """Batches of so many payloads, of so many sources."""
+    return f"batches of {batch}, {sources} source{'s' if sources > 1 else ''}"
 
-    def __init__(self) -> None:
+
+class SourcesWorker:
+    """Several sources of one process.
+
+    Args:
+        make: makes one.
+        arguments: of `make`.
+    """
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        self._sources: list[RingSource] = []
+        self._make = partial(make, *arguments)
+        self._sources: list[Any] = []
         self._open = ExitStack()
 
-    def open(self, *, sources: int, **ring: Any) -> None:
-        """So many of them: see `RingSource.open`."""
-        for _ in range(sources):
-            source = RingSource({"mode": "thread", "ports": 1})
-            source.open(**ring)
-            self._open.callback(source.close)
-            self._sources.append(source)
+    def open(self, *, sources: int, **room: Any) -> None:
+        """So many of them, each with that room for payloads: see a source's own `open`."""
+        while len(self._sources) < sources:
+            self._sources.append(self._make())
+            self._open.callback(self._sources[-1].close)
+        for source in self._sources:
+            source.open(**room)
 
     def fill(self) -> list[list[Offer]]:
         """A list a source."""
@@ -64,6 +91,51 @@ class SourcesWorker:
     def close(self) -> None:
         """End them."""
         self._open.close()
+
+
+class SeveralSources:
+    """The sources of some processes, in place of one source.
+
+    Args:
+        lineup: starts the processes.
+        name: what failures call them.
+        sources: how many.
+        processes: of how many processes; as many sources in each.
+        make: makes one source.
+        arguments: of `make`.
+    """
+
+    def __init__(
+        self, lineup: Lineup, name: str, sources: int, processes: int, make: Callable[..., Any], *arguments: Any
+    ) -> None:
+        self._each = sources // processes
+        self._workers = [
+            lineup.source(f"{name}, {sources}, {which + 1}", SourcesWorker, make, *arguments)
+            for which in range(processes)
+        ]
+
+    @property
+    def cpu_s(self) -> float:
+        """Of all of them."""
+        return sum(worker.cpu_s for worker in self._workers)
+
+    def watch_cpu(self) -> None:
+        """Of all of them."""
+        for worker in self._workers:
+            worker.watch_cpu()
+
+    def call(self, verb: str, **arguments: Any) -> Any:
+        """Open sources that have so many slots together, or fill them: payloads of all sources by turns."""
+        if verb == "open":
+            slots = arguments.pop("slots") // (self._each * len(self._workers))
+            arguments |= {"sources": self._each, "slots": slots}
+        for worker in self._workers:
+            worker.order(verb, **arguments)
+        answers = [worker.answer(verb) for worker in self._workers]
+        if verb == "open":
+            return None
+        filled = [offers for answer in answers for offers in answer]
+        return [offer for turn in zip(*filled, strict=True) for offer in turn]
 
 
 class LimitedClient:
@@ -92,57 +164,51 @@ class LimitedClient:
 
 
 def measure(question: str, plan: Plan) -> list[Row]:
-    """Both."""
+    """The rates, and how many of 500 are read."""
     return [*_rates(question, plan), _limited(question, plan)]
 
 
 def _rates(question: str, plan: Plan) -> list[Row]:
-    figures: dict[str, dict[str, list[float]]] = {subject: {"per_s": [], "sources_read": []} for subject in (ONE, MANY)}
     with Lineup() as lineup:
-        one = lineup.source(ONE, SourcesWorker)
-        one.call("open", sources=1, size_bytes=SIZE_BYTES, slots=SOURCES * BATCHES)
-        workers = [lineup.source(f"{MANY}, {which + 1}", SourcesWorker) for which in range(WORKERS)]
-        for worker in workers:
-            worker.call("open", sources=SOURCES // WORKERS, size_bytes=SIZE_BYTES, slots=BATCHES)
-        client = lineup.blocking()
-        client.call("open", size_bytes=SIZE_BYTES, slots=SOURCES, hold=SOURCES, local="off")
-        lanes = {ONE: [one], MANY: workers}
-        for of in lanes.values():
-            client.call("verify", offers=_interleaved(of)[0], batch=SOURCES)
-        for number in range(plan.rounds):
-            for subject, of in lanes.items():
-                offers, sources = _interleaved(of)
-                answer = client.call("time", offers=offers, batch=SOURCES)
-                figures[subject]["per_s"].append(len(offers) / (answer["wall_ns"] / 1e9))
-                figures[subject]["sources_read"].append(sources)
-            plan.on_turn(f"{question}: round {number + 1} of {plan.rounds}")
-        client.call("close")
-    return [
-        Row(question=question, case="64 KiB", subject=subject, figures=values) for subject, values in figures.items()
-    ]
+        lanes = []
+        for subject, (make_reader, source) in SUBJECTS.items():
+            reader = lineup.reader(subject, make_reader)
+            # 64 connections at once may take a busy machine longer than the default, and they are not timed.
+            options = {"local": "off", "connect_timeout_s": CONNECT_TIMEOUT_S} if subject == OURS else {}
+            for sources, processes in ((1, 1), (SOURCES, WORKERS)):
+                several = SeveralSources(lineup, subject, sources, processes, *source)
+                lanes.append(Lane(subject=subject, source=several, reader=reader, options=options))
+        rows = []
+        for batch, batches in BATCHES.items():
+            slots = batch * batches
+            of_batch = [replace(lane, batch=batch) for lane in lanes]
+            measured = measure_sizes(
+                question, of_batch, [SIZE_BYTES], replace(plan, most_slots=slots, least_slots=slots)
+            )
+            rows += [replace(row, case=case(batch, 1)) for row in measured[::2]]
+            rows += [_of_many(one, many, batch) for one, many in zip(measured[::2], measured[1::2], strict=True)]
+    return rows
 
 
-def _interleaved(workers: Sequence[ControlledProcess]) -> tuple[list[Offer], int]:
-    """Payloads of all sources by turns, and how many sources there are."""
-    filled = [offers for worker in workers for offers in worker.call("fill")]
-    return [offer for turn in zip(*filled, strict=True) for offer in turn], len(filled)
+def _of_many(one: Row, many: Row, batch: int) -> Row:
+    """The row of many sources, with what they give as a share of what one gives."""
+    of_one = [above / below for above, below in zip(many.figures["per_s"], one.figures["per_s"], strict=True)]
+    read = [float(SOURCES)] * len(of_one)  # one that was not read has ended the question
+    return replace(many, case=case(batch, SOURCES), figures={**many.figures, "of_one": of_one, "sources_read": read})
 
 
 def _limited(question: str, plan: Plan) -> Row:
     sources = QUICK_SOURCES if plan.quick else MANY_SOURCES
-    figures: dict[str, list[float]] = {"sources": [], "read": [], "read_share": []}
+    figures: dict[str, list[float]] = {}
     with Lineup() as lineup:
-        workers = [lineup.source(f"{LIMITED}, {which + 1}", SourcesWorker) for which in range(WORKERS)]
-        for worker in workers:
-            worker.order("open", sources=sources // WORKERS, size_bytes=SMALL_BYTES, slots=1, on_full="overwrite")
-        for worker in workers:
-            worker.answer("open")
+        small = SeveralSources(lineup, LIMITED, sources, WORKERS, RingSource, PORT)
+        small.call("open", size_bytes=SMALL_BYTES, slots=sources, on_full="overwrite")
         client = lineup.source("limited client", LimitedClient)
         for _ in range(2):  # the second time a connection is there for some of them
-            offers, number = _interleaved(workers)
+            offers = small.call("fill")
             outcomes: dict[str, int] = client.call("read", references=[reference for _, reference in offers])
             came = outcomes.pop("read", 0)
-            for name, value in {"sources": number, "read": came, "read_share": came / number, **outcomes}.items():
-                figures.setdefault(name, []).append(value)
+            for figure, value in {"sources": sources, "read": came, "read_share": came / sources, **outcomes}.items():
+                figures.setdefault(figure, []).append(value)
         plan.on_turn(f"{question}: {sources} sources")
-    return Row(question=question, case=CASE, subject=LIMITED, figures=figures)
+    return Row(question=question, case=DESCRIPTORS_CASE, subject=LIMITED, figures=figures)

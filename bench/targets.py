@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -40,6 +40,7 @@ class Target:
         bound: that number.
         scaled: microseconds, to be scaled to a call of 70 ns.
         cores: machines on which it holds.
+        beside: peers whose figure in the same case is shown beside it.
     """
 
     question: str
@@ -50,6 +51,7 @@ class Target:
     bound: float
     scaled: bool = False
     cores: range = EVERY
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +62,13 @@ class Verdict:
         target: which.
         figure: over the rounds; None where it was not measured.
         reason: why not.
+        beside: the same figure of the target's peers, as far as they were measured.
     """
 
     target: Target
     figure: Spread | None
     reason: str = ""
+    beside: Mapping[str, Spread] = field(default_factory=dict)
 
     @property
     def word(self) -> Literal["met", "missed", "not measured here"]:
@@ -90,6 +94,7 @@ class Verdict:
             "measured_over_bound": self.measured_over_bound,
             "verdict": self.word,
             "reason": self.reason,
+            "beside": {subject: asdict(figure) for subject, figure in self.beside.items()},
         }
 
 
@@ -123,7 +128,9 @@ def _verdict(target: Target, figures: Figures, cores: int) -> Verdict:
     if target.scaled:
         return Verdict(target=target, figure=figures.scaled(rows[0], target.figure))
     if len(rows) == 1:
-        return Verdict(target=target, figure=rows[0].spread(target.figure))
+        peers = [figures.find(target.question, subject, rows[0].case) for subject in target.beside]
+        beside = {peer.subject: peer.spread(target.figure) for peer in peers if target.figure in peer.figures}
+        return Verdict(target=target, figure=rows[0].spread(target.figure), beside=beside)
     return Verdict(target=target, figure=figures.ratio(rows[0], rows[1], target.figure))
 
 
@@ -137,6 +144,7 @@ def _each(
     at_most: Mapping[str, float] = MappingProxyType({}),
     scaled: bool = False,
     cores: range = EVERY,
+    beside: Sequence[str] = (),
 ) -> list[Target]:
     """One target a case: the figure of one subject, or that of the first over the second's."""
     return [
@@ -149,6 +157,7 @@ def _each(
             bound=bound,
             scaled=scaled,
             cores=cores,
+            beside=tuple(beside),
         )
         for case, bound in (at_least or at_most).items()
     ]
@@ -172,6 +181,7 @@ EACH: Final = (K4, K64, M1, M16, M64)
 SMALL: Final = (K4, K64)
 LARGE: Final = (M1, M16, M64)
 EPISODES: Final = (K64, M1, M16)
+ONE_OF_EACH: Final = sources.case(sources.SOURCES, sources.SOURCES)
 
 TARGETS: Final = (
     *_each(
@@ -213,15 +223,17 @@ TARGETS: Final = (
     *_each("ports", PORTS_RATIO, [ports.FOUR, ports.ONE], "per_s", at_least={K64: 3.0}, cores=range(10, MANY)),
     *_each("ports", PORTS_RATIO, [ports.FOUR, ports.ONE], "per_s", at_least={K64: 1.0}, cores=range(1, 10)),
     *_each(
-        "sources",
-        "reads/s from 64 sources over those from one",
-        [sources.MANY, sources.ONE],
-        "per_s",
-        at_least={K64: 0.8},
+        *("sources", "reads/s over those from one source", [sources.OURS], "of_one"),
+        at_least={ONE_OF_EACH: 0.8},
+        beside=[sources.BARE, sources.ZEROMQ],
     ),
-    *_each("sources", "sources read by one client", [sources.MANY], "sources_read", at_least={K64: sources.SOURCES}),
     *_each(
-        "sources", "share of all sources that are read", [sources.LIMITED], "read_share", at_least={sources.CASE: 1.0}
+        *("sources", "sources read by one client", [sources.OURS], "sources_read"),
+        at_least={ONE_OF_EACH: sources.SOURCES},
+    ),
+    *_each(
+        *("sources", "share of all sources that are read", [sources.LIMITED], "read_share"),
+        at_least={sources.DESCRIPTORS_CASE: 1.0},
     ),
     *_each("idle", "% of a core, all processes together", [idle.ALL], "percent", at_most={idle.CASE: 1.0}),
     *_each("spinning", "added by a worker that spins, µs", [spinning.SUBJECT], "added_us", at_most={K64: 500.0}),

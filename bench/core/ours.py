@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -118,7 +119,8 @@ class BlockingReader(_BlockingClient):
         came = self._client.read_many(references)
         payloads = [outcome for outcome in came if isinstance(outcome, Payload)]
         if len(payloads) < len(came):
-            raise BenchError(f"{len(came) - len(payloads)} of {len(came)} reads failed: {came}")
+            errors = Counter(repr(outcome) for outcome in came if not isinstance(outcome, Payload))
+            raise BenchError(f"{errors.total()} of {len(came)} reads failed: {dict(errors)}")
         return payloads
 
 

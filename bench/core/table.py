@@ -32,6 +32,7 @@ SHOWN: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "p50_us": ("p50", _duration),
     "p99_us": ("p99", _duration),
     "per_s": ("reads/s", _number),
+    "of_one": ("of one source's", _number),
     "gb_per_s": ("GB/s", _number),
     "reader_cpu_us": ("reader CPU µs/read", _number),
     "source_cpu_us": ("source CPU µs/read", _number),
@@ -85,9 +86,9 @@ def _cells(row: Row, shown: Sequence[str]) -> list[str]:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """Every target: measured, bound, their ratio, and the verdict."""
+    """Every target: measured, bound, their ratio, the verdict, and what peers reach."""
     table = Table(title="Targets", title_justify="left")
-    for heading in ("", "", "measured", "min … max", "bound", "measured/bound", ""):
+    for heading in ("", "", "measured", "min … max", "bound", "measured/bound", "", "beside it"):
         table.add_column(heading)
     colors = {"met": "green", "missed": "red", "not measured here": "yellow"}
     for verdict in verdicts:
@@ -101,6 +102,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
             f"{target.sense} {target.bound:.4g}",
             "" if ratio is None else f"{ratio:.2f}",
             f"[{colors[verdict.word]}]{verdict.word}[/]{f': {verdict.reason}' if verdict.reason else ''}",
+            ", ".join(f"{subject} {_number(of_peer.median)}" for subject, of_peer in verdict.beside.items()),
         )
     return table
 

@@ -1,7 +1,10 @@
-"""The floor of what UCX gives from Python: a request and an answer, on a synchronous loop, with nothing above it.
+"""The floor of what UCX gives from Python: a request and its answers, on a synchronous loop, with nothing above it.
 
-No ring, no verification, no acknowledgement: two messages on one endpoint, buffers registered once. Both sides spin for
-50 µs after the last progress, then sleep on the worker's descriptor. The TCP settings are those of this package.
+No ring, no verification, no acknowledgement, buffers registered once: two messages for one payload. A batch is one
+request to each source, all sent before an answer is awaited. Both sides spin for 50 µs after the last progress, a
+source for as long as it is asked to, then sleep on the worker's descriptor. The TCP settings are those of this package.
+
+A request is 64-bit words: how many payloads; for each its slot, and the tag that its answer is to have. None: goodbye.
 """
 
 from __future__ import annotations
@@ -26,25 +29,26 @@ HOST: Final = "127.0.0.1"
 SPIN_S: Final = 50e-6
 SLEEP_S: Final = 1.0
 SETTINGS: Final = {"TLS": "tcp", "TCP_TX_SEG_SIZE": "256K", "TCP_RX_SEG_SIZE": "512K", "WARN_UNUSED_ENV_VARS": "n"}
-REQUEST_TAG: Final = 1
-ANSWER_TAG: Final = 2
-HEADER_BYTES: Final = 64
+REQUEST_TAG: Final = 1 << 32
+MOST_PAYLOADS: Final = 1024
+"""Of one request."""
 
 
 class _Worker:
     """A UCX worker, whose progress is made by the thread that waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, spin_s: float = SPIN_S) -> None:
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
         from ucxx.types import Tag
 
-        self._array = Array
-        self.request_tag, self.answer_tag = Tag(REQUEST_TAG), Tag(ANSWER_TAG)
+        self._array, self.tag = Array, Tag
+        self.request_tag = Tag(REQUEST_TAG)
         features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
         context = libucxx.UCXContext(config_dict=SETTINGS, feature_flags=features)
         self.ucx = libucxx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self.ucx.init_blocking_progress_mode()
+        self._spin_s = spin_s
         self._epoll = select.epoll()
         self._epoll.register(self.ucx.epoll_file_descriptor, select.EPOLLIN)
 
@@ -55,7 +59,7 @@ class _Worker:
         """Progress, or sleep where there was none for a while; when progress was made last."""
         if self.ucx.progress_once():
             return time.perf_counter()
-        if time.perf_counter() - last_s <= SPIN_S:
+        if time.perf_counter() - last_s <= self._spin_s:
             os.sched_yield()  # on a busy machine the other end may be waiting for this very core
             return last_s
         if self.ucx.arm():
@@ -73,9 +77,14 @@ class _Worker:
 
 
 class BareSource:
-    """Serves one client after the other, in a thread."""
+    """Serves one client after the other, in a thread.
 
-    def __init__(self) -> None:
+    Args:
+        spin_s: how long it spins: no time where many share the cores.
+    """
+
+    def __init__(self, spin_s: float = SPIN_S) -> None:
+        self._spin_s = spin_s
         self._slots = Slots()
         self._messages: list[Any] = []
         self._stopping = False
@@ -98,7 +107,7 @@ class BareSource:
     def _serve(self) -> None:
         from ucxx._lib.libucxx import UCXListener
 
-        self._worker = worker = _Worker()
+        self._worker = worker = _Worker(self._spin_s)
         accepted: list[Any] = []
         listener = UCXListener.create(worker.ucx, 0, accepted.append, deliver_endpoint=True)
         self._port = listener.port
@@ -110,9 +119,9 @@ class BareSource:
                 self._serve_client(accepted.pop(0))
 
     def _serve_client(self, endpoint: Any) -> None:
-        worker = self._worker
-        request = np.zeros(HEADER_BYTES, np.uint8)
-        message, word = worker.message(request), request[:8].view(np.uint64)
+        worker, tag = self._worker, self._worker.tag
+        request = np.zeros(1 + 2 * MOST_PAYLOADS, np.uint64)
+        message, words = worker.message(request), request.data
         while True:
             asked = endpoint.tag_recv(message, worker.request_tag)
             last_s = time.perf_counter()
@@ -120,45 +129,81 @@ class BareSource:
                 if self._stopping:
                     return
                 last_s = worker.turn(last_s)
-            slot = int(word[0])
-            if slot == len(self._messages):
-                return  # the client's last word
-            worker.wait(endpoint.tag_send(self._messages[slot], worker.answer_tag))
+            if not words[0]:
+                return
+            pairs = range(1, 2 * words[0], 2)
+            for answer in [endpoint.tag_send(self._messages[words[at]], tag(words[at + 1])) for at in pairs]:
+                worker.wait(answer)
+
+
+class _Connection:
+    """To one source."""
+
+    def __init__(self, worker: _Worker, port: int) -> None:
+        from ucxx._lib.libucxx import UCXEndpoint
+
+        self._worker = worker
+        self._endpoint = UCXEndpoint.create(worker.ucx, HOST, port, endpoint_error_handling=True)
+        self._request = np.zeros(1 + 2 * MOST_PAYLOADS, np.uint64)
+        self._words = self._request.data
+        self._messages: dict[int, Any] = {}
+        self.tag_recv = self._endpoint.tag_recv
+
+    def ask(self, *slots_and_tags: int) -> Any:
+        """Send a request: the one before it has been sent."""
+        used = len(slots_and_tags) + 1
+        message = self._messages.get(used)
+        if message is None:
+            message = self._messages[used] = self._worker.message(self._request[:used])
+        words = self._words
+        words[0] = used // 2
+        for place, word in enumerate(slots_and_tags, 1):
+            words[place] = word
+        return self._endpoint.tag_send(message, self._worker.request_tag)
+
+    def close(self) -> None:
+        self._worker.wait(self.ask())
+        self._endpoint.close_blocking()
 
 
 class BareReader:
-    """One connection, opened by the first read."""
+    """A connection to each source, opened when the first reference to it is resolved."""
 
     def open(self, *, size_bytes: int, slots: int) -> None:
         self._worker = _Worker()
         self._buffers = ReceiveBuffers(size_bytes, slots)
         self._messages = [self._worker.message(received.buffer) for received in self._buffers.received]
-        self._request = np.zeros(HEADER_BYTES, np.uint8)
-        self._word = self._request[:8].view(np.uint64)
-        self._request_message = self._worker.message(self._request)
-        self._endpoint: Any = None
-        self._goodbye = slots
+        self._tags = [self._worker.tag(place) for place in range(len(self._messages))]
+        self._connections: dict[int, _Connection] = {}
 
-    def resolve(self, reference: Sequence[int]) -> int:
+    def resolve(self, reference: Sequence[int]) -> tuple[_Connection, int]:
         port, slot = reference
-        if self._endpoint is None:
-            from ucxx._lib.libucxx import UCXEndpoint
+        if port not in self._connections:
+            self._connections[port] = _Connection(self._worker, port)
+        return self._connections[port], slot
 
-            self._endpoint = UCXEndpoint.create(self._worker.ucx, HOST, port, endpoint_error_handling=True)
-        return slot
-
-    def read(self, reference: int) -> Received:
-        worker, place = self._worker, self._buffers.next()
-        answer = self._endpoint.tag_recv(self._messages[place], worker.answer_tag)
-        self._word[0] = reference
-        asked = self._endpoint.tag_send(self._request_message, worker.request_tag)
+    def read(self, reference: tuple[_Connection, int]) -> Received:
+        (connection, slot), worker, place = reference, self._worker, self._buffers.next()
+        answer = connection.tag_recv(self._messages[place], self._tags[place])
+        asked = connection.ask(slot, place)
         worker.wait(answer)
         worker.wait(asked)
         return self._buffers.received[place]
 
+    def read_batch(self, references: Sequence[tuple[_Connection, int]]) -> Sequence[Received]:
+        places, requests = [], []
+        asked: dict[_Connection, list[int]] = {}
+        for connection, slot in references:
+            place = self._buffers.next()
+            places.append(place)
+            requests.append(connection.tag_recv(self._messages[place], self._tags[place]))
+            asked.setdefault(connection, []).extend((slot, place))
+        requests += [connection.ask(*pairs) for connection, pairs in asked.items()]
+        for request in requests:
+            self._worker.wait(request)
+        return [self._buffers.received[place] for place in places]
+
     def close(self) -> None:
-        self._word[0] = self._goodbye
-        self._worker.wait(self._endpoint.tag_send(self._request_message, self._worker.request_tag))
-        self._endpoint.close_blocking()
-        self._endpoint = None
+        for connection in self._connections.values():
+            connection.close()
         self._worker.close()

@@ -1,6 +1,7 @@
 """The peer to beat: ZeroMQ over TCP, as one writes it with pyzmq. REQ/REP, zero copy, blocking.
 
-A second reader keeps 16 requests in flight over DEALER/ROUTER; it and the first are served by one thread of the source.
+A second reader keeps 16 requests in flight over DEALER/ROUTER, a third reads from many sources at once. Each source
+serves with one thread; those of one process share its context, and with it ZeroMQ's thread for input and output.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bench.peers.memory import Slots
 if TYPE_CHECKING:
     from bench.core.ends import Held, Offer
 
-__all__ = ["DealerReader", "ZeromqReader", "ZeromqSource"]
+__all__ = ["DealerReader", "DealersReader", "ZeromqReader", "ZeromqSource"]
 
 HOST: Final = "tcp://127.0.0.1"
 SLOT: Final = struct.Struct("<I")
@@ -34,7 +35,7 @@ class ZeromqSource:
 
     def __init__(self, pattern: int) -> None:
         self._slots = Slots()
-        self._context = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._socket = self._context.socket(pattern)
         self._port = self._socket.bind_to_random_port(HOST)
         self._thread = threading.Thread(target=self._serve, name="zeromq-server")
@@ -47,7 +48,7 @@ class ZeromqSource:
         return self._slots.fill(self._port)
 
     def close(self) -> None:
-        self._context.term()  # which the serving thread's next wait raises for; it closes its socket
+        self._context.term()  # which every serving thread's next wait raises for; it closes its socket
         self._thread.join()
 
     def _serve(self) -> None:
@@ -118,3 +119,31 @@ class DealerReader(ZeromqReader):
             stream.send(reference)
         came += [_Frame(stream.recv(copy=False)) for _ in references[:IN_FLIGHT]]
         return came
+
+
+class DealersReader:
+    """A DEALER to each source: all requests of a batch are sent before an answer is awaited."""
+
+    def open(self, *, size_bytes: int, slots: int) -> None:
+        del size_bytes, slots
+        self._context = zmq.Context()
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+
+    def resolve(self, reference: Sequence[int]) -> tuple[zmq.Socket[bytes], bytes]:
+        port, slot = reference
+        if port not in self._sockets:
+            self._sockets[port] = self._context.socket(zmq.DEALER)
+            self._sockets[port].connect(f"{HOST}:{port}")
+        return self._sockets[port], SLOT.pack(slot)
+
+    def read(self, reference: tuple[zmq.Socket[bytes], bytes]) -> Held:
+        [held] = self.read_batch([reference])
+        return held
+
+    def read_batch(self, references: Sequence[tuple[zmq.Socket[bytes], bytes]]) -> Sequence[Held]:
+        for source, request in references:
+            source.send(request)
+        return [_Frame(source.recv(copy=False)) for source, _ in references]  # in order, of one source
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
