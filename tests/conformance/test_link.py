@@ -745,8 +745,7 @@ def test_owners_that_post_in_every_callback_need_not_know_of_the_link_s_close(si
     sides.client.close()
     sides.until(lambda: len(ended) == 30)
     assert ended[:15] == ["closed"] * 15
-    for pair in pairs:
-        sides.until(lambda pair=pair: pair.far_owner.error)  # type: ignore[misc]
+    sides.until(lambda: all(pair.far_owner.error for pair in pairs))
 
 
 def test_closed_link_refuses_everything(sides: Sides) -> None:
@@ -798,10 +797,10 @@ def test_connections_that_are_given_up_at_once_leave_nothing(sides: Sides) -> No
     sides.until(lambda: endpoints_open(sides.client.link) == 1)
     pair = sides.connect()
     exchange(sides, pair.near, pair.far, b"x")
-    for endpoint, owner in sides.accepted:
-        if endpoint not in {pair.far, sides.accepted[0][0]}:
-            sides.until(lambda owner=owner: owner.error)  # type: ignore[misc]
-            endpoint.close()
+    given_up = [(far, owner) for far, owner in sides.accepted if far not in {pair.far, sides.accepted[0][0]}]
+    sides.until(lambda: all(owner.error for _, owner in given_up))
+    for far, _ in given_up:
+        far.close()
     sides.until(lambda: endpoints_open(sides.server.link) == 2)
 
 

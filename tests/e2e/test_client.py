@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 
 from tests.support.exhaustive import exhaustive
+from tests.support.interrupts import signalled_when
 from tests.support.programs import program
 from tests.support.served_ring import ServedRing, client_of, served_ring
 from tests.support.stopping import stop_process
@@ -91,9 +92,7 @@ def test_threads_share_a_client_over_ucx_and_one_is_interrupted() -> None:
 
         with ThreadPoolExecutor(3) as threads:
             readings = [threads.submit(read, 100) for _ in range(3)]
-            main = threading.main_thread().ident or 0
-            threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt), signalled_when(lambda: client.statistics().reads > 50):
                 read(1_000_000)
             assert [reading.result(timeout=60) for reading in readings] == [100] * 3
         read(10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import anyio
 import pytest
@@ -79,15 +80,14 @@ def test_a_held_lock_delays_the_discards_of_its_own_ring_alone(worker: LocalWork
         assert other.ring.slot_state(0) is SlotState.FREE
 
 
-def test_a_discard_that_waits_for_a_held_lock_goes_on_though_another_call_s_interrupt_has_cut_a_step_in_two(
-    other: LocalWorker,
-) -> None:
+@contextmanager
+def waiting_discard(other: LocalWorker) -> Iterator[ClientCore]:
+    """A discard begins, finds the lock held during the block, and ends behind it."""
     core, refs = ClientCore(LOCAL, None), refs_of(*other.play(1))
     with held_lock(other.ring) as release:
         call = core.discard_call(refs, 60.0)
         core.reads.go_on(call)
-        core.damaged = True
-        core.repair()
+        yield core
         release()
         wait_until(lambda: call.done or (core.reactor.poll() and call.done), what="it is discarded")
     assert call.found == 1
@@ -95,21 +95,21 @@ def test_a_discard_that_waits_for_a_held_lock_goes_on_though_another_call_s_inte
     core.close()
 
 
+def test_a_discard_that_waits_for_a_held_lock_goes_on_though_another_call_s_interrupt_has_cut_a_step_in_two(
+    other: LocalWorker,
+) -> None:
+    with waiting_discard(other) as core:
+        core.damaged = True
+        core.repair()
+
+
 def test_a_discard_goes_on_though_it_is_interrupted_itself_while_it_waits_for_a_held_lock(other: LocalWorker) -> None:
-    core, refs = ClientCore(LOCAL, None), refs_of(*other.play(1))
-    with held_lock(other.ring) as release:
-        call = core.discard_call(refs, 60.0)
-        core.reads.go_on(call)
+    with waiting_discard(other) as core:
         interrupter = Interrupter(0, ("client/local.py",))
         with pytest.raises(KeyboardInterrupt), interrupter:
             wait_until(core.reactor.poll, what="another look at the lock")
         core.damaged = True  # as it is when another call's thread has run that
         core.repair()
-        release()
-        wait_until(lambda: call.done or (core.reactor.poll() and call.done), what="it is discarded")
-    assert call.found == 1
-    assert other.ring.slot_state(0) is SlotState.FREE
-    core.close()
 
 
 def test_a_prefetcher_is_closed_while_a_read_waits_for_a_held_lock(other: LocalWorker) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.payloads import ref_to
 from tests.support.raw_server import Behaviour, RawServer, answer_to, payload_of, raw_server, welcome
 from tests.support.rows import row
 from tests.support.served_ring import LOOPBACK, ServedRing, client_of, served_ring
@@ -31,14 +32,6 @@ LARGE = 64 << 20
 DEADLINE_S = 20.0
 SILENCE_S = 1.5
 LOST = (PeerLostError, DeadlineExceededError)
-
-
-def ref_to(nbytes: int = NBYTES, **facts: object) -> SlotRef:
-    """A reference into a ring of another host, as far as the client can tell."""
-    ref = SlotRef(
-        ring_id=b"0123456789abcdef", ring_name="elsewhere", slot=3, generation=5, nbytes=nbytes, host_id="another"
-    )
-    return replace(ref, host=LOOPBACK, **facts)  # type: ignore[arg-type]  # fields of a reference, by name
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def read_from(
     raise AssertionError(f"delivered {payload!r}")
 
 
-REF = ref_to()
+REF = ref_to(nbytes=NBYTES, host=LOOPBACK)
 GOOD = answer_to(REF)
 LONG_TEXT = bytearray(encode_error(Status.STALE, "x" * 1024).ljust(5000, b"x"))
 LONG_TEXT[16:24] = (4000).to_bytes(8, "little")
@@ -192,7 +185,7 @@ def hangs_up_in_the_middle(server: RawServer) -> Generator[None, Frame, None]:
 
 
 def test_silent_servers_cost_the_deadline_and_no_more(good: ServedRing) -> None:
-    refs = [ref_to(LARGE, slot=slot) for slot in range(2)]
+    refs = [replace(REF, nbytes=LARGE, slot=slot) for slot in range(2)]
     with (
         checked_client(good) as client,
         raw_server(never_greets, refs[0]) as one,
@@ -213,7 +206,7 @@ def test_server_that_hangs_up_is_lost_at_once(good: ServedRing) -> None:
     with checked_client(good) as client:
         for behave, nbytes in rows:
             with row(behaviour=behave.__name__, nbytes=nbytes):
-                ref = ref_to(nbytes)
+                ref = replace(REF, nbytes=nbytes)
                 found, text = read_from(client, behave, ref)
                 assert found is PeerLostError, text
         assert client.statistics().quarantined == len(rows)
@@ -260,7 +253,7 @@ def test_foreign_servers_and_none_at_all_are_lost_in_time(good: ServedRing) -> N
         ports = [stack.enter_context(foreign_server(words, hangs_up=hangs_up)) for words, hangs_up in foreign]
         ports.append(held.getsockname()[1])
         client = stack.enter_context(checked_client(good, connect_timeout_s=SILENCE_S))
-        refs = [ref_to(slot=slot, ports=(port,)) for slot, port in enumerate(ports)]
+        refs = [replace(REF, slot=slot, ports=(port,)) for slot, port in enumerate(ports)]
         outcomes = client.read_many(refs, deadline_s=2 * SILENCE_S)
         assert [isinstance(outcome, LOST) for outcome in outcomes] == [True] * len(ports), outcomes
         assert client.statistics().quarantined == len(ports)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -76,8 +76,8 @@ class Actor:
 
 
 @contextmanager
-def ring_of(**settings: object) -> Iterator[SharedRingBuffer]:
-    with SharedRingBuffer.create(RingConfig(**{"slots": 8, "slot_bytes": 4096, **settings})) as ring:  # type: ignore[arg-type]  # RingConfig checks them
+def ring_of(**settings: Any) -> Iterator[SharedRingBuffer]:
+    with SharedRingBuffer.create(RingConfig(**{"slots": 8, "slot_bytes": 4096, **settings})) as ring:
         yield ring
     assert not segment_path(ring.name).exists()
 

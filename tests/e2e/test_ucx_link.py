@@ -462,31 +462,35 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
     return left < 0
 
 
+def lost_and_interrupted(server: Here, client: Here, port: int, at: int) -> bool:
+    """The client hears of a connection's end, with an interrupt at that number; whether there are so many."""
+    endpoint, owner = client.start(port)
+    while not (owner.is_connected and server.accepted):
+        server.reactor.poll()
+        client.reactor.poll()
+    receive = endpoint.post_receive(bytearray(8), ignore)
+    server.accepted.pop()[0].close()
+    while endpoints_open(server.link):
+        server.reactor.poll()
+    assert select.select([client.reactor.fileno()], [], [], DEADLINE_S)[0], "the kernel has said so"
+
+    def hear_of_it() -> None:
+        while owner.error is None:
+            client.reactor.poll()
+
+    was_interrupted = interrupted(hear_of_it, at)
+    client.until(lambda: owner.error and receive.completed, f"the loss, interrupted at {at}")
+    assert client.close(endpoint)
+    return was_interrupted
+
+
 @pytest.mark.parametrize("every", [13, exhaustive(1)])
 def test_an_interrupt_at_any_bytecode_of_the_link_keeps_no_loss_from_its_owner(every: int) -> None:
     with opened() as server, opened() as client:
         port = server.listen()
-        for at in itertools.count(0, every):
-            endpoint, owner = client.start(port)
-            while not (owner.is_connected and server.accepted):
-                server.reactor.poll()
-                client.reactor.poll()
-            receive = endpoint.post_receive(bytearray(8), ignore)
-            server.accepted.pop()[0].close()
-            while endpoints_open(server.link):
-                server.reactor.poll()
-            assert select.select([client.reactor.fileno()], [], [], DEADLINE_S)[0], "the kernel has said so"
-
-            def hear_of_it() -> None:
-                while owner.error is None:  # noqa: B023
-                    client.reactor.poll()
-
-            was_interrupted = interrupted(hear_of_it, at)
-            client.until(lambda: owner.error and receive.completed, f"the loss, interrupted at {at}")  # noqa: B023
-            assert client.close(endpoint)
-            if not was_interrupted:
-                break
-        assert at > 300
+        interrupts = itertools.count(0, every)
+        last = next(at for at in interrupts if not lost_and_interrupted(server, client, port, at))
+        assert last > 300
 
 
 def test_an_interrupt_anywhere_in_the_making_of_an_endpoint_leaves_a_link_that_can_be_used_and_closed() -> None:

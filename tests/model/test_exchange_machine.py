@@ -13,15 +13,15 @@ from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from random import Random
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, rule
 
 from tests.support.exchange_rig import RigClient, open_rig
 from tests.support.exhaustive import exhaustive
+from tests.support.machines import CountedMachine, run_steps
 from ucxx_transport.client import Payload
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import RingFullError, StaleSlotError, TransportError
@@ -29,9 +29,6 @@ from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.testing import Faults
 
-RULES_AN_EXAMPLE = 15
-STEPS_AN_EXAMPLE = 180
-"""About as many as 15 rules take: most are bursts."""
 BURST = 20
 PORTS = (1, 2)
 SIZES = (0, 40, 5000, 20_000)
@@ -60,10 +57,11 @@ Key = tuple[int, int]
 """Slot and generation."""
 
 
-class ExchangeMachine(RuleBasedStateMachine):
+class ExchangeMachine(CountedMachine):
     """See the module. The client's rules are checked by `judge`, the server's by `nothing_is_held`."""
 
-    steps: ClassVar[int] = 0
+    rules_an_example = 15
+    steps_an_example = 180  # most are bursts
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,11 +70,16 @@ class ExchangeMachine(RuleBasedStateMachine):
     @initialize(token=st.booleans())
     def open(self, *, token: bool) -> None:
         secret = "secret" if token else None
-        limits = {"first_frame_timeout_s": 1.0, "idle_timeout_s": 6.0, "send_timeout_s": 3.0, "ack_timeout_s": 2.0}
+        limits: dict[str, Any] = {
+            "first_frame_timeout_s": 1.0,
+            "idle_timeout_s": 6.0,
+            "send_timeout_s": 3.0,
+            "ack_timeout_s": 2.0,
+        }
         self.rig = self.stack.enter_context(
             open_rig(
                 ring=RingConfig(slots=3, slot_bytes=32 << 10, prefault=False, checksum=True),
-                server=ServerConfig(mode="thread", token=secret, **limits),  # type: ignore[arg-type]  # by name
+                server=ServerConfig(mode="thread", token=secret, **limits),
             )
         )
         self.clients = [
@@ -95,7 +98,7 @@ class ExchangeMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(list(_SHARES)), choice=st.randoms(use_true_random=False))
     def step(self, kind: str, choice: Random) -> None:
         getattr(self, kind)(choice)
-        ExchangeMachine.steps += 1
+        self.count_steps()
 
     @rule(seed=st.integers(0, (1 << 32) - 1))
     def burst(self, seed: int) -> None:
@@ -294,17 +297,5 @@ class ExchangeMachine(RuleBasedStateMachine):
 def test_every_payload_comes_whole_and_at_most_once_whatever_the_network_does(
     steps: int, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    ExchangeMachine.steps = 0
-    while ExchangeMachine.steps < steps:
-        run_state_machine_as_test(
-            ExchangeMachine,
-            settings=settings(
-                max_examples=-(-(steps - ExchangeMachine.steps) // STEPS_AN_EXAMPLE),
-                stateful_step_count=RULES_AN_EXAMPLE,
-                deadline=None,
-                database=None,
-                print_blob=True,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+    run_steps(ExchangeMachine, steps)
     assert not [event for event in log_events if event["log_level"] in {"error", "critical"}]

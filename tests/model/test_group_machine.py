@@ -8,20 +8,18 @@ only grows; and whenever the machine lets things settle, all healthy ranks are a
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule
 
 from tests.model.group_model import GroupModel
 from tests.support.exhaustive import exhaustive
+from tests.support.machines import CountedMachine, run_steps
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore, MemoryWatch
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import (
@@ -36,10 +34,6 @@ from ucxx_transport.errors import (
 from ucxx_transport.groups.participant import MembershipEndedError, Participant, change_view
 from ucxx_transport.groups.state import RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, RankEvent, RankState
-
-RULES_AN_EXAMPLE = 25
-STEPS_AN_EXAMPLE = 150
-"""About as many as 25 rules take: a third of them are bursts."""
 
 RANKS = 4
 TTL_S = 6.0
@@ -94,10 +88,11 @@ class Process:
         return self.participant is not None and not self.is_dead
 
 
-class GroupMachine(RuleBasedStateMachine):
+class GroupMachine(CountedMachine):
     """See the module."""
 
-    steps: ClassVar[int] = 0
+    rules_an_example = 25
+    steps_an_example = 150  # a third of them are bursts
 
     @initialize(members=st.integers(0, 3))
     def make(self, members: int) -> None:
@@ -322,24 +317,24 @@ class GroupMachine(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from(sorted(_SHARES)), rank=ranks, other=ranks)
     def one_step(self, what: str, rank: int, other: int) -> None:
-        GroupMachine.steps += 1
+        self.count_steps()
         getattr(self, what)(rank, other)
 
     @rule(steps=bursts)
     def burst(self, steps: list[tuple[str, int, int]]) -> None:
-        GroupMachine.steps += len(steps)
+        self.count_steps(len(steps))
         for what, rank, other in steps:
             getattr(self, what)(rank, other)
 
     @rule(seconds=st.sampled_from([5.0, 11.0]))
     def time_passes(self, seconds: float) -> None:
-        GroupMachine.steps += 1
+        self.count_steps()
         self.pass_seconds(seconds)
 
     @precondition(lambda self: self.processes)
     @rule(really=st.booleans())
     def wipe(self, *, really: bool) -> None:
-        GroupMachine.steps += 1
+        self.count_steps()
         if not really:
             return
         self.judge()
@@ -351,7 +346,7 @@ class GroupMachine(RuleBasedStateMachine):
     @rule()
     def settles(self) -> None:
         """Cables are mended, time passes, and all that can read do: then all is as it should be."""
-        GroupMachine.steps += 1
+        self.count_steps()
         for one in self.all_processes():
             one.store.reachable = True
         for _ in range(4):
@@ -393,18 +388,5 @@ class GroupMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("steps", [4000, exhaustive(40_000)])
-def test_a_group_does_what_its_model_foretells(steps: int, log_events: list[MutableMapping[str, Any]]) -> None:
-    GroupMachine.steps = 0
-    while GroupMachine.steps < steps:
-        run_state_machine_as_test(
-            GroupMachine,
-            settings=settings(
-                max_examples=-(-(steps - GroupMachine.steps) // STEPS_AN_EXAMPLE),
-                stateful_step_count=RULES_AN_EXAMPLE,
-                deadline=None,
-                database=None,
-                print_blob=True,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-        log_events.clear()
+def test_a_group_does_what_its_model_foretells(steps: int) -> None:
+    run_steps(GroupMachine, steps)

@@ -11,34 +11,28 @@ import random
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from tests.model.ring_model import ModelSlot, RingModel
 from tests.support.exhaustive import exhaustive
+from tests.support.machines import CountedMachine, run_steps
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import BusyError, ConfigError, RingFullError, SlotError, StaleSlotError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, WriteLease
 from ucxx_transport.ring.owner import Owner
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.codec import check_trailer, decode_header
-
-RULES_AN_EXAMPLE = 25
-STEPS_AN_EXAMPLE = 400
-"""About as many as 25 rules take: one in 15 is a burst."""
 
 BURST = 300
 SLOT_BYTES = 96
@@ -82,10 +76,11 @@ class Held:
     payload: bytes = b""
 
 
-class RingMachine(RuleBasedStateMachine):
+class RingMachine(CountedMachine):
     """See the module."""
 
-    steps: ClassVar[int] = 0
+    rules_an_example = 25
+    steps_an_example = 400  # one in 15 is a burst
 
     @initialize(slots=st.integers(1, 4), readers=st.integers(1, 3), overwrites=st.booleans(), checksum=st.booleans())
     def make(self, *, slots: int, readers: int, overwrites: bool, checksum: bool) -> None:
@@ -155,7 +150,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(index=indices, size=st.integers(0, SLOT_BYTES), required=st.integers(0, 3))
     def write(self, index: int, size: int, required: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, owner = self.handles[index % HANDLES]
         payload, readers = self.payload(size), min(required, self.readers) or None
         allowed = self.allowed_slots()
@@ -175,7 +170,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(index=indices)
     def reserve(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, owner = self.handles[index % HANDLES]
         allowed = self.allowed_slots()
         if not allowed:
@@ -192,7 +187,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writing)
     @rule(index=indices, size=st.integers(0, SLOT_BYTES))
     def commit(self, index: int, size: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         held = self.writing.pop(index % len(self.writing))
         assert isinstance(held.lease, WriteLease)
         payload = self.payload(size)
@@ -205,7 +200,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writing)
     @rule(index=indices, forget=st.booleans())
     def abort(self, index: int, *, forget: bool) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         held = self.writing.pop(index % len(self.writing))
         assert isinstance(held.lease, WriteLease)
         if forget:
@@ -219,24 +214,30 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.refs)
     @rule(index=indices)
     def discard(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, _ = self.handles[index % HANDLES]
         ref = self.refs[index % len(self.refs)]
         assert ring.discard(ref) == self.model.discard(ref.slot, ref.generation)
 
     # reading
 
+    def is_refused(self, ref: SlotRef, reader: int, call: Callable[..., object]) -> bool:
+        """Whether the model refuses this reader the payload; then the ring does."""
+        refusal = self.model.refusal(ref.slot, ref.generation, reader)
+        if not refusal:
+            return False
+        self.model.count(refusal)
+        with pytest.raises(StaleSlotError if refusal == "stale" else BusyError):
+            call(ref, reader=reader)
+        return True
+
     @precondition(lambda self: self.refs)
     @rule(index=indices, age=indices, reader=st.integers(0, 3))
     def acquire(self, index: int, age: int, reader: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, owner = self.handles[index % HANDLES]
         ref = self.refs[-1 - age % len(self.refs)]
-        refusal = self.model.refusal(ref.slot, ref.generation, reader)
-        if refusal:
-            self.model.count(refusal)
-            with pytest.raises(StaleSlotError if refusal == "stale" else BusyError):
-                ring.acquire(ref, reader=reader)
+        if self.is_refused(ref, reader, ring.acquire):
             return
         lease = ring.acquire(ref, reader=reader)
         self.lease_ids += 1
@@ -246,14 +247,10 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.refs)
     @rule(index=indices, age=indices, reader=st.integers(0, 3))
     def read(self, index: int, age: int, reader: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, owner = self.handles[index % HANDLES]
         ref = self.refs[-1 - age % len(self.refs)]
-        refusal = self.model.refusal(ref.slot, ref.generation, reader)
-        if refusal:
-            self.model.count(refusal)
-            with pytest.raises(StaleSlotError if refusal == "stale" else BusyError):
-                ring.read(ref, reader=reader)
+        if self.is_refused(ref, reader, ring.read):
             return
         self.lease_ids += 1
         payload = self.model.acquire(ref.slot, self.lease_ids, owner, reader)
@@ -263,7 +260,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reading)
     @rule(index=indices, how=st.sampled_from(["consumed", "released", "forgotten"]))
     def finalise(self, index: int, how: str) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         held = self.reading.pop(index % len(self.reading))
         assert isinstance(held.lease, ReadLease)
         assert bytes(held.lease.buffer) == held.payload
@@ -280,7 +277,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reading)
     @rule(index=indices)
     def detach(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         held = self.reading.pop(index % len(self.reading))
         assert isinstance(held.lease, ReadLease)
         array = held.lease.hand_over()
@@ -289,7 +286,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.detached)
     @rule(index=indices)
     def drop(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         held = self.detached.pop(index % len(self.detached))
         assert not isinstance(held.lease, ReadLease | WriteLease)
         assert held.lease.tobytes() == held.payload
@@ -304,7 +301,7 @@ class RingMachine(RuleBasedStateMachine):
         newest=st.booleans(),
     )
     def take(self, index: int, number: int, size: int, reader: int, *, newest: bool) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, owner = self.handles[index % HANDLES]
         max_bytes = None if size > SLOT_BYTES else size
         expected, left = [], size
@@ -331,7 +328,7 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ended)
     @rule(index=indices)
     def finalise_late(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         lease = self.ended[index % len(self.ended)].lease
         if isinstance(lease, ReadLease):
             assert not (lease.mark_consumed() if index % 2 else lease.release_reading())
@@ -344,7 +341,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(index=indices, slot=st.integers(0, 6), generation=st.integers(0, 2**56))
     def ask_for_nonsense(self, index: int, slot: int, generation: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, _ = self.handles[index % HANDLES]
         inside = 0 <= slot < ring.slots
         if inside and self.model.slots[slot].generation == generation:
@@ -362,7 +359,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(index=indices)
     def kill(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         _, victim = self.handles.pop(1 + index % (HANDLES - 1))
         self.living.discard(victim)
         self.dead.add(victim)
@@ -376,7 +373,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(index=indices)
     def reclaim(self, index: int) -> None:
-        RingMachine.steps += 1
+        self.count_steps()
         ring, _ = self.handles[index % HANDLES]
         assert ring.reclaim_dead() == self.model.reclaim(self.dead)
 
@@ -469,18 +466,5 @@ class RingMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("steps", [10_000, exhaustive(50_000)])
 def test_a_ring_does_what_its_model_foretells(steps: int, log_events: list[MutableMapping[str, Any]]) -> None:
-    RingMachine.steps = 0
-    while RingMachine.steps < steps:
-        run_state_machine_as_test(
-            RingMachine,
-            settings=settings(
-                max_examples=-(-(steps - RingMachine.steps) // STEPS_AN_EXAMPLE),
-                stateful_step_count=RULES_AN_EXAMPLE,
-                deadline=None,
-                database=None,
-                print_blob=True,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-    assert RingMachine.steps >= steps
+    run_steps(RingMachine, steps)
     assert all(event["log_level"] == "warning" for event in log_events)

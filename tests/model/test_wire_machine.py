@@ -15,18 +15,16 @@ from random import Random
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     rule,
-    run_state_machine_as_test,
 )
 
 from tests.model.plain_ring import Key, ModelRing, PlainRing, key_of
 from tests.model.wire_model import Client, Connection, Port
 from tests.support.exhaustive import exhaustive
+from tests.support.machines import CountedMachine, run_steps
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import RingFullError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState
@@ -37,9 +35,6 @@ from ucxx_transport.wire.server_side import SessionSource
 
 T = TypeVar("T")
 
-RULES_AN_EXAMPLE = 15
-STEPS_AN_EXAMPLE = 250
-"""About as many as 15 rules take: most are bursts."""
 BURST = 25
 SLOTS = 5
 WINDOW = Window(4, 300)
@@ -130,11 +125,12 @@ class RealRing:
         return any(state is SlotState.READING for state in self._ring.slot_states())
 
 
-class WireMachine(RuleBasedStateMachine):
+class WireMachine(CountedMachine):
     """See the module. A step is one of `_SHARES`; what it is done to is drawn by `Random`."""
 
     real: ClassVar[bool] = False
-    steps: ClassVar[int] = 0
+    rules_an_example = 15
+    steps_an_example = 250  # most are bursts
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +161,7 @@ class WireMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(list(_SHARES)), choice=st.randoms(use_true_random=False))
     def step(self, kind: str, choice: Random) -> None:
         getattr(self, kind)(choice)
-        WireMachine.steps += 1
+        self.count_steps()
         self.port.check()
 
     @rule(seed=st.integers(0, (1 << 32) - 1))
@@ -376,17 +372,5 @@ class RealRingMachine(WireMachine):
 def test_every_payload_has_one_owner_and_one_end_whatever_the_network_does(
     machine: type[WireMachine], steps: int, log_events: list[MutableMapping[str, Any]]
 ) -> None:
-    WireMachine.steps = 0
-    while WireMachine.steps < steps:
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=-(-(steps - WireMachine.steps) // STEPS_AN_EXAMPLE),
-                stateful_step_count=RULES_AN_EXAMPLE,
-                deadline=None,
-                database=None,
-                print_blob=True,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+    run_steps(machine, steps)
     assert not [event for event in log_events if event["log_level"] in {"error", "critical"}]

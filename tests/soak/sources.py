@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 
@@ -20,7 +21,7 @@ SLOT_BYTES = 4 << 20
 WRITER = "tests.e2e.programs.writer"
 
 
-def ring_settings() -> dict[str, object]:
+def ring_settings() -> dict[str, Any]:
     """Settings of every ring: nothing is ever overwritten, so whatever is lost was lost by a kill."""
     return {"slots": SLOTS, "slot_bytes": SLOT_BYTES, "on_full": "raise", "lock_timeout_s": 20.0}
 
@@ -38,7 +39,7 @@ class Source:
     """
 
     name: str
-    server: dict[str, object]
+    server: dict[str, Any]
     first_stream: int
     writer: Actor | None = None
     ring: SharedRingBuffer | None = None
@@ -55,8 +56,8 @@ class Source:
         """Make the ring, or have it made, and start a writer."""
         self.ledger = Ledger()
         if self.name == "home":
-            self.ring = SharedRingBuffer.create(RingConfig(**ring_settings()))  # type: ignore[arg-type]  # plain settings
-            self.home_server = UCXXServer(self.ring, ServerConfig(**self.server))  # type: ignore[arg-type]  # likewise
+            self.ring = SharedRingBuffer.create(RingConfig(**ring_settings()))
+            self.home_server = UCXXServer(self.ring, ServerConfig(**self.server))
             self.home_server.start()
         self.start_writer(stage)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from ucxx_transport.client import ClientStatistics, Payload
 from ucxx_transport.client.core import ClientCore
@@ -160,10 +161,10 @@ class ExchangeRig:
         """Now."""
         return self.now_s
 
-    def client(self, *, watcher: Watcher | None = None, **settings: object) -> RigClient:
+    def client(self, *, watcher: Watcher | None = None, **settings: Any) -> RigClient:
         """A client that reads everything over the link, its first read from the first port; closed with the rig."""
-        values = {"local": "off", "spin_s": 0.0, **settings}
-        core = ClientCore(ClientConfig(**values), self.client_link, watcher=watcher, clock=self.clock)  # type: ignore[arg-type]  # checked at run time
+        config = ClientConfig(**{"local": "off", "spin_s": 0.0, **settings})
+        core = ClientCore(config, self.client_link, watcher=watcher, clock=self.clock)
         core.reads.ports._first = MANY_PORTS  # noqa: SLF001 - otherwise random, as the reader's id is
         client = RigClient(self, core)
         self._clients.append(client)

@@ -9,14 +9,18 @@ another result.
 from __future__ import annotations
 
 import dis
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["Interrupter", "every_point"]
+from tests.support.waiting import wait_until
+
+__all__ = ["Interrupter", "every_point", "signalled_when"]
 
 CHECKING = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "RESUME", "JUMP_BACKWARD"}
 
@@ -90,3 +94,22 @@ def every_point(run: Callable[[], object], within: tuple[str, ...]) -> Iterator[
             return
         yield interrupter.where
         at += 1
+
+
+@contextmanager
+def signalled_when(
+    condition: Callable[[], object], number: signal.Signals = signal.SIGINT, *, deadline_s: float = 60.0
+) -> Iterator[None]:
+    """The main thread, which runs the block, gets a signal when the condition has become true."""
+
+    def send() -> None:
+        wait_until(condition, deadline_s, what="the moment of the signal")
+        signal.pthread_kill(main, number)
+
+    main = threading.get_ident()
+    thread = threading.Thread(target=send, name="signals")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()

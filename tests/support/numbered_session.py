@@ -63,7 +63,7 @@ class NumberedSession(ClientSession):
         """`on_offer` and `receive`: the attempts of what the server has picked."""
         offer = self.on_offer(attempt, message)
         names = [(one.slot, one.generation, one.nbytes, one.checksum) for one in offer.payloads]
-        attempts = [Attempt(ref_to(offer.ring_id, *name, offer.fingerprint)) for name in names]
+        attempts = [Attempt(ref_to(offer.ring_id, *name, fingerprint=offer.fingerprint)) for name in names]
         self.receive(offer, attempts)
         self.by_number |= {taken.number: taken for taken in attempts}
         return attempts

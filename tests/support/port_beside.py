@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from ucxx_transport.client import SyncUCXXClient, UCXXClient
 from ucxx_transport.client.reads import Watcher
@@ -49,8 +50,8 @@ class PortBeside:
         return UCXXClient(self._config(settings), link_factory=self.link)
 
     @staticmethod
-    def _config(settings: dict[str, object]) -> ClientConfig:
-        return ClientConfig(**{"local": "off", **settings})  # type: ignore[arg-type]  # checked at run time
+    def _config(settings: dict[str, Any]) -> ClientConfig:
+        return ClientConfig(**{"local": "off", **settings})
 
 
 @contextmanager

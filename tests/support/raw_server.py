@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from tests.support.payloads import answer_with
 from ucxx_transport import SlotRef, TransportError
@@ -92,10 +93,10 @@ def welcome(*, attempts: int = 64, nbytes: int = 1 << 30, token_required: bool =
     return encode_reply(ReplyHeader(Status.OK, len(body), token_required=token_required), body)
 
 
-def answer_to(ref: SlotRef, **changes: object) -> bytes:
+def answer_to(ref: SlotRef, **changes: Any) -> bytes:
     """A whole and proper answer with a payload, but for the `changes` in its header; the body is as long."""
     nbytes = changes.get("nbytes", ref.nbytes)
-    return answer_with(ref, payload_of(replace(ref, nbytes=nbytes)), **changes)  # type: ignore[arg-type]  # an int
+    return answer_with(ref, payload_of(replace(ref, nbytes=nbytes)), **changes)
 
 
 class Port:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from tests.support.etcd_server import EtcdServer
 from tests.support.memory_store import MemoryData, MemoryStore
@@ -52,13 +53,12 @@ class StoreRig(ABC):
     ttl_s: float
 
     def __init__(self) -> None:
-        self.settings: dict[str, object] = {"namespace": f"test-{uuid.uuid4().hex}", "timeout_s": 10.0}
+        self.settings: dict[str, Any] = {"namespace": f"test-{uuid.uuid4().hex}", "timeout_s": 10.0}
         self.stack = ExitStack()
 
     def open(self, **settings: object) -> Store:
         """A store of its own connections; closed at the end."""
-        chosen: dict[str, object] = {**self.settings, **settings}
-        return self.stack.enter_context(open_store(self.url, StoreConfig(**chosen)))  # type: ignore[arg-type] # mixed
+        return self.stack.enter_context(open_store(self.url, StoreConfig(**{**self.settings, **settings})))
 
     @abstractmethod
     def compact(self, store: Store, between: Callable[[], object] = int) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["wait_until"]
+__all__ = ["is_asleep", "wait_until"]
 
 ValueT = TypeVar("ValueT")
 
@@ -30,3 +31,9 @@ def wait_until(predicate: Callable[[], ValueT], deadline_s: float = 10.0, *, wha
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, 0.02)
     return value
+
+
+def is_asleep(thread_id: int) -> bool:
+    """Whether a thread of this process runs nothing now; `thread_id` is the native one."""
+    status = Path(f"/proc/self/task/{thread_id}/stat").read_text()
+    return status.rpartition(")")[2].split()[0] == "S"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from dataclasses import replace
+from typing import Any
 
 from tests.e2e.programs.request_lines import answer, log_to_stderr, requests
 from ucxx_transport import (
@@ -32,10 +33,10 @@ kept: list[object] = []
 """Held to the very end, as a program's globals are."""
 
 
-def worker(mode: str) -> None:
+def worker(mode: Any) -> None:
     """Write, start to read and to write, say where, wait."""
     ring = SharedRingBuffer.create(RingConfig(slots=4, slot_bytes=1 << 20))
-    server = UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=2, mode=mode))  # type: ignore[arg-type]  # a word of the command line
+    server = UCXXServer(ring, ServerConfig(host="127.0.0.1", ports=2, mode=mode))
     server.start()
     refs = [ring.write_raw(bytes(1000)) for _ in range(2)]
     lease = ring.acquire(refs[1])

@@ -39,9 +39,9 @@ def trained_on(feed: RolloutFeed, kept: list[object] | None) -> list[int]:
     return trained
 
 
-def main(local: str) -> None:
+def main(local: Any) -> None:
     """Answer until the end of the input."""
-    config = ClientConfig(local=local, connect_timeout_s=1.0, deadline_s=10.0)  # type: ignore[arg-type]  # a word of the command line
+    config = ClientConfig(local=local, connect_timeout_s=1.0, deadline_s=10.0)
     kept: list[object] = []
     with RolloutFeed(config, deadline_s=60.0) as feed:
         for request in requests():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ def rows_for(target: Target, *values: list[float]) -> list[Row]:
     ]
 
 
-def verdict(target: Target, rows: list[Row], **more: object) -> Verdict:
-    return next(found for found in judge(rows, [target.question], **more) if found.target is target)  # type: ignore[arg-type]
+def verdict(target: Target, rows: list[Row], **more: Any) -> Verdict:
+    return next(found for found in judge(rows, [target.question], **more) if found.target is target)
 
 
 def test_ratios_pair_neighbours_in_time_rather_than_medians() -> None:

@@ -6,18 +6,18 @@ import threading
 
 import pytest
 
-from tests.unit.client.references import reference
+from tests.support.payloads import ref_to
 from ucxx_transport.client.payload import Deduplicator
 from ucxx_transport.errors import StaleSlotError
 
 
 def test_a_payload_is_refused_only_after_its_delivery() -> None:
     names = Deduplicator(max_rings=4)
-    names.check(reference())
-    names.check(reference())
-    names.claim(reference())
+    names.check(ref_to())
+    names.check(ref_to())
+    names.claim(ref_to())
     with pytest.raises(StaleSlotError, match="already received") as caught:
-        names.check(reference())
+        names.check(ref_to())
     assert caught.value.facts["delivered"] == 8
 
 
@@ -30,7 +30,7 @@ def test_of_many_threads_that_claim_a_payload_one_gets_it() -> None:
         start.wait()
         for generation in range(1, 500):
             try:
-                names.claim(reference(generation=generation))
+                names.claim(ref_to(generation=generation))
             except StaleSlotError:
                 continue
             got.append(generation)
@@ -46,30 +46,30 @@ def test_of_many_threads_that_claim_a_payload_one_gets_it() -> None:
 
 def test_a_newer_generation_of_the_slot_is_another_payload() -> None:
     names = Deduplicator(max_rings=4)
-    names.claim(reference(generation=8))
-    names.check(reference(generation=9))
+    names.claim(ref_to(generation=8))
+    names.check(ref_to(generation=9))
 
 
 def test_an_older_generation_is_gone_once_a_newer_was_delivered() -> None:
     names = Deduplicator(max_rings=4)
-    names.claim(reference(generation=8))
+    names.claim(ref_to(generation=8))
     with pytest.raises(StaleSlotError):
-        names.check(reference(generation=7))
+        names.check(ref_to(generation=7))
 
 
 def test_slots_and_rings_do_not_answer_for_each_other() -> None:
     names = Deduplicator(max_rings=4)
-    names.claim(reference(slot=3))
-    names.check(reference(slot=4))
-    names.check(reference(ring_id=b"S" * 16))
+    names.claim(ref_to(slot=3))
+    names.check(ref_to(slot=4))
+    names.check(ref_to(ring_id=b"S" * 16))
 
 
 def test_the_ring_longest_unused_is_forgotten_first() -> None:
     names = Deduplicator(max_rings=2)
-    names.claim(reference(ring_id=b"1" * 16))
-    names.claim(reference(ring_id=b"2" * 16))
-    names.claim(reference(ring_id=b"1" * 16, slot=9))
-    names.claim(reference(ring_id=b"3" * 16))
-    names.check(reference(ring_id=b"2" * 16))
+    names.claim(ref_to(ring_id=b"1" * 16))
+    names.claim(ref_to(ring_id=b"2" * 16))
+    names.claim(ref_to(ring_id=b"1" * 16, slot=9))
+    names.claim(ref_to(ring_id=b"3" * 16))
+    names.check(ref_to(ring_id=b"2" * 16))
     with pytest.raises(StaleSlotError):
-        names.check(reference(ring_id=b"1" * 16))
+        names.check(ref_to(ring_id=b"1" * 16))

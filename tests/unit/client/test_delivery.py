@@ -48,8 +48,11 @@ def warm(rig: ExchangeRig, client: RigClient) -> None:
     rig.settle()
 
 
-def read_losing_the_end(rig: ExchangeRig, client: RigClient, ref: SlotRef, *, reset: bool) -> None:
-    """Deliver `ref`; the frame with its end vanishes, or the connection breaks in its place."""
+def unacknowledged(rig: ExchangeRig, *, reset: bool) -> tuple[RigClient, SlotRef]:
+    """A client that got a payload whose end vanished, or the connection in its place; and the payload's reference."""
+    client = rig.client()
+    warm(rig, client)
+    ref = rig.write(EPISODE)
     job = paused_before_the_answer(rig, client, ref)
     if reset:
         rig.faults.reset_after = 0
@@ -58,15 +61,13 @@ def read_losing_the_end(rig: ExchangeRig, client: RigClient, ref: SlotRef, *, re
     deliver_answer(rig)
     with client.result(job) as payload:
         assert bytes(payload.buffer) == EPISODE
+    return client, ref
 
 
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "vanished"])
 def test_a_lost_end_makes_the_slot_ready_and_a_confirm_frees_it(*, reset: bool) -> None:
     with open_rig(ports=1) as rig:
-        client = rig.client()
-        warm(rig, client)
-        ref = rig.write(EPISODE)
-        read_losing_the_end(rig, client, ref, reset=reset)
+        client, ref = unacknowledged(rig, reset=reset)
         rig.advance(PAST_THE_ACK_LIMIT_S)
         assert rig.states(ref) == [SlotState.READY], "its end was never heard"
         client.consume(rig.write(EPISODE))
@@ -96,10 +97,7 @@ def test_several_lost_ends_are_all_said_again() -> None:
 
 def test_reads_that_start_together_after_a_loss_all_succeed() -> None:
     with open_rig(ports=1) as rig:
-        client = rig.client()
-        warm(rig, client)
-        ref = rig.write(EPISODE)
-        read_losing_the_end(rig, client, ref, reset=True)
+        client, _ = unacknowledged(rig, reset=True)
         client.consume(*(rig.write(EPISODE) for _ in range(3)))
         rig.settle()
         assert client.counts.confirms == 1
@@ -108,10 +106,7 @@ def test_reads_that_start_together_after_a_loss_all_succeed() -> None:
 
 def test_a_confirm_that_is_lost_too_is_said_again() -> None:
     with open_rig(ports=1) as rig:
-        client = rig.client()
-        warm(rig, client)
-        ref = rig.write(EPISODE)
-        read_losing_the_end(rig, client, ref, reset=True)
+        client, ref = unacknowledged(rig, reset=True)
         rig.faults.reset_after = 1  # HELLO passes, CONFIRM breaks the connection
         client.consume(rig.write(EPISODE))
         rig.settle()
@@ -121,10 +116,7 @@ def test_a_confirm_that_is_lost_too_is_said_again() -> None:
 
 def test_a_confirm_of_a_payload_that_was_overwritten_in_the_meantime_touches_nothing() -> None:
     with open_rig(ports=1) as rig:
-        client = rig.client()
-        warm(rig, client)
-        ref = rig.write(EPISODE)
-        read_losing_the_end(rig, client, ref, reset=True)
+        client, ref = unacknowledged(rig, reset=True)
         rig.settle()
         newer = [rig.write(EPISODE) for _ in range(4)]
         assert ref.slot in {other.slot for other in newer}
@@ -136,10 +128,7 @@ def test_a_confirm_of_a_payload_that_was_overwritten_in_the_meantime_touches_not
 
 def test_the_duplicate_that_a_lost_end_allows_is_dropped_by_name() -> None:
     with open_rig(ports=1) as rig:
-        client = rig.client()
-        warm(rig, client)
-        ref = rig.write(EPISODE)
-        read_losing_the_end(rig, client, ref, reset=True)
+        client, ref = unacknowledged(rig, reset=True)
         rig.settle()
         assert rig.states(ref) == [SlotState.READY]
         with pytest.raises(StaleSlotError, match="already received"):
@@ -149,10 +138,7 @@ def test_the_duplicate_that_a_lost_end_allows_is_dropped_by_name() -> None:
 
 def test_another_client_may_still_have_what_was_not_acknowledged() -> None:
     with open_rig(ports=1) as rig:
-        client = rig.client()
-        warm(rig, client)
-        ref = rig.write(EPISODE)
-        read_losing_the_end(rig, client, ref, reset=True)
+        _, ref = unacknowledged(rig, reset=True)
         rig.settle()
         with rig.client().read(ref) as payload:
             assert bytes(payload.buffer) == EPISODE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.support.exchange_rig import open_rig
@@ -102,13 +104,13 @@ def test_a_discard_of_very_many_is_said_in_parts() -> None:
 
 
 @pytest.mark.parametrize("local", ["view", "copy"])
-def test_rings_of_this_host_are_told_at_once(local: str) -> None:
+def test_rings_of_this_host_are_told_at_once(local: Any) -> None:
     with SharedRingBuffer.create(RingConfig(slots=8, slot_bytes=64)) as ring:
         first, second, third = LocalWorker(ring).play(3)
         assert first.ref is not None
         assert second.ref is not None
         assert third.ref is not None
-        with SyncUCXXClient(ClientConfig(local=local)) as client:  # type: ignore[arg-type]
+        with SyncUCXXClient(ClientConfig(local=local)) as client:
             assert client.discard([first.ref, second.ref, second.ref]) == 2
             assert ring.get_ready_count() == 1
             with pytest.raises(StaleSlotError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.exchange_rig import HOST, ExchangeRig, open_rig
+from tests.support.exchange_rig import HOST, ExchangeRig, RigClient, open_rig
 from tests.support.port_beside import port_beside
 from tests.support.source_records import record
 from ucxx_transport.client import SyncUCXXClient
@@ -65,6 +65,15 @@ def is_removed(job: Job) -> bool:
 
 def silent(rig: ExchangeRig) -> None:
     rig.faults_of(1).hold = Hold()
+
+
+def waiting(rig: ExchangeRig, watcher: FakeWatcher) -> tuple[RigClient, Job]:
+    """A client with a read under way that is not answered."""
+    client = rig.client(watcher=watcher)
+    silent(rig)
+    job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
+    rig.settle()
+    return client, job
 
 
 def unreachable(rig: ExchangeRig) -> None:
@@ -141,10 +150,7 @@ def test_a_client_that_lay_idle_meanwhile_reads_from_a_source_that_is_back() -> 
 def test_a_pending_read_ends_also_when_its_source_is_back_under_a_new_epoch() -> None:
     with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
-        client = rig.client(watcher=watcher)
-        silent(rig)
-        job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
-        rig.settle()
+        _, job = waiting(rig, watcher)
         watcher.remove(source_of(rig, 1))
         watcher.add(source_of(rig, 1))
         rig.settle()
@@ -215,7 +221,7 @@ def test_a_client_hears_of_the_sources_there_are_before_it_has_read() -> None:
 
 def test_what_is_no_watcher_is_refused_where_it_is_given() -> None:
     with pytest.raises(ConfigError, match="watcher must be a SourceWatcher, not str"):
-        SyncUCXXClient(watcher="local://")  # type: ignore[arg-type]
+        SyncUCXXClient(watcher="local://")  # type: ignore[arg-type]  # what is refused
 
 
 def test_a_closed_client_hears_nothing_more() -> None:
@@ -235,10 +241,7 @@ def test_a_closed_client_hears_nothing_more() -> None:
 def test_a_client_may_be_closed_during_a_notification() -> None:
     with open_rig(ports=1) as rig:
         watcher = FakeWatcher()
-        client = rig.client(watcher=watcher)
-        silent(rig)
-        job = client.begin(rig.write(EPISODE), deadline_s=3600.0)
-        rig.settle()
+        client, job = waiting(rig, watcher)
         watcher.remove(source_of(rig, 1))
         client.close()
         assert isinstance(job.outcomes[0], PeerLostError)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.unit.client.references import reference
+from tests.support.payloads import ref_to
 from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.payload import Payload, Transport
 from ucxx_transport.errors import ConfigError, ProtocolError, SlotError
@@ -37,7 +37,7 @@ def content(pool: BufferPool) -> npt.NDArray[np.uint8]:
 
 
 def payload(pool: BufferPool, transport: Transport = "ucx") -> Payload:
-    return Payload(reference(nbytes=SCHEMA.nbytes), content(pool), SCHEMA, transport)
+    return Payload(ref_to(nbytes=SCHEMA.nbytes), content(pool), SCHEMA, transport)
 
 
 def field(held: Payload, name: str) -> npt.NDArray[np.generic]:
@@ -121,13 +121,13 @@ def test_a_payload_is_read_only(pool: BufferPool) -> None:
 def test_a_raw_payload_is_its_bytes(pool: BufferPool) -> None:
     lent = pool.lend(5)
     lent[:] = [1, 2, 3, 4, 5]
-    held = Payload(reference(nbytes=5), lent, None, "ucx")
+    held = Payload(ref_to(nbytes=5), lent, None, "ucx")
     assert field(held, "data").tolist() == [1, 2, 3, 4, 5]
     assert bytes(held.buffer) == b"\1\2\3\4\5"
 
 
 def test_bytes_that_are_too_few_for_the_schema_are_a_protocol_error(pool: BufferPool) -> None:
-    held = Payload(reference(nbytes=10), pool.lend(10), SCHEMA, "ucx")
+    held = Payload(ref_to(nbytes=10), pool.lend(10), SCHEMA, "ucx")
     with pytest.raises(ProtocolError):
         _ = held.arrays
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import gc
 import os
 import random
@@ -10,7 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import FrameType
 import pytest
 
 import ucxx_transport
+from tests.support.interrupts import signalled_when
 from tests.support.port_beside import PortBeside, port_beside
 from tests.support.waiting import wait_until
 from ucxx_transport.client import Payload, SyncUCXXClient
@@ -27,6 +27,11 @@ from ucxx_transport.ring import SlotState
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
+
+
+def is_led(client: SyncUCXXClient) -> bool:
+    """Whether a thread is running the client's reactor."""
+    return client._lead.is_led  # noqa: SLF001 - not to be seen otherwise
 
 
 @pytest.fixture
@@ -228,8 +233,10 @@ def test_an_interrupted_read_gives_its_payload_back_and_the_client_goes_on(besid
         client.read(beside.ring.write_raw(EPISODE)).release()
         ref = beside.ring.write_raw(EPISODE)
         hold = beside.faults.hold = Hold()
-        threading.Timer(0.2, _thread.interrupt_main).start()
-        with pytest.raises(KeyboardInterrupt):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            signalled_when(lambda: beside.ring.slot_state(ref.slot) is SlotState.READING),
+        ):
             client.read(ref)
         beside.faults.hold = None
         hold.set()
@@ -243,22 +250,18 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
         client.read(beside.ring.write_raw(EPISODE)).release()
         hold = beside.faults.hold = Hold()
         refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
-        following: list[object] = []
+        following: list[Future[Payload]] = []
 
-        def follow() -> None:
-            wait_until(lambda: is_led(client), what="the main thread leads")
-            following.append(threads.submit(client.read, refs[1]))
-            wait_until(lambda: len(client._lead.followers) == 1, what="the other one follows")  # noqa: SLF001 - likewise
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        def followed() -> bool:
+            if is_led(client) and not following:
+                following.append(threads.submit(client.read, refs[1]))
+            return len(client._lead.followers) == 1  # noqa: SLF001 - not to be seen otherwise
 
-        thread = threading.Thread(target=follow)
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), signalled_when(followed):
             client.read(refs[0])
-        thread.join()
         beside.faults.hold = None
         hold.set()
-        with following[0].result(timeout=30) as payload:  # type: ignore[attr-defined]  # a future of a payload
+        with following[0].result(timeout=30) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
@@ -387,9 +390,8 @@ def test_a_signal_handler_cannot_use_the_client_that_it_interrupts(beside: PortB
 
         before = signal.signal(signal.SIGUSR1, handler)
         try:
-            main = threading.main_thread().ident or 0
-            threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGUSR1)).start()
-            client.read(refs[0]).release()
+            with signalled_when(lambda: is_led(client), signal.SIGUSR1):
+                client.read(refs[0]).release()
         finally:
             signal.signal(signal.SIGUSR1, before)
         assert "signal handler" in refused[0].message

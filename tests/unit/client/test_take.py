@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +28,14 @@ from ucxx_transport.testing import Hold
 RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 
 
-def begin(client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> Take:
+def begin(client: RigClient, source: Takeable, wait_s: Any = 0.0, **asked: Any) -> Take:
     values = {"max_payloads": 16, "max_bytes": 1 << 20, "selector": "oldest", **asked}
     take = client.core.take_call(source, wait_s, **values)
     client.core.reads.ask(take)
     return take
 
 
-def taken(rig: ExchangeRig, client: RigClient, source: Takeable, wait_s: float = 0.0, **asked: object) -> list[Payload]:
+def taken(rig: ExchangeRig, client: RigClient, source: Takeable, wait_s: Any = 0.0, **asked: Any) -> list[Payload]:
     take = begin(client, source, wait_s, **asked)
     rig.run_until(lambda: take.done)
     rig.settle()
@@ -128,7 +129,7 @@ def test_arguments_out_of_their_range_are_refused() -> None:
     with open_rig(ring=RING) as rig:
         client = rig.client()
         (ref,) = write(rig, 1)
-        rows: list[tuple[str, object]] = [
+        rows: list[tuple[str, Any]] = [
             ("max_payloads", 0),
             ("max_payloads", 65),
             ("max_payloads", 1.5),
@@ -143,9 +144,9 @@ def test_arguments_out_of_their_range_are_refused() -> None:
         for field, value in rows:
             with row(field=field, value=value):
                 with pytest.raises(ConfigError, match=field) as caught:
-                    begin(client, ref, **{field: value})  # type: ignore[arg-type]  # what is refused
+                    begin(client, ref, **{field: value})
                 assert caught.value.facts["field"] == field
-        assert contents(taken(rig, client, ref, wait_s="250ms")) == [b"\0"]  # type: ignore[arg-type]  # accepted by the call
+        assert contents(taken(rig, client, ref, wait_s="250ms")) == [b"\0"]
 
 
 def test_what_was_picked_is_read_by_name_elsewhere_when_its_connection_is_lost() -> None:

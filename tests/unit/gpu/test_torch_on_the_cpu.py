@@ -109,7 +109,7 @@ def test_a_few_values_come_as_an_array_of_their_own_dtype() -> None:
 
 
 def test_a_tensor_s_own_library_takes_it_a_subclass_too() -> None:
-    class Own(torch.Tensor):  # type: ignore[misc]  # torch is not always there to be looked at
+    class Own(torch.Tensor):  # type: ignore[misc]  # the check does not look at torch
         __module__ = "somewhere.else"
 
     assert type(runtime_of(torch.ones(1).as_subclass(Own), "x")).__name__ == "TorchRuntime"

@@ -752,7 +752,7 @@ def test_a_group_has_a_name_and_waits_have_a_bound(ranks: Ranks) -> None:
     with pytest.raises(ConfigError):
         RankGroup(MemoryStore(), "", 0)
     with pytest.raises(ConfigError, match=r"store must be a store, such as open_store\(url\), not str \["):
-        RankGroup("etcd://user:secret@host", "group", 0)  # type: ignore[arg-type]
+        RankGroup("etcd://user:secret@host", "group", 0)  # type: ignore[arg-type]  # what is refused
     (first,) = ranks.joined(0, world_size=2)
     with pytest.raises(ConfigError):
         first.join_group(0)

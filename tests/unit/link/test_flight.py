@@ -220,39 +220,43 @@ def test_a_callback_that_raises_takes_no_other_end_along() -> None:
     assert bench.owner.heard == ["second"]
 
 
+def turn_interrupted(bench: Bench, at: int) -> bool:
+    """A turn, with an interrupt before its bytecode of this number; whether there are so many.
+
+    Between the queue and the callback; what interrupts a callback itself is its own matter.
+    """
+    code, seen = Flight.turn.__code__, 0
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal seen
+        if frame.f_code is not code:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen += 1
+            if seen == at + 1 and frame.f_lasti not in STEPS_OF_A_CALLBACK:
+                raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        bench.flight.turn(0)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return seen > at
+
+
 def test_an_interrupt_at_any_bytecode_of_a_turn_loses_and_doubles_no_end() -> None:
-    """Between the queue and the callback; what interrupts a callback itself is its own matter."""
-    code = Flight.turn.__code__
     at = 0
     while True:
         bench = Bench()
         for name in "ab":
             bench.post(name)
         bench.end(1, 2)
-        seen = 0
-
-        def interrupt(frame: FrameType, event: str, _: object) -> Any:
-            nonlocal seen
-            if frame.f_code is not code:
-                return None
-            frame.f_trace_opcodes = True
-            if event == "opcode":
-                seen += 1
-                if seen == at + 1 and frame.f_lasti not in between:  # noqa: B023
-                    raise KeyboardInterrupt
-            return interrupt
-
-        between = STEPS_OF_A_CALLBACK
-        sys.settrace(interrupt)
-        try:
-            bench.flight.turn(0)
-        except KeyboardInterrupt:
-            pass
-        else:
-            if seen <= at:
-                break
-        finally:
-            sys.settrace(None)
+        if not turn_interrupted(bench, at):
+            break
         bench.flight.turn(0)
         bench.flight.turn(0)
         assert (bench.owner.heard, bench.owner.posted) == (["a", "b"], {}), at

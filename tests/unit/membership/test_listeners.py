@@ -48,6 +48,16 @@ class Field:
         self.is_in.set()
         self.go_on.wait(MINUTE)
 
+    def end_two_during_a_callback(self) -> None:
+        """Two sources end: the second one while `block` is called for the first."""
+        self.watcher.start()
+        self.publish("a")
+        self.publish("b")
+        self.known("a", "b")
+        self.end("a")
+        assert self.is_in.wait(MINUTE)
+        self.end("b")
+
     def note(self, source: SourceRecord) -> None:
         self.notes.append(source.worker_id)
 
@@ -89,13 +99,7 @@ def reenters(field: Field) -> None:
 def blocks(field: Field) -> None:
     field.watcher.subscribe(on_remove=field.block)
     field.watcher.subscribe(on_remove=field.note)
-    field.watcher.start()
-    field.publish("a")
-    field.publish("b")
-    field.known("a", "b")
-    field.end("a")
-    assert field.is_in.wait(MINUTE)
-    field.end("b")
+    field.end_two_during_a_callback()
     wait_until(lambda: field.notes == ["a", "b"], MINUTE, what="another listener hears of both")
     assert field.watcher.statistics().removes == 2
 
@@ -121,13 +125,7 @@ def locks(field: Field) -> None:
 def reads(field: Field) -> None:
     field.watcher.subscribe(on_remove=field.block)
     client = Membership(field.watcher)
-    field.watcher.start()
-    field.publish("a")
-    field.publish("b")
-    field.known("a", "b")
-    field.end("a")
-    assert field.is_in.wait(MINUTE)
-    field.end("b")
+    field.end_two_during_a_callback()
     rings = {record("a").ring_id, record("b").ring_id}
     wait_until(lambda: client.gone.keys() == rings, MINUTE, what="the client knows that b is dead")
     client.close()
@@ -147,7 +145,7 @@ def test_whatever_a_callback_does_others_hear_and_the_watcher_stops(mode: Callab
 def test_what_is_no_function_is_refused_where_it_subscribes() -> None:
     listeners = Listeners[str](lambda name: (name, None), lambda _: None, keys={})
     with pytest.raises(ConfigError, match="on_remove must be a function, not 5"):
-        listeners.subscribe({"add": print, "remove": 5})  # type: ignore[dict-item]
+        listeners.subscribe({"add": print, "remove": 5})  # type: ignore[dict-item]  # what is refused
 
 
 def test_a_process_exits_while_a_callback_blocks_for_ever() -> None:

@@ -64,7 +64,8 @@ def test_a_record_that_is_there_already_is_left_alone(store: Store) -> None:
     store.put(KEY, b"another's")
     with pytest.raises(ConflictError):
         begun(store)
-    assert store.get(KEY).value == b"another's"  # type: ignore[union-attr]  # None fails as well
+    assert (found := store.get(KEY)) is not None
+    assert found.value == b"another's"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,8 @@ def test_an_epoch_outlives_leases_and_records(store: Store) -> None:
 def test_an_epoch_is_given_even_over_a_malformed_one(store: Store) -> None:
     store.put("epochs/w", b"\xffnonsense")
     assert next_epoch(store, "w", known=4) == 5
-    assert store.get("epochs/w").value == b"5"  # type: ignore[union-attr]  # None fails as well
+    assert (found := store.get("epochs/w")) is not None
+    assert found.value == b"5"
 
 
 def test_no_epoch_is_given_twice_to_those_who_race_for_it(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -49,8 +50,8 @@ def test_the_same_record_again_is_no_news(view: SourceView) -> None:
     [{"status": SourceStatus.STALE}, {"ports": (1,)}, {"host": "10.0.0.2"}, {"meta": {"a": 1}}, {"ttl_s": 9.0}],
     ids=lambda words: next(iter(words)),
 )
-def test_other_words_of_one_epoch_are_an_update(view: SourceView, words: dict[str, object]) -> None:
-    other = replace(A, **words)  # type: ignore[arg-type]  # one field of each kind
+def test_other_words_of_one_epoch_are_an_update(view: SourceView, words: dict[str, Any]) -> None:
+    other = replace(A, **words)
     assert pairs(view.take_batch(batch(put_event(other)))) == [("update", other)]
     assert view.sources == (other,)
 
@@ -58,8 +59,8 @@ def test_other_words_of_one_epoch_are_an_update(view: SourceView, words: dict[st
 @pytest.mark.parametrize(
     "life", [{"epoch": 2}, {"session": "f" * 32}, {"ring_id": b"x" * 16}], ids=lambda life: next(iter(life))
 )
-def test_another_life_is_a_removal_and_an_addition(view: SourceView, life: dict[str, object]) -> None:
-    other = replace(A, **life)  # type: ignore[arg-type]  # one field of each kind
+def test_another_life_is_a_removal_and_an_addition(view: SourceView, life: dict[str, Any]) -> None:
+    other = replace(A, **life)
     assert pairs(view.take_batch(batch(put_event(other)))) == [("remove", A), ("add", other)]
     assert view.sources == (other,)
 

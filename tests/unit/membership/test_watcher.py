@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,8 @@ class Heard:
         wait_until(lambda: self.words == list(words), MINUTE, what=f"{words} are heard, not {self.words}")
 
 
-def watcher_of(store: Store | str, heard: Heard, **settings: object) -> SourceWatcher:
-    return SourceWatcher(store, on_add=heard.add, on_update=heard.update, on_remove=heard.remove, **settings)  # type: ignore[arg-type]  # of any kind
+def watcher_of(store: Store | str, heard: Heard, **settings: Any) -> SourceWatcher:
+    return SourceWatcher(store, on_add=heard.add, on_update=heard.update, on_remove=heard.remove, **settings)
 
 
 @pytest.fixture

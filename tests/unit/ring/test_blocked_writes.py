@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.interrupts import signalled_when
+from tests.support.waiting import is_asleep, wait_until
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.ring import SharedRingBuffer, SlotState, transitions
 from ucxx_transport.ring.layout import SLEEPERS_WORD
@@ -33,12 +31,9 @@ def full(make_ring: MakeRing) -> tuple[SharedRingBuffer, SlotRef]:
     return ring, ring.write_raw(b"first")
 
 
-def is_asleep(ring: SharedRingBuffer, thread_id: int) -> bool:
+def awaits_a_slot(ring: SharedRingBuffer, thread_id: int) -> bool:
     """Whether a thread sleeps on the count of freed slots: it has said so, and runs nothing."""
-    if not ring.mapping.view("u8")[SLEEPERS_WORD]:
-        return False
-    status = Path(f"/proc/self/task/{thread_id}/stat").read_text()
-    return status.rpartition(")")[2].split()[0] == "S"
+    return bool(ring.mapping.view("u8")[SLEEPERS_WORD]) and is_asleep(thread_id)
 
 
 def consume(ring: SharedRingBuffer, ref: SlotRef) -> None:
@@ -67,7 +62,7 @@ def test_a_blocked_write_is_woken_when_a_slot_becomes_free(
     thread.start()
     assert thread.native_id is not None
     sleeper = thread.native_id
-    wait_until(lambda: is_asleep(ring, sleeper))
+    wait_until(lambda: awaits_a_slot(ring, sleeper))
     free(ring, ref)
     thread.join(10)
     assert [ring.read(found)["data"].tobytes() for found in written] == [b"second"]
@@ -91,15 +86,8 @@ def test_an_interrupt_ends_a_blocked_write_at_once(full: tuple[SharedRingBuffer,
     ring, ref = full
     main = threading.get_native_id()
 
-    def interrupt() -> None:
-        wait_until(lambda: is_asleep(ring, main))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), signalled_when(lambda: awaits_a_slot(ring, main)):
         ring.write_raw(b"second")
-    thread.join()
     assert ring.slot_states() == [SlotState.READY]
     assert ring.discard(ref)
     assert ring.write_raw(b"third").generation == 2

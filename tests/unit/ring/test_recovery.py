@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,8 @@ class Cast:
     def alive(self, pid: int, start: int) -> bool:
         return Owner(pid, start) in self.living
 
-    def create(self, owner: Owner, **settings: object) -> SharedRingBuffer:
-        config = RingConfig(**{"slots": 4, "slot_bytes": 64, **settings})  # type: ignore[arg-type]  # checked by it
+    def create(self, owner: Owner, **settings: Any) -> SharedRingBuffer:
+        config = RingConfig(**{"slots": 4, "slot_bytes": 64, **settings})
         return self._stack.enter_context(SharedRingBuffer.create(config, owner=owner, alive=self.alive))
 
     def attach(self, ring: SharedRingBuffer, owner: Owner) -> SharedRingBuffer:

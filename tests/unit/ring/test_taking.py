@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, MutableMapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.interrupts import signalled_when
 from tests.support.rows import row
-from tests.support.waiting import wait_until
+from tests.support.waiting import is_asleep, wait_until
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import ConfigError, ProtocolError, SlotError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, transitions
@@ -339,12 +337,9 @@ def _never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transitions, "LOOK_EVERY_S", LONG_S)
 
 
-def is_asleep(ring: SharedRingBuffer, thread: int) -> bool:
+def awaits_a_payload(ring: SharedRingBuffer, thread_id: int) -> bool:
     """Whether a thread sleeps on the count of READY slots: it has said so, and runs nothing."""
-    if not ring.mapping.view("u8")[TAKERS_WORD]:
-        return False
-    status = Path(f"/proc/self/task/{thread}/stat").read_text()
-    return status.rpartition(")")[2].split()[0] == "S"
+    return bool(ring.mapping.view("u8")[TAKERS_WORD]) and is_asleep(thread_id)
 
 
 def commit(ring: SharedRingBuffer, lease: ReadLease | None) -> None:
@@ -372,7 +367,7 @@ def test_a_waiting_taker_is_woken_by_a_commit_and_by_a_payload_given_back(make_r
             thread = threading.Thread(target=take_or_wait, args=(ring, taken))
             thread.start()
             assert thread.native_id is not None
-            wait_until(partial(is_asleep, ring, thread.native_id))
+            wait_until(partial(awaits_a_payload, ring, thread.native_id))
             wake(ring, lease)
             thread.join()
             assert payloads(taken) == [b"payload"]
@@ -425,14 +420,7 @@ def test_an_interrupt_ends_a_wait_at_once(ring: SharedRingBuffer) -> None:
     main = threading.get_native_id()
     assert ring.take(1) == []
 
-    def interrupt() -> None:
-        wait_until(lambda: is_asleep(ring, main))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), signalled_when(lambda: awaits_a_payload(ring, main)):
         ring.wait_for_ready(LONG_S)
-    thread.join()
     write(ring, 1)
     assert ring.wait_for_ready(LONG_S)

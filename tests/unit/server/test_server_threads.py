@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -45,9 +45,8 @@ def factory(network: MemoryNetwork) -> LinkFactory:
     return network.link
 
 
-def server_of(ring: SharedRingBuffer, factory: LinkFactory, **settings: object) -> UCXXServer:
-    values: dict[str, object] = {"mode": "thread", "host": LOOPBACK, "ports": 2, **settings}
-    config = ServerConfig(**values)  # type: ignore[arg-type]  # checked at run time
+def server_of(ring: SharedRingBuffer, factory: LinkFactory, **settings: Any) -> UCXXServer:
+    config = ServerConfig(**{"mode": "thread", "host": LOOPBACK, "ports": 2, **settings})
     return UCXXServer(ring, config, link_factory=factory)
 
 

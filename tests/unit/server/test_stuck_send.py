@@ -369,6 +369,11 @@ class PlayedLink(OneListener):
         return super().progress(spin_s)
 
 
+def wait_for_a_beat(counters: PortCounters, port: PortThread) -> None:
+    beat_ns = counters.words[BEAT]
+    wait_until(lambda: counters.words[BEAT] > beat_ns or not port.alive, MINUTE, what="it is looked at")
+
+
 @pytest.mark.may_leave("descriptors", reason="a send that never ends keeps its slot for the life of the process")
 @pytest.mark.parametrize("mode", ["process", "thread"])
 def test_a_port_s_process_ends_when_stuck_sends_hold_too_much_of_the_ring(
@@ -383,8 +388,7 @@ def test_a_port_s_process_ends_when_stuck_sends_hold_too_much_of_the_ring(
         try:
             wait_until(lambda: counters.snapshot().stuck_sends == 1, MINUTE, what="a send is stuck")
             for _ in range(2):
-                beat_ns = counters.words[BEAT]
-                wait_until(lambda: counters.words[BEAT] > beat_ns or not port.alive, MINUTE, what="it is looked at")  # noqa: B023
+                wait_for_a_beat(counters, port)
             if mode == "process":
                 wait_until(lambda: not port.alive, MINUTE, what="the port ends")
             assert port.alive == (mode == "thread")

@@ -70,7 +70,7 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
     many = [f"/nowhere/{number:0200}" for number in range(2000)]  # as a build system writes that gives each its folder
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "back-ports"), *many])
     seen = list(sys.path)
-    sys.path.append(tmp_path / "none, since it is no string")  # type: ignore[arg-type]
+    sys.path.append(tmp_path / "none, since it is no string")  # type: ignore[arg-type]  # as it says
     monkeypatch.setattr(sys, "warnoptions", ["error::UserWarning"])
     one = sidecar()
     one.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -35,8 +36,8 @@ class Job:
     server: UCXXServer
     network: MemoryNetwork
 
-    def client(self, **settings: float) -> SyncUCXXClient:
-        config = ClientConfig(local="off", **settings)  # type: ignore[arg-type]  # checked at run time
+    def client(self, **settings: Any) -> SyncUCXXClient:
+        config = ClientConfig(local="off", **settings)
         return SyncUCXXClient(config, link_factory=self.network.link)
 
 

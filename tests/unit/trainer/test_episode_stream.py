@@ -216,11 +216,11 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="ahead"):
         EpisodeStream([], ahead=0)
     with pytest.raises(ConfigError, match="ahead must be a whole number, at least 1, not '8'"):
-        EpisodeStream([], ahead="8")  # type: ignore[arg-type]
+        EpisodeStream([], ahead="8")  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ConfigError, match="device"):
         EpisodeStream([], device="tpu")
     with pytest.raises(ConfigError, match=r"Unknown setting of EpisodeStream 'ahed'; did you mean 'ahead'?"):
-        EpisodeStream([], ahed=3)  # type: ignore[call-arg]  # as a user may write it
+        EpisodeStream([], ahed=3)  # type: ignore[call-arg]  # what is refused
 
 
 def test_a_forked_child_is_refused_at_once(worker: LocalWorker) -> None:

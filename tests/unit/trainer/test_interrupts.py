@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
+
+import pytest
 
 from tests.support.interrupts import every_point
 from tests.support.local_worker import LocalWorker
@@ -94,20 +98,22 @@ def test_an_interrupt_anywhere_in_a_report_reports_each_loss_once(worker: LocalW
             wait_until(lambda: feed.is_ready)
 
 
-def test_an_interrupt_anywhere_in_a_start_leaves_it_begun_or_to_be_made_again(worker: LocalWorker) -> None:
+@pytest.mark.parametrize("start_of", [attrgetter("start"), attrgetter("defer")], ids=["start", "defer"])
+def test_an_interrupt_anywhere_in_a_start_leaves_it_begun_or_to_be_made_again(
+    worker: LocalWorker, start_of: Callable[[RolloutFeed], Callable[[list[EpisodeRecord]], None]]
+) -> None:
     with RolloutFeed(LOCAL) as feed:
-        for start in (feed.start, feed.defer):
-            asked = worker.play(2)
-            for where in every_point(lambda: start(asked), TRAINER):  # noqa: B023
-                with row(where=where):
-                    if feed.is_cold_start:
-                        start(asked)
-                    assert feed.collect() == asked
-                    assert [number_in(feed.resolve(each)) for each in asked] == [each.sequence for each in asked]
-                feed.release()
-                asked = worker.play(2)
-            assert feed.collect() == asked
+        start, batches = start_of(feed), [worker.play(2)]
+        for where in every_point(lambda: start(batches[-1]), TRAINER):
+            asked = batches[-1]
+            with row(where=where):
+                if feed.is_cold_start:
+                    start(asked)
+                assert feed.collect() == asked
+                assert [number_in(feed.resolve(each)) for each in asked] == [each.sequence for each in asked]
             feed.release()
+            batches.append(worker.play(2))
+        assert feed.collect() == batches[-1]
 
 
 def test_an_interrupt_anywhere_in_a_result_leaves_it_to_be_taken(worker: LocalWorker) -> None:

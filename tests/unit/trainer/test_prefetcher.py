@@ -166,7 +166,7 @@ def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
                 make(**{name: wrong})
             assert (caught.value.facts["field"], caught.value.facts["value"]) == (name, wrong)
     with Prefetcher(LOCAL) as prefetcher, pytest.raises(ConfigError, match="policy_version"):
-        prefetcher.begin([], policy_version="x")  # type: ignore[arg-type]
+        prefetcher.begin([], policy_version="x")  # type: ignore[arg-type]  # what is refused
 
 
 def test_the_keywords_of_what_is_built_on_one_are_its_own() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tests.support.interrupts import signalled_when
 from tests.support.local_worker import LocalWorker, silence
 from tests.support.rows import row
 from tests.support.waiting import wait_until
@@ -128,7 +128,7 @@ def test_the_output_of_a_rollout_may_be_anywhere(worker: LocalWorker) -> None:
         feed.start(rollouts)
         assert [number_in(feed.resolve(rollout["out"])) for rollout in feed.collect()] == [0, 1]  # type: ignore[index]
     with pytest.raises(ConfigError, match="output_of must be a function of a rollout, not 'out'"):
-        RolloutFeed(LOCAL, output_of="out")  # type: ignore[arg-type]
+        RolloutFeed(LOCAL, output_of="out")  # type: ignore[arg-type]  # what is refused
 
 
 def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) -> None:
@@ -393,7 +393,7 @@ def test_a_policy_version_that_is_no_number_is_refused_and_costs_nothing(worker:
         rollouts = feed.collect()
         for take in (feed.start, feed.defer):
             with row(take=take.__name__), pytest.raises(ConfigError, match="policy_version"):
-                take(rollouts, policy_version="x")  # type: ignore[arg-type]
+                take(rollouts, policy_version="x")  # type: ignore[arg-type]  # what is refused
         assert numbers(feed, feed.collect()) == [0]
 
 
@@ -559,19 +559,15 @@ def test_a_time_limit_may_be_longer_than_a_lock_can_wait(worker: LocalWorker) ->
 def test_a_batch_whose_wait_is_interrupted_stays_on_its_way(worker: LocalWorker) -> None:
     losses: list[Loss] = []
 
-    def interrupt() -> None:
-        wait_until(lambda: bool(feed.changed._waiters))  # type: ignore[attr-defined]  # noqa: SLF001 - the main thread waits
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    def waits() -> bool:
+        return bool(feed.changed._waiters)  # type: ignore[attr-defined]  # noqa: SLF001 - not to be seen otherwise
 
     with RolloutFeed(deadline_s=600, on_loss=losses.append, link_factory=silence) as feed:
         feed.start(worker.play_far_away(2))
         feed.defer(worker.play(1))
         for wait in (feed.collect, feed.wait):
-            thread = threading.Thread(target=interrupt)
-            thread.start()
-            with row(wait=wait.__name__), pytest.raises(KeyboardInterrupt):
+            with row(wait=wait.__name__), pytest.raises(KeyboardInterrupt), signalled_when(waits):
                 wait()
-            thread.join()
             assert (feed.is_ready, feed.buffer, feed.missing, feed.statistics().losses) == (False, None, (), {})
         assert feed.collect(0.05) == []
         assert [loss.reason for loss in losses] == [LossReason.TIMEOUT] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from ucxx_transport.wire.frames import (
@@ -34,9 +36,9 @@ ATTEMPTS = st.integers(1, MAX_ATTEMPT).filter(lambda attempt: attempt & MAX_CHAN
 NONCES = st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)
 
 
-def frames_of(kind: Kind, **words: st.SearchStrategy[object]) -> st.SearchStrategy[Frame]:
+def frames_of(kind: Kind, **words: st.SearchStrategy[Any]) -> st.SearchStrategy[Frame]:
     """Frames of one kind with these words and any sequence; `st.builds` alone would invent the others."""
-    return st.fixed_dictionaries({"sequence": U64, **words}).map(lambda drawn: Frame(kind=int(kind), **drawn))  # type: ignore[arg-type]  # drawn by name
+    return st.fixed_dictionaries({"sequence": U64, **words}).map(lambda drawn: Frame(kind=int(kind), **drawn))
 
 
 def a_few(element: st.SearchStrategy[object], most: int, least: int = 0) -> st.SearchStrategy[tuple[object, ...]]:

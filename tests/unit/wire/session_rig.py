@@ -9,11 +9,12 @@ from tests.support.payloads import answer_with, ref_to
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Action, Asked, Attempt, Reply, Serve
-from ucxx_transport.wire.codec import check_trailer, decode_header, encode_reply, error_text
+from ucxx_transport.wire.codec import check_trailer, decode_frame, decode_header, encode_reply, error_text
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     HEADER_BYTES,
     NONCE_BYTES,
+    Frame,
     OfferedPayload,
     ReplyHeader,
     Status,
@@ -46,6 +47,11 @@ def payload(named: SlotRef, **changes: object) -> bytes:
 def offered(named: SlotRef, envelope: bytes = b"") -> OfferedPayload:
     """The same in an offer."""
     return OfferedPayload(named.slot, named.generation, named.nbytes, named.checksum, 1234, envelope)
+
+
+def frame_of(asked: Asked) -> Frame:
+    """What the server makes of it."""
+    return decode_frame(asked.frame)
 
 
 class Pair:
@@ -148,3 +154,9 @@ def body_of(message: bytes) -> bytes:
 def text_of(message: bytes) -> str:
     """The words of a refusal."""
     return error_text(message, decode_header(message))
+
+
+def in_flight(*names: SlotRef) -> tuple[Pair, list[int]]:
+    """An open pair and the numbers of attempts under way."""
+    pair = Pair().open()
+    return pair, pair.fetch(*names)[0]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.rows import row
-from tests.unit.wire.session_rig import FINGERPRINT, RING_ID, Pair, offered, ok, payload, ref
+from tests.unit.wire.session_rig import FINGERPRINT, RING_ID, Pair, frame_of, in_flight, offered, ok, payload, ref
 from ucxx_transport.errors import (
     AuthenticationError,
     BusyError,
@@ -17,8 +17,7 @@ from ucxx_transport.errors import (
     StaleSlotError,
     TransportError,
 )
-from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Asked, Take
+from ucxx_transport.wire.actions import Take
 from ucxx_transport.wire.client_side import Attempt
 from ucxx_transport.wire.codec import clear_trailer, decode_frame, encode_error, encode_offer, encode_reply
 from ucxx_transport.wire.frames import (
@@ -26,7 +25,6 @@ from ucxx_transport.wire.frames import (
     FLAG_PACKED,
     HEADER_BYTES,
     MAX_SCHEMA_BYTES,
-    Frame,
     OfferedPayload,
     ReplyHeader,
     Status,
@@ -34,16 +32,6 @@ from ucxx_transport.wire.frames import (
     message_bytes,
     receive_bytes,
 )
-
-
-def frame_of(asked: Asked) -> Frame:
-    return decode_frame(asked.frame)
-
-
-def in_flight(*names: SlotRef) -> tuple[Pair, list[int]]:
-    """An open pair and the numbers of attempts under way."""
-    pair = Pair().open()
-    return pair, pair.fetch(*names)[0]
 
 
 def slots(pair: Pair) -> list[int]:

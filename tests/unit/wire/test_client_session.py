@@ -7,32 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.rows import row
-from tests.unit.wire.session_rig import RING_ID, Pair, ok, payload, ref
+from tests.unit.wire.session_rig import RING_ID, Pair, frame_of, in_flight, ok, payload, ref
 from ucxx_transport.errors import (
     BusyError,
     StaleSlotError,
 )
-from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.actions import Asked, Attempt, Serve
 from ucxx_transport.wire.codec import decode_frame, encode_error
 from ucxx_transport.wire.frames import (
     MAX_CHANNEL,
-    Frame,
     Kind,
     Status,
     Window,
 )
-
-
-def frame_of(asked: Asked) -> Frame:
-    return decode_frame(asked.frame)
-
-
-def in_flight(*names: SlotRef) -> tuple[Pair, list[int]]:
-    """An open pair and the numbers of attempts under way."""
-    pair = Pair().open()
-    return pair, pair.fetch(*names)[0]
-
 
 # --- Numbers and channels ---
 

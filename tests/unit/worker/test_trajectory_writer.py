@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_rewards_that_are_no_numbers_are_refused_as_any_field(reward: object) ->
     with writer() as end, pytest.raises(ConfigError, match="'reward'"):
         end.write(episode(reward=reward))
     with writer() as end, pytest.raises(ConfigError, match="mapping"):
-        end.write([1, 2])  # type: ignore[arg-type]
+        end.write([1, 2])  # type: ignore[arg-type]  # what is refused
 
 
 def test_a_full_ring_costs_no_episode_unless_that_was_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +186,9 @@ def test_a_write_that_waits_for_a_slot_gets_the_one_that_a_reader_frees_and_fail
     with writer(ring={"slots": 1}) as end, ThreadPoolExecutor(1) as pool:
         first = end.write(episode())
         assert end.ring is not None
+        assert first.ref is not None
         ring, results = end.ring, []
-        for way_out in (lambda: ring.read(first.ref), end.close):  # type: ignore[arg-type]  # there is one
+        for way_out in (partial(ring.read, first.ref), end.close):
             results.append(pool.submit(end.write, episode()))
             wait_until(lambda: ring.statistics().blocked == len(results), MINUTE, what="it waits")
             way_out()
@@ -350,7 +352,8 @@ def test_what_a_write_is_given_beside_its_trajectory_is_checked_whether_the_ring
             given: Any = options
             with pytest.raises(ConfigError, match=words):
                 end.write(episode(), **given)
-            assert end.write(episode(), deadline_s="250ms", readers=np.int64(1)).ref is not None  # type: ignore[arg-type]  # as good
+            as_good: dict[str, Any] = {"deadline_s": "250ms", "readers": np.int64(1)}
+            assert end.write(episode(), **as_good).ref is not None
 
 
 def test_the_mixin_s_keywords_are_the_writer_s() -> None:
@@ -474,7 +477,7 @@ def test_a_policy_version_is_any_integer_and_a_wrong_one_is_refused_before_anyth
         assert end.write(episode(), policy_version=version).policy_version == 3
         for wrong in (1.5, "3", 1 << 63):
             with pytest.raises(ConfigError, match="policy_version"):
-                end.write(episode(), policy_version=wrong)  # type: ignore[arg-type]
+                end.write(episode(), policy_version=wrong)  # type: ignore[arg-type]  # what is refused
         assert end.ring is not None
         assert (end.ring.get_ready_count(), end.statistics().written) == (1, 1)
 
@@ -506,7 +509,8 @@ def test_a_writer_without_a_schema_is_published_with_its_first_trajectory(tmp_pa
         assert end.publisher is not None
         assert end.publisher.wait_published(MINUTE) == 1
         assert end.ring is not None
-        np.testing.assert_array_equal(end.ring.read(record.ref)["reward"], [0, 1, 2, 3])  # type: ignore[arg-type]  # there is one
+        assert record.ref is not None
+        np.testing.assert_array_equal(end.ring.read(record.ref)["reward"], [0, 1, 2, 3])
 
 
 def test_a_writer_is_published_in_its_job_s_namespace(tmp_path: Path) -> None:
