@@ -43,7 +43,7 @@ PORT: Final = {"mode": "thread", "ports": 1}
 CONNECT_TIMEOUT_S: Final = 20.0
 SUBJECTS: Final[dict[str, tuple[Callable[[], Reader], tuple[Any, ...]]]] = {
     OURS: (BlockingReader, (RingSource, PORT)),
-    BARE: (BareReader, (BareSource, 0.0)),  # 64 that spin take the cores from each other, and give a third less
+    BARE: (BareReader, (BareSource,)),
     ZEROMQ: (DealersReader, (ZeromqSource, int(zmq.ROUTER))),
 }
 """What reads, and what a source is made with."""

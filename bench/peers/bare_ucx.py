@@ -1,8 +1,8 @@
 """The floor of what UCX gives from Python: a request and its answers, on a synchronous loop, with nothing above it.
 
 No ring, no verification, no acknowledgement, buffers registered once: two messages for one payload. A batch is one
-request to each source, all sent before an answer is awaited. Both sides spin for 50 µs after the last progress, a
-source for as long as it is asked to, then sleep on the worker's descriptor. The TCP settings are those of this package.
+request to each source, all sent before an answer is awaited. Both sides spin for 50 µs after the last progress, then
+sleep on the worker's descriptor. The TCP settings are those of this package.
 
 A request is 64-bit words: how many payloads; for each its slot, and the tag that its answer is to have. None: goodbye.
 """
@@ -37,7 +37,7 @@ MOST_PAYLOADS: Final = 1024
 class _Worker:
     """A UCX worker, whose progress is made by the thread that waits."""
 
-    def __init__(self, spin_s: float = SPIN_S) -> None:
+    def __init__(self) -> None:
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
         from ucxx.types import Tag
@@ -48,7 +48,6 @@ class _Worker:
         context = libucxx.UCXContext(config_dict=SETTINGS, feature_flags=features)
         self.ucx = libucxx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self.ucx.init_blocking_progress_mode()
-        self._spin_s = spin_s
         self._epoll = select.epoll()
         self._epoll.register(self.ucx.epoll_file_descriptor, select.EPOLLIN)
 
@@ -59,7 +58,7 @@ class _Worker:
         """Progress, or sleep where there was none for a while; when progress was made last."""
         if self.ucx.progress_once():
             return time.perf_counter()
-        if time.perf_counter() - last_s <= self._spin_s:
+        if time.perf_counter() - last_s <= SPIN_S:
             os.sched_yield()  # on a busy machine the other end may be waiting for this very core
             return last_s
         if self.ucx.arm():
@@ -77,14 +76,9 @@ class _Worker:
 
 
 class BareSource:
-    """Serves one client after the other, in a thread.
+    """Serves one client after the other, in a thread."""
 
-    Args:
-        spin_s: how long it spins: no time where many share the cores.
-    """
-
-    def __init__(self, spin_s: float = SPIN_S) -> None:
-        self._spin_s = spin_s
+    def __init__(self) -> None:
         self._slots = Slots()
         self._messages: list[Any] = []
         self._stopping = False
@@ -107,7 +101,7 @@ class BareSource:
     def _serve(self) -> None:
         from ucxx._lib.libucxx import UCXListener
 
-        self._worker = worker = _Worker(self._spin_s)
+        self._worker = worker = _Worker()
         accepted: list[Any] = []
         listener = UCXListener.create(worker.ucx, 0, accepted.append, deliver_endpoint=True)
         self._port = listener.port

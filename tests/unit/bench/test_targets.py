@@ -58,6 +58,21 @@ def test_what_was_not_measured_says_why_and_is_neither_met_nor_missed() -> None:
             assert reason in found.reason
 
 
+def test_what_peers_reach_in_the_same_run_is_shown_beside_a_target() -> None:
+    target = next(target for target in TARGETS if target.beside)
+    [(subject, case)] = target.rows
+    measured, skipped = target.beside[:2]
+    rows = [
+        Row(question=target.question, subject=subject, case=case, figures={target.figure: [target.bound]}),
+        Row(question=target.question, subject=measured, case=case, figures={target.figure: [0.1, 0.3, 0.2]}),
+        Row(question=target.question, subject=skipped, case=case, skipped="not installed"),
+    ]
+    found = verdict(target, rows)
+    assert {peer: spread.median for peer, spread in found.beside.items()} == {measured: 0.2}
+    assert found.word == "met", "whatever the peers reach"
+    assert found.to_dict()["beside"] == {measured: {"median": 0.2, "min": 0.1, "max": 0.3}}
+
+
 def test_a_target_of_larger_machines_is_not_held_against_a_small_one() -> None:
     large = next(target for target in TARGETS if 2 not in target.cores)
     found = verdict(large, rows_for(large, [1.0], [1.0]), cores=2)
