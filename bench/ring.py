@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -67,9 +67,8 @@ def _repeated(call: Callable[[], object]) -> Sample:
 
 
 def _subjects(stack: ExitStack) -> Iterator[tuple[str, Sample]]:
-    def ring(**settings: object) -> SharedRingBuffer:
-        made = SharedRingBuffer.create(RingConfig(prefault=False, **settings))  # type: ignore[arg-type]
-        return stack.enter_context(made)
+    def ring(**settings: Any) -> SharedRingBuffer:
+        return stack.enter_context(SharedRingBuffer.create(RingConfig(prefault=False, **settings)))
 
     raw = ring(slots=SLOTS, slot_bytes=PAYLOAD_BYTES)
     raw.publish_address("10.0.0.1", range(5000, 5004))

@@ -144,7 +144,7 @@ NO_LEAVES: list[Any] = [
     *(None, "text", object(), {1, 2}, {}, {0: 1.0}, {"0": 1.0}, {"": 1.0}, {"a\n": 1.0}, {b"a": 1.0}),
     *([[1], [1, 2]], [1, [2]], [1, None], [2**70], [-1, 2**64 - 1], ["a"], range),
     *(np.ma.masked_array([1.0, 2.0], [True, False]), np.array(["a"]), np.array([None]), np.array([1], "M8[s]")),
-    *(np.zeros(2, [("a", "f4")]), np.zeros(2, ml_dtypes.int4), Convertible(None)),  # type: ignore[arg-type]
+    *(np.zeros(2, [("a", "f4")]), np.zeros(2, ml_dtypes.int4), Convertible(None)),  # type: ignore[arg-type]  # its dtypes have no types
 ]
 REFUSED: list[Any] = [*NO_LEAVES, [], ()]  # which are 0 rows where a schema says so
 MISFITS: list[Any] = [*NO_LEAVES, np.zeros((1,) * 6), np.zeros((9, 9, 9, 9)), {"more": np.zeros(1)}]

@@ -78,7 +78,7 @@ def test_the_loop_goes_on_while_an_answer_is_awaited() -> None:
                 hold = rig.faults.hold = Hold()
                 reading = asyncio.create_task(client.read(rig.ring.write_raw(EPISODE), deadline_s=60))
                 for _ in range(100):
-                    await asyncio.sleep(0.0001)
+                    await asyncio.sleep(0)
                 assert not reading.done()
                 hold.set()
                 rig.faults.hold = None
@@ -227,8 +227,9 @@ def test_closing_ends_reads_in_flight_and_is_idempotent() -> None:
             client = rig.async_client()
             (await client.read(rig.ring.write_raw(EPISODE))).release()
             rig.faults.drop = 1000
-            reading = asyncio.create_task(client.read(rig.ring.write_raw(EPISODE), deadline_s=60))
-            await asyncio.sleep(0.01)
+            ref = rig.ring.write_raw(EPISODE)
+            reading = asyncio.create_task(client.read(ref, deadline_s=60))
+            await until(lambda: rig.ring.slot_state(ref.slot) is SlotState.READING)
             await client.aclose()
             await client.aclose()
             with pytest.raises(Exception, match="closed"):

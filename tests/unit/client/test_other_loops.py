@@ -12,6 +12,7 @@ from tests.support.port_beside import PortBeside, port_beside
 from ucxx_transport.client import Payload, UCXXClient
 from ucxx_transport.errors import DeadlineExceededError
 from ucxx_transport.ring import SlotState
+from ucxx_transport.schema import SlotRef
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16
@@ -23,9 +24,9 @@ keeps_pipe = pytest.mark.may_leave("descriptors", reason="libuv keeps a pipe for
 either = pytest.mark.parametrize("runs", [in_trio, pytest.param(in_uvloop, marks=keeps_pipe)], ids=["trio", "uvloop"])
 
 
-async def until_free(beside: PortBeside, slot: int) -> None:
+async def until(beside: PortBeside, state: SlotState, *refs: SlotRef) -> None:
     with anyio.fail_after(30):
-        while beside.ring.slot_state(slot) is not SlotState.FREE:  # noqa: ASYNC110 - another thread's doing
+        while {beside.ring.slot_state(ref.slot) for ref in refs} != {state}:  # noqa: ASYNC110 - another thread's doing
             await anyio.sleep(0.0005)
 
 
@@ -38,7 +39,7 @@ def test_reads_one_by_one_together_and_in_a_batch(runs: Runs) -> None:
                 ref = beside.ring.write_raw(EPISODE)
                 with await client.read(ref) as payload:
                     assert bytes(payload.buffer) == EPISODE
-                await until_free(beside, ref.slot)
+                await until(beside, SlotState.FREE, ref)
             seen: list[bytes] = []
 
             async def read(number: int) -> None:
@@ -72,11 +73,15 @@ def test_a_task_that_leaves_hands_the_reactor_on(runs: Runs) -> None:
                 (await client.read(refs[number])).release()
                 came.append(number)
 
+            async def cancel_when_all_are_asked(scope: anyio.CancelScope) -> None:
+                await until(beside, SlotState.READING, *refs)
+                scope.cancel()
+
             async with anyio.create_task_group() as tasks:
                 with anyio.CancelScope() as first:
                     tasks.start_soon(read, 1)
                     tasks.start_soon(read, 2)
-                    tasks.start_soon(cancel_soon, first)
+                    tasks.start_soon(cancel_when_all_are_asked, first)
                     await client.read(refs[0])  # runs the reactor, until it is cancelled
                 assert first.cancelled_caught
                 beside.faults.hold = None
@@ -84,10 +89,6 @@ def test_a_task_that_leaves_hands_the_reactor_on(runs: Runs) -> None:
             assert sorted(came) == [1, 2]
             with await client.read(refs[0]) as payload:
                 assert bytes(payload.buffer) == EPISODE
-
-    async def cancel_soon(scope: anyio.CancelScope) -> None:
-        await anyio.sleep(0.02)
-        scope.cancel()
 
     with port_beside() as beside:
         runs(main, beside)

@@ -21,7 +21,7 @@ from ucxx_transport.schema import Schema, TensorSpec
 try:
     import torch
 except ImportError:
-    torch: Any = None  # type: ignore[no-redef]
+    torch: Any = None  # type: ignore[no-redef]  # where it is not installed
 
 IDS = Schema([TensorSpec("ids", (8,), "int64", varlen=True), TensorSpec("image", (4, 3), "float32", varlen=True)])
 

@@ -123,10 +123,13 @@ def test_what_is_not_ours_keeps_its_place_and_is_never_fetched(worker: LocalWork
 
 
 def test_the_output_of_a_rollout_may_be_anywhere(worker: LocalWorker) -> None:
-    with RolloutFeed(LOCAL, output_of=lambda rollout: rollout["out"]) as feed:  # type: ignore[index]
+    def output_of(rollout: Any) -> Any:
+        return rollout["out"]
+
+    with RolloutFeed(LOCAL, output_of=output_of) as feed:
         rollouts = [{"out": record.to_dict()} for record in worker.play(2)]
         feed.start(rollouts)
-        assert [number_in(feed.resolve(rollout["out"])) for rollout in feed.collect()] == [0, 1]  # type: ignore[index]
+        assert [number_in(feed.resolve(output_of(rollout))) for rollout in feed.collect()] == [0, 1]
     with pytest.raises(ConfigError, match="output_of must be a function of a rollout, not 'out'"):
         RolloutFeed(LOCAL, output_of="out")  # type: ignore[arg-type]  # what is refused
 

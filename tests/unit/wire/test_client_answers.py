@@ -224,7 +224,7 @@ def test_an_empty_offer_may_say_why() -> None:
 def test_the_channels_that_an_offer_does_not_use_are_free_again() -> None:
     pair = Pair().open()
     [attempt] = taken(pair, offered(ref(0)))
-    assert list(pair.client._awaited) == [attempt.number]  # noqa: SLF001
+    assert list(pair.client._awaited) == [attempt.number]  # noqa: SLF001 - its channel is not free yet
 
 
 def test_an_offer_that_was_not_asked_for_breaks_the_session() -> None:

@@ -109,7 +109,7 @@ def test_ends_alone_are_a_fetch_without_names_and_await_nothing() -> None:
     before = dict(pair.client._awaited)  # noqa: SLF001 - no answer will come
     decoded = decode_frame(pair.client.ends_frame())
     assert (decoded.kind, decoded.names, decoded.ends) == (Kind.FETCH, (), (attempt.number << 1 | 1,))
-    assert pair.client._awaited == before  # noqa: SLF001
+    assert pair.client._awaited == before  # noqa: SLF001 - as above
 
 
 def test_an_attempt_is_ended_once_and_only_after_it_has_arrived() -> None:
