@@ -29,11 +29,6 @@ from ucxx_transport.testing import Hold
 EPISODE = bytes(range(256)) * 16
 
 
-def is_led(client: SyncUCXXClient) -> bool:
-    """Whether a thread is running the client's reactor."""
-    return client._lead.is_led  # noqa: SLF001 - not to be seen otherwise
-
-
 @pytest.fixture
 def beside() -> Iterator[PortBeside]:
     with port_beside() as made:
