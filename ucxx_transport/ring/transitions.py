@@ -134,7 +134,14 @@ class Transitions:
         if code == layout.LOCKED:
             code = self._waited_for(code, wait_s, "acquire", words)
         if code:
-            raise _refusal(code, words)
+            kind, text = _REFUSALS[code]
+            facts: dict[str, object] = {"slot": words[layout.HOLD_SLOT], "generation": words[layout.HOLD_GENERATION]}
+            if kind is StaleSlotError:
+                found = words[layout.HOLD_STATE]
+                facts |= {"found_generation": generation_of(found), "state": state_of(found).name}
+            elif kind is BusyError:
+                facts["attempts"] = words[layout.HOLD_ATTEMPTS]
+            raise kind(text, **facts)
 
     def finalise(self, words: Words, reason: int, wait_s: float | None = None) -> bool:
         """End a hold, counted by `reason`: `CONSUMED` when a reader has had the payload; False: it was over."""
@@ -302,15 +309,3 @@ _REFUSALS: Final[Mapping[int, tuple[type[SlotError | BusyError], str]]] = {
         ),
     ),
 }
-
-
-def _refusal(code: int, words: Words) -> SlotError | BusyError:
-    """The error that an outcome of `acquire` is."""
-    kind, text = _REFUSALS[code]
-    facts: dict[str, object] = {"slot": words[layout.HOLD_SLOT], "generation": words[layout.HOLD_GENERATION]}
-    if kind is StaleSlotError:
-        found = words[layout.HOLD_STATE]
-        facts |= {"found_generation": generation_of(found), "state": state_of(found).name}
-    elif kind is BusyError:
-        facts["attempts"] = words[layout.HOLD_ATTEMPTS]
-    return kind(text, **facts)

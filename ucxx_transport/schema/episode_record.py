@@ -71,10 +71,6 @@ _rewards_of: Final[Callable[[Any], tuple[Any, ...]]] = operator.itemgetter(*_REW
 _make: Final[Callable[..., RewardSummary]] = tuple.__new__
 
 
-def _is_finite(value: object) -> bool:
-    return type(value) is float and isfinite(value)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRecord:
     """One episode, as the control plane sees it; a ConfigError names the field that is out of its bounds.
@@ -110,7 +106,9 @@ class EpisodeRecord:
         if self.episode_length is not None and not is_unsigned(self.episode_length, 64):
             refuse("episode_length", self.episode_length, "an u64")
         rewards = self.rewards
-        if rewards is not None and (type(rewards) is not RewardSummary or not all(map(_is_finite, rewards))):
+        if rewards is not None and not (
+            type(rewards) is RewardSummary and all(type(value) is float and isfinite(value) for value in rewards)
+        ):
             refuse("rewards", rewards, "a RewardSummary of finite floats")
         _check_policy_version(self.policy_version)
         if (self.ref is None) == (self.dropped is None):

@@ -173,7 +173,9 @@ def fit(value: object, spec: TensorSpec) -> Array:
         raise misfit(spec.name, f"None is no array; {spec.absence_remedy}")
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
-        if array.dtype.kind not in "biufc" or not _is_weak(value):
+        # Python's numbers, and lists of only numbers, carry no dtype of their own
+        is_weak = all(are_numbers(value)) if isinstance(value, (list, tuple)) else type(value) in _NUMBERS
+        if array.dtype.kind not in "biufc" or not is_weak:
             raise too_narrow(array.dtype, spec)
         array = _cast_numbers(array, spec)
     shape, full = array.shape, spec.shape
@@ -231,11 +233,6 @@ def too_narrow(given: DType, spec: TensorSpec) -> ConfigError:
     elif "float" in given.name and "float" in stored.name:
         remedy += f", or have it rounded by the writer's narrow=[{spec.name!r}]"
     return misfit(spec.name, f"{text}; {remedy}", given=given.name, expected=stored.name)
-
-
-def _is_weak(value: object) -> bool:
-    """Whether `value` is a Python number or nested lists of only numbers: they carry no dtype of their own."""
-    return all(are_numbers(value)) if isinstance(value, (list, tuple)) else type(value) in _NUMBERS
 
 
 def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
