@@ -247,7 +247,7 @@ class ClientCore(ClientBase):
             reads.visit_again(discard)
         for job in unfinished:
             job.left = len(job.missing)
-            if isinstance(job, Errand) and not job.counts:  # it has not been answered
+            if isinstance(job, Errand) and job.left and not job.counts:  # it has not been answered
                 reads.ask(job)
             else:
                 reads.go_on(self._look_at(job))  # which reports it at once when nothing is missing

@@ -179,11 +179,12 @@ class RingDiscard(Errand):
 
     def __init__(self, call: Discard, refs: Sequence[SlotRef]) -> None:
         super().__init__(refs[0], call.until_s, call.until_s)
-        self._whole = call
+        self._whole, self._any = call, refs[0]
         self._left = {(ref.slot, ref.generation): ref for ref in refs}
 
     def frame(self, connection: Carrier, request: Request) -> Asked:
-        request.names = tuple(self._left.values())[:MAX_NAMES]
+        # Where an interrupt has come when none was left, one of them is asked for again, and is stale.
+        request.names = tuple(self._left.values())[:MAX_NAMES] or (self._any,)
         return connection.session.confirm(request.names)
 
     def finish(self) -> None:

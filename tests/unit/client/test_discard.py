@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.support.exchange_rig import open_rig
+from tests.support.interrupts import Interrupter
 from tests.support.local_worker import LocalWorker
+from tests.support.rows import row
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
+OVER_A_LINK = ("client/errands.py", "client/dispatch.py", "client/connection.py", "client/reads.py")
 
 
 def test_their_slots_are_free_and_none_of_their_bytes_moved() -> None:
@@ -93,6 +99,26 @@ def test_a_discard_goes_on_although_another_call_s_interrupt_has_cut_a_step_in_t
         client.core.repair()
         rig.run_until(lambda: call.done)
         assert rig.states(refs[1]) == [SlotState.FREE]
+
+
+def test_a_discard_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_frees_its_slots() -> None:
+    for at in itertools.count():
+        with open_rig(ports=1) as rig, contextlib.ExitStack() as stack:
+            client, interrupter = rig.client(), Interrupter(at, OVER_A_LINK)
+            refs = [rig.write(EPISODE) for _ in range(2)]
+            call = client.core.discard_call(refs, 60.0)
+            client.core.reads.go_on(call)
+            with contextlib.suppress(KeyboardInterrupt), interrupter:
+                rig.settle()
+            stack.enter_context(row(where=interrupter.where))
+            client.core.damaged = True
+            client.core.repair()
+            rig.run_until(partial(getattr, call, "done"))
+            assert rig.states(*refs) == [SlotState.FREE] * 2
+            if interrupter.where is None:
+                assert call.found == 2
+                break
+    assert at > 20
 
 
 def test_a_discard_of_very_many_is_said_in_parts() -> None:

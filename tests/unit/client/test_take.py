@@ -26,6 +26,7 @@ from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.testing import Hold
 
 RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
+OVER_A_LINK = ("client/errands.py", "client/dispatch.py", "client/connection.py", "client/reads.py")
 
 
 def begin(client: RigClient, source: Takeable, wait_s: Any = 0.0, **asked: Any) -> Take:
@@ -284,7 +285,7 @@ def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next()
 def test_a_take_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_ends_as_what_becomes_of_it() -> None:
     for at in itertools.count():
         with open_rig(ports=1, ring=RING) as rig, contextlib.ExitStack() as stack:
-            client, interrupter = rig.client(), Interrupter(at, ("client/errands.py",))
+            client, interrupter = rig.client(), Interrupter(at, OVER_A_LINK)
             take = begin(client, write(rig, 1)[0])
             with contextlib.suppress(KeyboardInterrupt), interrupter:
                 rig.settle()
@@ -298,7 +299,27 @@ def test_a_take_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_ends
                 break
             with contextlib.suppress(PeerLostError):
                 assert contents(take.result()) == [b"\0"]
-    assert at > 20
+    assert at > 50
+
+
+def test_a_take_of_what_is_not_there_ends_although_another_call_s_interrupt_has_cut_it_in_two_anywhere() -> None:
+    for at in itertools.count():
+        with open_rig(ports=1, ring=RING) as rig, contextlib.ExitStack() as stack:
+            client, interrupter = rig.client(), Interrupter(at, OVER_A_LINK)
+            gone = write(rig, 1)[0]
+            client.consume(gone)
+            rig.settle()
+            take = begin(client, gone)
+            with contextlib.suppress(KeyboardInterrupt), interrupter:
+                rig.settle()
+            stack.enter_context(row(where=interrupter.where))
+            client.core.damaged = True
+            client.core.repair()
+            rig.run_until(partial(getattr, take, "done"))
+            assert take.result() == []
+            if interrupter.where is None:
+                break
+    assert at > 10
 
 
 def test_a_duplicate_that_a_lost_end_allows_is_not_delivered_again() -> None:
