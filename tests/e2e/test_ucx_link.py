@@ -502,7 +502,7 @@ def test_an_interrupt_anywhere_in_the_making_of_an_endpoint_leaves_a_link_that_c
                 with contextlib.suppress(KeyboardInterrupt), interrupter:
                     link.connect(HOST, port, Owner())
                 with row(where=interrupter.where):
-                    assert not any(endpoint.greeted for endpoint in link.endpoints.values())
+                    assert not any(endpoint.handle for endpoint in link.endpoints.values())
                     link.close()
                     assert not link.endpoints
             server.reactor.poll()

@@ -1,4 +1,4 @@
-"""The link, as Protocols: endpoints that carry ordered messages between two processes, without threads or event loops.
+"""The link's contract: endpoints carry ordered messages between two processes, without threads or event loops.
 
 | object      | what it is                                      | ends when                               |
 |-------------|-------------------------------------------------|-----------------------------------------|
@@ -38,11 +38,9 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
 
 LostReason: TypeAlias = Literal["aborted", "cancelled", "closed", "refused", "reset", "truncated", "unreachable"]
-"""`PeerLostError.facts["reason"]`.
+"""`PeerLostError.facts["reason"]`. `closed` is this side's doing; after `truncated` the endpoint is still usable.
 
-`closed`: this side closed the endpoint. `reset`: the peer closed it, died, or the connection broke. `refused` and
-`unreachable`: it was never up. `cancelled`: the operation was cut short, usually by the peer's death. `truncated`: the
-message was longer than the posted buffer (the endpoint is still usable). `aborted`: anything else that UCX reports.
+`refused` and `unreachable`: it was never up. `cancelled`: usually by the peer's death. `aborted`: anything else.
 """
 
 _LOST: Final[dict[LostReason, str]] = {

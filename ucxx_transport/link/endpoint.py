@@ -59,6 +59,7 @@ class Endpoint(Posted):
         peer: `host:port` of the other end where it is known, for messages and logs.
         events: of its owner; a listener sets it later.
         alive: neither lost nor closed; may still be connecting. usable: UCX, too, has it alive.
+        handle: UCX's, once the peer's hello has come; 0 before.
         channels: receives are posted on this many, 65536 unless the owner says so: messages of others are discarded,
             which would pile up otherwise.
     """
@@ -172,11 +173,6 @@ class Endpoint(Posted):
             self.alive = self.usable = False
             self._break()
             self._link.ending[self] = self._link.in_turn_after(CLOSE_TIMEOUT_S, self.end_close)
-
-    @property
-    def greeted(self) -> bool:
-        """Whether the peer's hello has come."""
-        return self._send_base >= 0
 
     def listener_has_answered(self) -> bool:
         """Of one that is not connected yet: whether the peer's listener has said anything. Some 100 us."""

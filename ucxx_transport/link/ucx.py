@@ -80,7 +80,7 @@ class UCXXLink(Link):
         self.check_usable()
         peer = f"{host}:{checked_port(port, lowest=1)}"
         ucx: UcxEndpoint | None = None
-        error: TransportError | None = shortage(sum(not endpoint.greeted for endpoint in self.endpoints.values()))
+        error: TransportError | None = shortage(sum(not endpoint.handle for endpoint in self.endpoints.values()))
         if error is None and not self.rdma:
             error = other_family(host, self.settings, os.environ)
         try:
@@ -104,8 +104,8 @@ class UCXXLink(Link):
         return listener
 
     def transports(self) -> tuple[str, ...]:
-        open_ones = [endpoint for endpoint in self.endpoints.values() if endpoint.usable and endpoint.greeted]
-        lanes = [lane for endpoint in open_ones for lane in endpoint_lanes(endpoint.handle)]
+        handles = [endpoint.handle for endpoint in self.endpoints.values() if endpoint.usable and endpoint.handle]
+        lanes = [lane for handle in handles for lane in endpoint_lanes(handle)]
         names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
         return tuple(names) or ("unknown",)
 
@@ -128,7 +128,7 @@ class UCXXLink(Link):
 
 
 class UCXXListener:
-    """See `base.Listener`. `on_endpoint` gets each connection in a turn of the link, outside of UCX's callbacks.
+    """See `Listener`. `on_endpoint` gets each connection in a turn of the link, outside of UCX's callbacks.
 
     UCX binds the wildcard address (0.0.0.0) and ucxx's API takes no other: narrow it outside, by a firewall or a
     network namespace. An IPv6 address besides is bound through UCX's own `ucp_listener_create`. UCX keeps the port

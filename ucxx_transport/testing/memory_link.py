@@ -271,13 +271,13 @@ def _view(operation: base.Operation) -> memoryview:
     return array.view
 
 
+@dataclass(slots=True, eq=False)
 class MemoryListener:
     """One port of a `MemoryNetwork`. See `Listener`."""
 
-    def __init__(self, link: MemoryLink, port: int, on_endpoint: OnEndpoint) -> None:
-        self.link = link
-        self.port = port
-        self._on_endpoint = on_endpoint
+    link: MemoryLink
+    port: int
+    on_endpoint: OnEndpoint
 
     def close(self) -> None:
         self.link.listeners.discard(self)
@@ -295,7 +295,7 @@ class MemoryListener:
 
     def _hand_over(self, far: MemoryConnection) -> None:
         if far.alive:
-            self.link.hand_over(far, far.peer, self._on_endpoint)
+            self.link.hand_over(far, far.peer, self.on_endpoint)
 
 
 class MemoryLink(Link):

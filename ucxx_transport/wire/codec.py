@@ -114,17 +114,14 @@ def decode_frame(buffer: Message) -> Frame:
     return frame
 
 
-_BLANK, _U32, _U64 = range(1), range(1 << 32), range(1 << 64)
+_BLANK, _U32, _U64, _SEVERAL = range(1), range(1 << 32), range(1 << 64), range(1, frames.MAX_NAMES + 1)
 _RANGES: Final[dict[int, tuple[range, ...]]] = {
     # of how many names there are, flags, word, payloads, wait
     Kind.HELLO: (_BLANK, _BLANK, range(1, frames.MAX_READER + 1), _U32, _U32),
     Kind.AUTH: (_BLANK, _BLANK, _U64, _U32, _U32),
     Kind.FETCH: (range(2, frames.MAX_NAMES + 1), range(2), _U64, _U32, _U32),  # one whose answers share a message
-    Kind.TAKE: (
-        *(_BLANK, range(2), range(frames.MAX_BODY_BYTES + 1)),
-        *(range(1, frames.MAX_NAMES + 1), range(frames.MAX_WAIT_MS + 1)),
-    ),
-    Kind.CONFIRM: (range(1, frames.MAX_NAMES + 1), _BLANK, _U64, _U32, _U32),
+    Kind.TAKE: (_BLANK, range(2), range(frames.MAX_BODY_BYTES + 1), _SEVERAL, range(frames.MAX_WAIT_MS + 1)),
+    Kind.CONFIRM: (_SEVERAL, _BLANK, _U64, _U32, _U32),
     Kind.DESCRIBE: (_BLANK, _BLANK, _U64, _U32, _U32),
     Kind.BYE: (_BLANK, _BLANK, _U64, _U32, _U32),
 }
