@@ -26,7 +26,6 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from ucxx_transport.errors import BusyError, ConfigError
@@ -34,21 +33,17 @@ from ucxx_transport.errors import BusyError, ConfigError
 RDMA_FOLDER: Final = Path("/sys/class/infiniband")
 """One entry a device, InfiniBand or not (RoCE, iWARP, EFA): Linux, Documentation/ABI/stable/sysfs-class-infiniband."""
 
-TUNED: Mapping[str, str] = MappingProxyType(
-    {
-        "TCP_TX_SEG_SIZE": "256K",
-        "TCP_RX_SEG_SIZE": "512K",
-        "TCP_CM_REUSEADDR": "y",
-        "TCP_CONN_NB": "y",
-        "MEMTYPE_CACHE": "n",
-        "LOG_LEVEL": "fatal",
-        "WARN_UNUSED_ENV_VARS": "n",
-    }
-)
-
-WITHOUT_RDMA: Mapping[str, str] = MappingProxyType({"RNDV_THRESH": "512K"})
-
-SHM_LANES: Mapping[str, str] = MappingProxyType({"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"})
+TUNED: Final[Mapping[str, str]] = {
+    "TCP_TX_SEG_SIZE": "256K",
+    "TCP_RX_SEG_SIZE": "512K",
+    "TCP_CM_REUSEADDR": "y",
+    "TCP_CONN_NB": "y",
+    "MEMTYPE_CACHE": "n",
+    "LOG_LEVEL": "fatal",
+    "WARN_UNUSED_ENV_VARS": "n",
+}
+WITHOUT_RDMA: Final[Mapping[str, str]] = {"RNDV_THRESH": "512K"}
+SHM_LANES: Final[Mapping[str, str]] = {"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
 
 _INHERITED_FROM = {
     "POSIX_ERROR_HANDLING": "MM_ERROR_HANDLING",

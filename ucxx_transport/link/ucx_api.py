@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
@@ -41,19 +40,17 @@ def _members(of: str, names: str) -> list[str]:
     return [f"{of}.{name}" for name in names.split()]
 
 
-SYMBOLS = MappingProxyType(
-    {
-        "ucxx._lib.arr": ("Array",),
-        "ucxx._lib.libucxx": (
-            *_members("Feature", "STREAM TAG WAKEUP"),
-            *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback"),
-            *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
-            *_members("UCXWorker", "arm epoll_file_descriptor handle init_blocking_progress_mode"),
-            *(f"UCX{name}Error" for names, _ in _MEANINGS.values() for name in names.split()),
-            *("UCXContext", "UCXError", "UCXWorker"),
-        ),
-    }
-)
+SYMBOLS: Final = {
+    "ucxx._lib.arr": ("Array",),
+    "ucxx._lib.libucxx": (
+        *_members("Feature", "STREAM TAG WAKEUP"),
+        *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback"),
+        *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
+        *_members("UCXWorker", "arm epoll_file_descriptor handle init_blocking_progress_mode"),
+        *(f"UCX{name}Error" for names, _ in _MEANINGS.values() for name in names.split()),
+        *("UCXContext", "UCXError", "UCXWorker"),
+    ),
+}
 """Every private symbol that this package uses, by module."""
 
 # ucxx has no stubs.
