@@ -55,8 +55,7 @@ class Flight:
     """What is in flight with one worker; the calls of `flight.c`, which says what each does.
 
     Attributes:
-        operations: by index.
-        free: indices.
+        operations: by index. free: indices.
         ended: taken, and not called back yet. An operation may be in it twice, and is called back once. What else ends
             in a callback of UCX, inside its progress, is appended to it.
         handled: how many ends have been taken, ever.
