@@ -9,7 +9,7 @@ before ucxx is imported, by which UCX initialises itself.
 | unset or `false`                      | the files of the wheel `libucx`; without that wheel, the loader's            |
 | any other value                       | the loader's (`ld.so`); what that does not find, from the wheel              |
 
-What ucxx's Python API does not reach is called natively; each such call may answer "unknown".
+What ucxx's Python API does not reach is called natively; what such a call cannot say is unknown.
 Structures are those of `ucp/api/ucp.h` of UCX 1.19 to 1.21, to the last field used; a field mask says which those are.
 """
 
@@ -155,12 +155,9 @@ class _ListenerParameters(ctypes.Structure):
     )
 
 
-def _call(library: str, name: str, *pointers: object) -> int | None:
-    """The status (a byte) that a function returns, which takes nothing but pointers; None where there is none such."""
-    try:
-        function = loaded_library(library)[name]
-    except (OSError, AttributeError):
-        return None
+def _call(name: str, *pointers: object) -> int:
+    """The status (a byte) that a function of UCX returns, which takes nothing but pointers."""
+    function = loaded_library("libucp.so")[name]
     function.argtypes, function.restype = (ctypes.c_void_p,) * len(pointers), ctypes.c_int8
     return int(function(*pointers))
 
@@ -187,7 +184,7 @@ def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
         num_entries=_MAX_LANES,
         entry_size=ctypes.sizeof(_TransportEntry),
     )
-    status = _call("libucp.so", "ucp_ep_query", handle, ctypes.byref(found))
+    status = _call("ucp_ep_query", handle, ctypes.byref(found))
     lanes = entries[: min(found.num_entries, _MAX_LANES)] if status == 0 else []
     return tuple((lane.transport.decode(), (lane.device or b"").decode()) for lane in lanes if lane.transport)
 
@@ -195,7 +192,7 @@ def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
 def request_peer(handle: int) -> str | None:
     """`host:port` of a `ucp_conn_request_h` inside its listener's callback, or None where it is unknown."""
     asked = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
-    if _call("libucp.so", "ucp_conn_request_query", handle, ctypes.byref(asked)) != 0:
+    if _call("ucp_conn_request_query", handle, ctypes.byref(asked)) != 0:
         return None
     raw = bytes(asked.client_sockaddr)
     family, port = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:4], "big")
@@ -248,10 +245,10 @@ class IPv6Listener:
             on_request=self._called,
         )
         asked, handle = ctypes.byref(parameters), ctypes.byref(self._handle)
-        status = _call("libucp.so", "ucp_listener_create", worker, asked, handle)
+        status = _call("ucp_listener_create", worker, asked, handle)
         if status != 0:
             raise OSError(f"UCX cannot listen on [{address}]:{port}, status {status}")
 
     def __del__(self) -> None:
         if self._handle.value:
-            _call("libucp.so", "ucp_listener_destroy", self._handle)
+            _call("ucp_listener_destroy", self._handle)

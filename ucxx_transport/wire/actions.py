@@ -54,8 +54,7 @@ class Attempt:
     """One payload under way to the client, as the server knows it.
 
     Attributes:
-        number: the client's number for it.
-        slot, generation, nbytes: the payload.
+        number: the client's. slot, generation, nbytes: the payload.
         since_s: when it was named. sent_s: when its message had left, None before.
         load: where it counts.
         delivered: how the client ended it, None before.
@@ -95,12 +94,9 @@ class Serve(NamedTuple):
 
 
 class Take(NamedTuple):
-    """Pick READY payloads within `take_room()`; answer by `taken()`, or `nothing()` once `until_s` has come.
+    """Pick READY payloads, `newest` or oldest first, within `take_room()`; answer by `taken()`, or `nothing()`.
 
-    Attributes:
-        attempt: of the answer. max_payloads, max_bytes: what the client asked for.
-        newest: newest first, else oldest.
-        until_s: how long to wait for a first payload.
+    The latter once `until_s` has come. What the client asked for is the most that may be picked.
     """
 
     attempt: int
