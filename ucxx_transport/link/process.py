@@ -22,8 +22,6 @@ from ucxx_transport.link.base import FORKED
 
 PER_CONNECTION: Final = 3  # descriptors that UCX takes for one over TCP, on each side
 SPARE: Final = 64  # left for everything else that the process opens later
-
-
 RESERVE: Final = 3 * PER_CONNECTION
 """What is free before UCX is asked for a connection: where it runs out in the middle of one, it may end the process."""
 
