@@ -173,7 +173,7 @@ class Sidecar:
             reason = f"{type(error).__name__}: {error}"
             raise TransportError("the sidecar could not be started", role=self.role, reason=reason) from error
         with self._lock:
-            self._process, self._is_unsent = process, True
+            self._process, self._is_unsent = process, bool(self._leases)
         try:
             self._follow(process)
         finally:
