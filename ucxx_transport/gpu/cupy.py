@@ -18,16 +18,14 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index
 from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
-
-if TYPE_CHECKING:
-    from ucxx_transport.schema.tensors import Array
+from ucxx_transport.schema.tensors import Array
 
 
 def import_cupy(why: str) -> Any:

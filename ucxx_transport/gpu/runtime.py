@@ -17,18 +17,16 @@ import resource
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.schema.tensor_spec import DType
+from ucxx_transport.schema.tensors import Array
 from ucxx_transport.schema.wire_form import describe
-
-if TYPE_CHECKING:
-    from ucxx_transport.schema.tensor_spec import DType
-    from ucxx_transport.schema.tensors import Array
 
 _log = get_logger(__name__)
 
