@@ -192,9 +192,9 @@ class RankGroup(OfOneProcess):
         try:
             if not is_callback:
                 self._joining.acquire(timeout=self._context.config.stop_timeout_s)
-            participant, self._participant = self._participant, None
-            if participant is not None:
+            if (participant := self._participant) is not None:
                 self._stop(participant)
+                self._participant = None  # what interrupts this is made good by another call
         finally:
             self._release()
         self._shared.listeners.wait_idle()  # so that callbacks have ended with it, unless one blocks

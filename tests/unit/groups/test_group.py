@@ -792,3 +792,16 @@ def test_an_interrupt_at_any_point_of_a_join_leaves_no_key_behind_and_the_rank_c
         assert key not in ranks.data.entries, where
     assert points > 40
     assert group.state.state is RankState.ACTIVE
+
+
+def test_a_leave_that_was_interrupted_at_any_point_is_made_good_by_another_one(ranks: Ranks) -> None:
+    (group,) = ranks.joined(0)
+    key, points = "groups/trainers/members/0", 0
+    for where in every_point(group.leave, within=("ucxx_transport/groups/",)):
+        points += 1
+        group.leave()
+        assert key not in ranks.data.entries, where
+        assert not ranks.data.leases, where
+        group.join_group(10)
+    assert points > 10
+    assert group.state.state is RankState.GONE
