@@ -193,6 +193,7 @@ class Sidecar:
         """Read its reports until it ends or a stop is asked for."""
         judged_s = time.monotonic()
         start_by_s = judged_s + self.start_timeout_s
+        self._send_leases()  # now: this process may hold the interpreter, or die, before it comes to its first look
         while not self._wait(min(LOOK_S, self.start_timeout_s), process.fileno()):
             self._send_leases()
             had_ended = process.popen.poll() is not None  # looked at first: all that it reported is there to be read
