@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-
-import ucxx_transport
+from tests.support.calls import counting
 from ucxx_transport import ClientConfig, RingConfig, ServerConfig, SharedRingBuffer, SyncUCXXClient, UCXXServer
 
-PACKAGE = str(Path(ucxx_transport.__file__).parent)
 A_READ = 57
 A_TURN = {"Reactor.run_once", "LinkCore.progress", "Flight.turn"}
 """Calls of each turn of a reactor. How many turns a read takes depends on what arrives together, and so on the machine;
@@ -20,23 +12,6 @@ where nothing does, they are three: with the request, with the answer, and with 
 TURNS = 3
 READS = 20
 TRIES = 10
-
-
-@contextmanager
-def counting(names: list[str]) -> Iterator[None]:
-    """This thread's calls into the package, and those of threads that begin meanwhile."""
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            names.append(frame.f_code.co_qualname)
-
-    threading.setprofile(note)
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
 
 
 def test_a_lone_read_and_its_end_cost_few_calls_of_client_and_port_together() -> None:

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
-import ucxx_transport
+from tests.support.calls import PACKAGE, counting
 from tests.support.port_beside import port_beside
 from ucxx_transport.client import Payload
 
-PACKAGE = str(Path(ucxx_transport.__file__).parent)
 LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
 A_FURTHER_NAME = 18
 A_FURTHER_SOURCE = 18
 READS = 20
-
-
-@contextmanager
-def counted(names: list[str]) -> Iterator[None]:
-    """This thread's calls into the package, but for links."""
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(PACKAGE) and not file.startswith(LINK):
-            names.append(frame.f_code.co_qualname)
-
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
 
 
 def fewest(work: Callable[[], list[str]]) -> list[str]:
@@ -48,7 +28,7 @@ def test_a_further_name_of_a_batch_costs_less_than_a_read_of_its_own() -> None:
         def read(count: int) -> list[str]:
             names: list[str] = []
             refs = [beside.ring.write_raw(bytes(1000)) for _ in range(count)]
-            with counted(names):
+            with counting(names, but=LINK):
                 outcomes = client.read_many(refs)
             assert all(isinstance(outcome, Payload) for outcome in outcomes)
             return names
@@ -64,7 +44,7 @@ def test_a_name_of_a_further_source_costs_a_batch_as_little_as_one_of_the_same()
             names: list[str] = []
             written = [beside.ring.write_raw(bytes(1000)) for _ in range(count)]
             refs = [replace(ref, host=f"10.0.0.{number}") for number, ref in enumerate(written, 1)]
-            with counted(names):
+            with counting(names, but=LINK):
                 outcomes = client.read_many(refs)
             assert all(isinstance(outcome, Payload) for outcome in outcomes)
             return names

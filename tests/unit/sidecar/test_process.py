@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,12 +42,15 @@ CHATTING = """
 """
 
 
-def soon() -> float:
-    return time.monotonic() + MINUTE
-
-
-def sidecar() -> Sidecar:
-    return Sidecar("test", serve=dict, pauses_s=AT_ONCE)
+@contextmanager
+def sidecar(**settings: Any) -> Iterator[Sidecar]:
+    """One that is started, and stopped at the end of the block."""
+    one = Sidecar("test", **{"serve": dict, "pauses_s": AT_ONCE, **settings})
+    one.start()
+    try:
+        yield one
+    finally:
+        one.stop(time.monotonic() + MINUTE)
 
 
 @pytest.fixture
@@ -72,12 +76,8 @@ def test_a_sidecar_sees_the_modules_that_its_worker_sees_and_has_its_flags(
     seen = list(sys.path)
     sys.path.append(tmp_path / "none, since it is no string")  # type: ignore[arg-type]  # as it says
     monkeypatch.setattr(sys, "warnoptions", ["error::UserWarning"])
-    one = sidecar()
-    one.start()
-    try:
+    with sidecar() as one:
         facts = one.up.result(MINUTE)
-    finally:
-        one.stop(soon())
     assert facts["sys_path"] == zlib.crc32(repr(seen).encode())
     assert "error::UserWarning" in facts["warnings"]
 
@@ -86,11 +86,8 @@ def test_what_kept_a_sidecar_from_coming_up_is_in_the_error(
     in_place_of_main: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     in_place_of_main.write_text("raise RuntimeError('no such library')")
-    one = sidecar()
-    one.start()
-    with pytest.raises(TransportError, match=r"died at its start: RuntimeError: no such library"):
+    with sidecar() as one, pytest.raises(TransportError, match=r"died at its start: RuntimeError: no such library"):
         one.up.result(MINUTE)
-    one.stop(soon())
     assert "Traceback" in capfd.readouterr().err, "all of it is on the worker's standard error"
 
 
@@ -102,28 +99,23 @@ def test_one_that_cannot_be_started_keeps_no_descriptor(monkeypatch: pytest.Monk
     for where, name in ((os, "memfd_create"), (socket, "socketpair"), (subprocess, "Popen")):
         with row(name=name), monkeypatch.context() as patched:
             patched.setattr(where, name, none_left)
-            one = Sidecar("test", serve=lambda: {"descriptor": os.dup(2)}, pauses_s=AT_ONCE)
-            one.start()
-            with pytest.raises(TransportError, match="Too many open files"):
+            with (
+                sidecar(serve=lambda: {"descriptor": os.dup(2)}) as one,
+                pytest.raises(TransportError, match="Too many open files"),
+            ):
                 one.up.result(MINUTE)
-            one.stop(soon())
             assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_last_line_of_one_that_does_not_die_in_python_is_in_the_error(
     in_place_of_main: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said = r"one line\nlibucp.so: undefined symbol: ucp_init\n"
+    said, last = r"one line\nlibucp.so: undefined symbol: ucp_init\n", "libucp.so: undefined symbol: ucp_init"
     for end, how in (("os._exit(127)", "exit status 127"), ("os.abort()", "SIGABRT")):
         with row(end=end):
             in_place_of_main.write_text(f"import os\nos.write(2, b'{said}')\n{end}\n")
-            one = sidecar()
-            one.start()
-            with pytest.raises(
-                TransportError, match=f"died at its start: {how}: libucp.so: undefined symbol: ucp_init"
-            ):
+            with sidecar() as one, pytest.raises(TransportError, match=f"died at its start: {how}: {last}"):
                 one.up.result(MINUTE)
-            one.stop(soon())
             assert "one line\n" in capfd.readouterr().err
 
 
@@ -133,37 +125,25 @@ def test_one_comes_up_where_no_folder_for_temporary_files_can_be_written_to(
     """As in a container with a read-only file system."""
     in_place_of_main.write_text(REPORTING)
     monkeypatch.setattr(tempfile, "tempdir", str(in_place_of_main / "nowhere"))
-    one = sidecar()
-    one.start()
-    try:
+    with sidecar() as one:
         one.up.result(MINUTE)
-    finally:
-        one.stop(soon())
 
 
 def test_one_comes_up_where_python_has_no_memory_files(in_place_of_main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where it was built for an old C library."""
     in_place_of_main.write_text(REPORTING)
     monkeypatch.delattr(os, "memfd_create")
-    one = sidecar()
-    one.start()
-    try:
+    with sidecar() as one:
         one.up.result(MINUTE)
-    finally:
-        one.stop(soon())
 
 
 def test_what_one_writes_while_it_comes_up_is_on_the_worker_s_standard_error(
     in_place_of_main: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     in_place_of_main.write_text(REPORTING.replace("    facts =", "    os.write(1, b'a warning of UCX')\n    facts ="))
-    one = sidecar()
-    one.start()
-    try:
+    with sidecar() as one:
         one.up.result(MINUTE)
         assert capfd.readouterr().err == "a warning of UCX"
-    finally:
-        one.stop(soon())
 
 
 def test_the_interpreter_is_the_one_that_multiprocessing_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,28 +161,16 @@ def test_the_interpreter_is_the_one_that_multiprocessing_was_given(monkeypatch: 
 def test_a_worker_that_is_no_interpreter_gets_a_config_error_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing.spawn, "_python_exe", None)
     monkeypatch.setattr(sys, "executable", "")
-    one = sidecar()
-    one.start()
-    with pytest.raises(ConfigError, match="no Python interpreter"):
+    with sidecar() as one, pytest.raises(ConfigError, match="no Python interpreter"):
         one.up.result(MINUTE)
-    one.stop(soon())
 
 
 def test_one_that_stalls_is_replaced_however_often_it_reports(in_place_of_main: Path) -> None:
     in_place_of_main.write_text(REPORTING.replace("    os.read(worker, 1)", CHATTING))
     stalled = [True]
-    one = Sidecar(
-        "test",
-        serve=dict,
-        is_stalled=lambda: bool(stalled and stalled.pop()),
-        pauses_s=AT_ONCE,
-    )
-    one.start()
-    try:
+    with sidecar(is_stalled=lambda: bool(stalled and stalled.pop())) as one:
         one.up.result(MINUTE)
         wait_until(lambda: one.restarts and one.pid, MINUTE, what="another one is up")
-    finally:
-        one.stop(soon())
     assert one.restarts == 1
 
 
@@ -210,12 +178,8 @@ def test_one_that_dies_young_is_started_again_at_once_and_the_next_ones_ever_lat
     in_place_of_main: Path, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     in_place_of_main.write_text(REPORTING.replace("    os.read(worker, 1)", "    raise RuntimeError('of old age')"))
-    one = Sidecar("test", serve=dict, pauses_s=(0.01, 0.03))
-    one.start()
-    try:
+    with sidecar(pauses_s=(0.01, 0.03)):
         wait_until(lambda: len(log_events) >= 4, MINUTE, what="it has died so often")
-    finally:
-        one.stop(soon())
     deaths = log_events[:4]
     assert {event["event"] for event in deaths} == {"sidecar_died"}
     assert {event["reason"] for event in deaths} == {"RuntimeError: of old age"}
@@ -228,10 +192,6 @@ def test_one_that_was_up_for_long_is_started_again_at_once(
     in_place_of_main: Path, log_events: list[MutableMapping[str, Any]]
 ) -> None:
     in_place_of_main.write_text(REPORTING.replace("    os.read(worker, 1)", "    select.select([], [], [], 0.1)"))
-    one = Sidecar("test", serve=dict, pauses_s=(0.005, 60.0))
-    one.start()
-    try:
+    with sidecar(pauses_s=(0.005, 60.0)) as one:
         wait_until(lambda: one.restarts >= 3, MINUTE, what="it has died so often")
-    finally:
-        one.stop(soon())
     assert {event["pause_s"] for event in log_events if event["event"] == "sidecar_died"} == {0.0}
