@@ -15,7 +15,7 @@ The publisher's state is where it is in that:
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -94,12 +94,9 @@ class Publication:
     """The record of one epoch, as it was written last, and its lease. For one thread."""
 
     def __init__(self, store: Store, record: SourceRecord, lease: Lease, revision: int) -> None:
-        self._store = store
-        self._key = source_key(record.worker_id)
-        self._revision = revision
+        self._store, self._key, self._revision = store, source_key(record.worker_id), revision
         self._call_s = lease.ttl_s / 3  # a call that takes longer would keep the next renewal waiting too long
-        self.record = record
-        self.lease = lease
+        self.record, self.lease = record, lease
 
     @classmethod
     def begin(cls, store: Store, record: SourceRecord, *, ttl_s: float) -> Publication:
@@ -127,9 +124,7 @@ class Publication:
 
         A ConflictError or LeaseLostError: the record is not ours any more.
         """
-        record = replace(self.record, status=status)
-        if offer is not None:
-            record = replace(record, host=offer.host, ports=offer.ports)
+        record = replace(self.record, status=status, **({} if offer is None else asdict(offer)))
         if record == self.record:
             return False
         self._put(record, self._call_s)

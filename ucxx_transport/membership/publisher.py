@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import count
 from typing import Any, Final, Self
 
 from ucxx_transport import errors
@@ -39,6 +38,7 @@ LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
 _LOSSES: Final = (errors.LeaseLostError, errors.ConflictError, errors.StoreResetError)
 _HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, errors.ConfigError, errors.ProtocolError)
+_PUBLIC: Final = {PublisherState.LIVE, PublisherState.UNWELL}
 
 
 class HeartbeatPublisher(OfOneProcess):
@@ -103,7 +103,8 @@ class HeartbeatPublisher(OfOneProcess):
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()
         self.error: errors.TransportError | None = None
-        self._stopping = False
+        self._stopping = self._is_away = False
+        self._turn, self._late_s = 0, 0.0  # of this try to publish: counted, and when it is overdue
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
@@ -221,20 +222,18 @@ class HeartbeatPublisher(OfOneProcess):
             **asdict(self._source.offer()),
         )
 
-    # the thread: publish the record, renew its lease, publish again if the lease is lost
+    # the thread: a turn tries to publish the record, or renews what is published
 
     def _run(self) -> None:
-        pause_s, config = 0.0, self._config
+        pause_s, self._late_s = 0.0, self._clock() + self._config.publish_timeout_s
         try:
             while not self._stops_within(pause_s):
+                self._turn += 1
                 try:
-                    self._publish()
-                    self._attend()
-                except _LOSSES as error:
-                    if self._publication is None:
-                        raise
-                    self._lose(error)
-                    pause_s = random_pause_s(1, first_s=config.backoff_s, longest_s=config.max_backoff_s)
+                    self._attend() if self.state in _PUBLIC else self._publish()
+                    pause_s, self._is_away = self._config.interval_s, False
+                except errors.TransportError as error:
+                    pause_s = self._take_failure(error)
         except errors.TransportError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
@@ -255,41 +254,59 @@ class HeartbeatPublisher(OfOneProcess):
             self._store.close()
 
     def _publish(self) -> None:
-        """Try until the record is visible and the source serves, or a stop; raises what no further try can heal."""
-        until_s, pause_s = self._clock() + self._config.publish_timeout_s, 0.0
-        for attempt in count(1):
-            if self._stops_within(pause_s):
-                return
-            self._change(attempts=self._now.attempts + 1)
-            try:
-                publication = self._visible()
-                if self._stopping:
-                    return
-                self._source.bind()
-                publication.update(SourceStatus.READY, self._source.offer())
-            except errors.TransportError as error:
-                left_s = until_s - self._clock()
-                is_lost = self._publication is not None and isinstance(error, _LOSSES)
-                if is_lost or isinstance(error, _HOPELESS) or (left_s <= 0 and self._config.on_timeout == "stop"):
-                    raise
-                pause_s = self._pause_s(error, attempt, left_s)
-            else:
-                self._change(PublisherState.LIVE, publications=self._now.publications + 1)
-                return
+        """Make the record visible, and have the source serve."""
+        self._change(attempts=self._now.attempts + 1)
+        publication = self._visible()
+        if not self._stopping:
+            self._source.bind()
+            publication.update(SourceStatus.READY, self._source.offer())
+            self._change(PublisherState.LIVE, publications=self._now.publications + 1)
 
-    def _pause_s(self, error: errors.TransportError, attempt: int, left_s: float) -> float:
-        """The pause after a try to publish that has failed, `left_s` before it counts as late."""
+    def _attend(self) -> None:
+        """Renew the lease, and see that the record says what is so."""
+        publication = self._visible()
+        if is_healthy := self._source.is_healthy(2 * self._config.interval_s):
+            state, is_new = PublisherState.LIVE, publication.update(SourceStatus.READY, self._source.offer())
+        else:  # it may be closed, and offer nothing
+            state, is_new = PublisherState.UNWELL, publication.update(SourceStatus.STALE)
+        if is_new and state is not self.state:
+            _log.warning("source_health_changed", worker=self.worker_id, is_healthy=is_healthy)
+            self._change(state)
+        self._source.discard_old()
+        if self._turn % LOOK_EVERY == 0:
+            publication.require_there()
+
+    def _take_failure(self, error: errors.TransportError) -> float:
+        """What follows from a turn that has failed: the pause before the next; raises what none can heal."""
+        config = self._config
+        if self._stopping:
+            return 0.0
+        if self._publication is not None and isinstance(error, _LOSSES):
+            self._source.hold()
+            self._change(PublisherState.PUBLISHING, error, losses=self._now.losses + 1)
+            _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=str(error))
+            self._revoke()
+            self._turn, self._late_s = 0, self._clock() + config.publish_timeout_s
+            return random_pause_s(1, first_s=config.backoff_s, longest_s=config.max_backoff_s)
+        if self.state in _PUBLIC:
+            if not self._is_away:
+                self._change(outages=self._now.outages + 1)
+                _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
+            self._is_away = True
+            return config.interval_s / RETRIES_AN_INTERVAL
+        left_s = self._late_s - self._clock()
+        if isinstance(error, _HOPELESS) or (left_s <= 0 and config.on_timeout == "stop"):
+            raise error
         if isinstance(error, errors.StoreUnavailableError):
             self._rival = None  # its lease may have been given more time
         self._change(error=error)
         if left_s <= 0:
-            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
-        elif attempt == 1:
-            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=attempt)
-        config = self._config
+            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
+        elif self._turn == 1:
+            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
         # a rival's record ends any moment
         longest_s = config.max_backoff_s if self._rival is None else min(config.max_backoff_s, config.interval_s / 4)
-        pause_s = random_pause_s(attempt, first_s=config.backoff_s, longest_s=longest_s)
+        pause_s = random_pause_s(self._turn, first_s=config.backoff_s, longest_s=longest_s)
         return min(pause_s, left_s) if left_s > 0 else pause_s
 
     def _visible(self) -> Publication:
@@ -330,44 +347,6 @@ class HeartbeatPublisher(OfOneProcess):
             text = f"another live worker is published as {self.worker_id!r}; give each worker an id of its own"
             raise errors.DuplicateSourceError(text, worker_id=self.worker_id)
         raise errors.ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
-
-    def _attend(self) -> None:
-        """Renew the lease and see that the record says what is so, until a stop; raises the loss of either."""
-        pause_s, is_away = self._config.interval_s, False
-        for turn in count(1):
-            if self._stops_within(pause_s):
-                return
-            try:
-                publication = self._visible()
-                self._report_health(publication)
-                self._source.discard_old()
-                if turn % LOOK_EVERY == 0:
-                    publication.require_there()
-            except _LOSSES:
-                raise
-            except errors.TransportError as error:
-                if not is_away:
-                    self._change(outages=self._now.outages + 1)
-                    _log.warning("store_unreachable", worker=self.worker_id, reason=str(error))
-                pause_s, is_away = self._config.interval_s / RETRIES_AN_INTERVAL, True
-            else:
-                pause_s, is_away = self._config.interval_s, False
-
-    def _report_health(self, publication: Publication) -> None:
-        is_healthy = self._source.is_healthy(2 * self._config.interval_s)
-        if is_healthy:
-            state, is_new = PublisherState.LIVE, publication.update(SourceStatus.READY, self._source.offer())
-        else:  # it may be closed, and offer nothing
-            state, is_new = PublisherState.UNWELL, publication.update(SourceStatus.STALE)
-        if is_new and state is not self.state:
-            _log.warning("source_health_changed", worker=self.worker_id, is_healthy=is_healthy)
-            self._change(state)
-
-    def _lose(self, error: errors.TransportError) -> None:
-        self._source.hold()
-        self._change(PublisherState.PUBLISHING, error, losses=self._now.losses + 1)
-        _log.warning("lease_lost", worker=self.worker_id, epoch=self.epoch, reason=str(error))
-        self._revoke()
 
     def _fail(self, error: errors.TransportError) -> None:
         _log.error("publisher_failed", worker=self.worker_id, store=self._store.url, reason=str(error))
