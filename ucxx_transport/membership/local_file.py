@@ -24,8 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
-from functools import partial
+from contextlib import ExitStack, closing, suppress
 from itertools import count
 from pathlib import Path
 from typing import Final, TypeVar
@@ -54,13 +53,14 @@ _BESIDE: Final = ("-wal", "-shm", "-journal")
 
 _BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _FORBIDDEN: Final = (sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
-_Failure = tuple[type[TransportError], str]
 _RIGHTS: Final = "this user may not use the store's file: give it the right to the file and its folder, or name another"
-_FOREIGN: Final = "the file is no store, or one of another version of this package: name another, or remove it"
-_FAILURES: Final[Mapping[int, _Failure]] = {
+_FAILURES: Final[Mapping[int, tuple[type[TransportError], str]]] = {
     **dict.fromkeys(_BUSY, (StoreUnavailableError, "the store was locked until the deadline: see who is stopped")),
     **dict.fromkeys(_FORBIDDEN, (StorePermissionError, _RIGHTS)),
-    sqlite3.SQLITE_NOTADB: (ConfigError, _FOREIGN),
+    sqlite3.SQLITE_NOTADB: (
+        ConfigError,
+        "the file is no store, or one of another version of this package: name another, or remove it",
+    ),
     sqlite3.SQLITE_FULL: (
         StoreUnavailableError,
         "the store's disk is full: free space, or name a file on another disk",
@@ -68,10 +68,7 @@ _FAILURES: Final[Mapping[int, _Failure]] = {
     sqlite3.SQLITE_CORRUPT: (StoreUnavailableError, "the store's file is damaged: remove it; its users publish again"),
 }
 """By SQLite's result code (https://www.sqlite.org/rescode.html)."""
-_OTHER: Final[_Failure] = (
-    StoreUnavailableError,
-    "the store's file cannot be used: see to the folder and the space on its disk",
-)
+_OTHER: Final = (StoreUnavailableError, "the store's file cannot be used: see to the folder and the space on its disk")
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {
         *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2"),
@@ -137,14 +134,15 @@ class StoreFile:
         SQLite's own waiting sleeps up to 100 ms at a time, in step with others, and would keep other threads out.
         Raises by the module's table.
         """
+        pid = os.getpid()
         for attempt in count(1):
             _calls.begin(self.path, until)
             try:
-                return self._transact(mode, body)
+                return self._transact(mode, body, pid)
             except (sqlite3.Error, OSError) as error:
                 code = _code_of(error, self.path)
                 wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
-                if code not in _BUSY or time.monotonic() + wait_s > until:
+                if code not in _BUSY or pid != os.getpid() or time.monotonic() + wait_s > until:
                     raise _failed(code, self.path, error) from error
             finally:
                 _calls.end()
@@ -171,23 +169,21 @@ class StoreFile:
                 self._connection.close()
             self._connection = None
 
-    def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT]) -> ResultT:
+    def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], pid: int) -> ResultT:
         self.check_open()
         db = self._connection
         if db is None or _identity(self.path) != self._file:  # it was deleted
             db = self._reconnect()
-        if db.in_transaction:  # of a call that was interrupted between two lines of this function
-            db.execute("ROLLBACK")
-        db.execute(f"BEGIN {mode}")
+        db.rollback()  # of a call that was interrupted in the end of this function
         try:
+            db.execute(f"BEGIN {mode}")
             result = body(db)
-            _calls.check(self.path)  # a child that was forked in `body` has inherited no lock
-            db.execute("COMMIT")
-        except BaseException:
-            with suppress(sqlite3.Error):  # it was rolled back already when the disk is full
-                if not _calls.is_torn:
-                    db.execute("ROLLBACK")
-            raise
+            if pid != os.getpid():  # a forked child has inherited no lock, and leaves the call to its parent
+                raise sqlite3.ProgrammingError("forked in the middle of a call")
+            db.commit()
+        finally:
+            with suppress(sqlite3.Error):  # a fork in `body` has closed it
+                db.rollback()
         return result
 
     def _reconnect(self) -> sqlite3.Connection:
@@ -201,40 +197,25 @@ class StoreFile:
                 _make(self.path, self._tables)
             self.disconnect()  # not before: it writes the log into its file, which was emptied perhaps
             self._file = _identity(self.path)
-            connection = _opened(self.path)
-            try:
-                _settle(connection, self.path)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
+            self._connection = _opened(self.path)
             _calls.files.add(self)
         finally:
             os.close(fd)
-        return connection
+        return self._connection
 
 
 class _Calls:
-    """The calls of this process, one at a time, some 20 to 100 µs each; and its forks, which come in between.
-
-    Attributes:
-        files: those that have a connection.
-        is_torn: this is a child that was forked in the middle of a call: it has a connection that was in use.
-    """
+    """The calls of this process, one at a time, some 20 to 100 µs each; and its forks, which come in between."""
 
     def __init__(self) -> None:
-        self.files: weakref.WeakSet[StoreFile] = weakref.WeakSet()
-        self.is_torn = False
+        self.files: weakref.WeakSet[StoreFile] = weakref.WeakSet()  # those that have a connection
         self._lock = threading.Lock()
         self._caller: int | None = None
         self._is_paused = False
-        os.register_at_fork(
-            before=self._pause, after_in_parent=self._resume, after_in_child=partial(self._resume, in_child=True)
-        )
+        os.register_at_fork(before=self._pause, after_in_parent=self._resume, after_in_child=self._resume)
 
     def begin(self, path: Path, until: float) -> None:
         """Wait for the end of the others' calls; then `end` ends this one."""
-        self.check(path)
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             raise StoreUnavailableError("other threads' calls took until the deadline", path=str(path))
         self._caller = threading.get_ident()
@@ -244,24 +225,16 @@ class _Calls:
         self._caller = None
         self._lock.release()
 
-    def check(self, path: Path) -> None:
-        """Raise a StoreUnavailableError if this process can use no store."""
-        if self.is_torn:
-            text = "this process was forked in the middle of a call: start such a process afresh, not by a fork"
-            raise StoreUnavailableError(text, path=str(path))
-
     def _pause(self) -> None:
-        in_a_call = self._caller == threading.get_ident()  # a signal handler forks
+        in_a_call = self._caller == threading.get_ident()  # a signal handler forks: the parent makes it again
         self._is_paused = not in_a_call and self._lock.acquire(timeout=_FORK_WAIT_S)
-        if self._is_paused:
+        if in_a_call or self._is_paused:  # else the child, in which that call never ends, gets no turn
             for file in self.files:
                 file.disconnect()
 
-    def _resume(self, *, in_child: bool = False) -> None:
+    def _resume(self) -> None:
         if self._is_paused:
             self._lock.release()
-        elif in_child:
-            self.is_torn = True
 
 
 _calls = _Calls()
@@ -282,7 +255,7 @@ def _make(path: Path, tables: str) -> None:
     try:
         _remove(fresh, "", *_BESIDE)  # of a maker that was killed
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        with closing(_opened(fresh)) as db:
+        with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.executescript(f"BEGIN; {tables}; COMMIT; PRAGMA journal_mode = WAL")
@@ -292,18 +265,18 @@ def _make(path: Path, tables: str) -> None:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """A connection that makes no file and waits for no lock; nothing is read yet."""
+    """A connection that makes no file and waits for no lock; a ConfigError: the file is no store of this version."""
     url = f"file:{quote(str(path))}?mode=rw"
-    return sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
-
-
-def _settle(db: sqlite3.Connection, path: Path) -> None:
-    """Prepare a file that was opened; a ConfigError: it is no store of this version."""
-    db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
-    db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
-    marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-    if marks != [APPLICATION_ID, FORMAT]:
-        raise _failed(sqlite3.SQLITE_NOTADB, path)
+    with ExitStack() as failing:
+        db = sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+        failing.callback(db.close)
+        db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
+        db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+        marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if marks != [APPLICATION_ID, FORMAT]:
+            raise _failed(sqlite3.SQLITE_NOTADB, path)
+        failing.pop_all()
+    return db
 
 
 def _remove(path: Path, *suffixes: str) -> None:
@@ -315,7 +288,7 @@ def _code_of(error: sqlite3.Error | OSError, path: Path) -> int:
     """SQLite's result code, or the one that means the same as an error of the system's; 0: neither."""
     if isinstance(error, PermissionError):
         return sqlite3.SQLITE_PERM
-    if isinstance(error, BlockingIOError):
+    if isinstance(error, BlockingIOError | sqlite3.ProgrammingError):  # the latter: a fork has closed the connection
         return sqlite3.SQLITE_BUSY
     code = int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     return 0 if code == sqlite3.SQLITE_CANTOPEN and not path.exists() else code

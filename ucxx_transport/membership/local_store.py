@@ -18,6 +18,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -37,6 +38,7 @@ KEPT_REVISIONS: Final = 10_000
 KEPT_BYTES: Final = 16 << 20
 """Of keys and values in the log: a store of small records never meets it."""
 _POLL_S: Final = 0.05
+_boot_time: Final = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 _TABLES: Final = """
 CREATE TABLE state (store_id TEXT NOT NULL, boot_id TEXT NOT NULL, revision INTEGER NOT NULL,
@@ -49,10 +51,6 @@ CREATE TABLE log (key BLOB NOT NULL, value BLOB, revision INTEGER NOT NULL, leas
 CREATE INDEX log_by_revision ON log (revision);
 INSERT INTO state VALUES (lower(hex(randomblob(16))), '', 0, 0)
 """
-
-
-def _boot_time() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class LocalStore(Store):
@@ -126,7 +124,7 @@ class LocalStore(Store):
 
         def put(db: sqlite3.Connection) -> int:
             found = _row(db, stored)
-            _check(stored, expected, 0 if found is None else found[2])
+            _check(stored, expected, found)
             if lease_id is not None:
                 _ttl_s(db, lease_id)
             revision = _record(db, [(stored, value, lease_id)])
@@ -142,7 +140,7 @@ class LocalStore(Store):
         def delete(db: sqlite3.Connection) -> bool:
             if (found := _row(db, stored)) is None:
                 return False
-            _check(stored, expected, found[2])
+            _check(stored, expected, found)
             _record(db, [(stored, None, None)])
             db.execute("DELETE FROM entries WHERE key = ?", (stored,))
             return True
@@ -261,7 +259,8 @@ def _row(db: sqlite3.Connection, key: bytes) -> Any:
     return db.execute("SELECT * FROM entries WHERE key = ?", (key,)).fetchone()
 
 
-def _check(key: bytes, expected: int | None, revision: int) -> None:
+def _check(key: bytes, expected: int | None, found: _Row | None) -> None:
+    revision = 0 if found is None else found[2]
     if expected is not None and expected != revision:
         raise revision_conflict(key, expected, revision)
 
