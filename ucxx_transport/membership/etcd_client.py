@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import select
 import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from itertools import count
 from typing import Final, TypeVar
@@ -47,33 +47,24 @@ class Connection:
     ) -> Json:
         """The answer, by a time on the monotonic clock; errors of `messages`, and what keeps it from being given.
 
-        One that `streams` messages is {}, once the first has come: `is_readable` and `read` bring them.
+        One that `streams` messages is {}, once the first has come: `read` brings them.
         """
 
         def answer() -> Json:
             response = self._post(path, body, token, until, connect_s)
             if not streams or response.status != 200:
                 return self._answer(response, until)
-            while b"\n" not in self._text:  # which leaves nothing in the library's buffer, where no poll sees it
-                self._text += self._piece()
+            while b"\n" not in self._text:  # which leaves nothing in the library's buffer, where `read` would miss it
+                self._decode(response.fp.read1(_PIECE_BYTES))
                 self._bound(until)
             return {}
 
         return self._tried(answer)
 
-    def is_readable(self, until: float) -> bool:
-        """Wait for more of a stream, or for its end."""
-        assert self._socket is not None
-        if b"\n" in self._text or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
-            return True
-        ready = select.poll()
-        ready.register(self._socket, select.POLLIN)
-        return bool(ready.poll(max(0.0, until - time.monotonic()) * 1000))
-
-    def read(self) -> list[Json]:
-        """What has come of a stream: its whole messages; a StoreUnavailableError at its end."""
+    def read(self, until: float) -> list[Json]:
+        """The whole messages of a stream that have come by then; a StoreUnavailableError at its end."""
         if b"\n" not in self._text:
-            self._text += self._tried(self._piece)
+            self._tried(partial(self._receive, until))
         *lines, self._text = self._text.split(b"\n")
         return [answer_of(200, line, self.endpoint) for line in lines if line]
 
@@ -124,17 +115,20 @@ class Connection:
         if self._socket is not None:
             self._socket.settimeout(left_s)
 
-    def _piece(self) -> bytes:
-        """What has come of the body, out of its chunks: the library would wait for the size of the next one."""
-        response = self._response
-        assert response is not None
-        piece = response.fp.read1(_PIECE_BYTES)
+    def _receive(self, until: float) -> None:
+        assert self._socket is not None
+        self._socket.settimeout(max(0.0, until - time.monotonic()))
+        with suppress(TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            self._decode(self._socket.recv(_PIECE_BYTES))
+
+    def _decode(self, piece: bytes) -> None:
+        """Take the text of a stream out of its chunks: the library would wait for the size of the next one."""
         if not piece:
             raise ConnectionResetError("the stream has ended")
-        if not response.chunked:
-            return piece
+        if self._response is None or not self._response.chunked:
+            self._text += piece
+            return
         self._raw += piece
-        text = b""
         while b"\r\n" in self._raw:
             size, _, rest = self._raw.partition(b"\r\n")
             try:
@@ -143,9 +137,8 @@ class Connection:
                 raise HTTPException("not a chunk") from None
             if len(rest) < nbytes + 2:
                 break
-            text += rest[:nbytes]
+            self._text += rest[:nbytes]
             self._raw = rest[nbytes + 2 :]
-        return text
 
     def _unreachable(self, error: Exception) -> TransportError:
         """The error for a request that could not be brought to an answer."""

@@ -231,10 +231,8 @@ def batches(message: Json, namespace: Namespace) -> Iterator[Batch]:
 
 
 def _event(event: Json, namespace: Namespace) -> Event:
-    found = entry(event["kv"], namespace)
-    if event.get("type") == "DELETE":
-        return Event(kind="delete", key=found.key, value=b"", revision=found.revision)
-    return Event(kind="put", **asdict(found))
+    """A change; of a deleted key etcd leaves value and lease out."""
+    return Event(kind="delete" if event.get("type") == "DELETE" else "put", **asdict(entry(event["kv"], namespace)))
 
 
 def _text(raw: bytes) -> str:

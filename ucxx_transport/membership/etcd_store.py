@@ -169,7 +169,6 @@ class EtcdWatch(Watch):
         self._newest: Connection | None = None
         self._in_use = threading.Lock()
         self._stream: Connection | None = None
-        self._held = ExitStack()  # the stream
         self._pause_until_s = self._probe_s = 0.0
 
     def close(self) -> None:
@@ -196,9 +195,7 @@ class EtcdWatch(Watch):
         stream, now = self._stream, time.monotonic()
         try:
             if stream is not None:
-                if stream.is_readable(min(until, self._probe_s)):
-                    self._take(stream)
-                elif time.monotonic() >= self._probe_s:
+                if not self._take(stream, min(until, self._probe_s)) and time.monotonic() >= self._probe_s:
                     self._probe(stream.endpoint)
             elif now < self._pause_until_s:
                 self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
@@ -212,8 +209,9 @@ class EtcdWatch(Watch):
 
     def _drop(self) -> None:
         """End the stream; another is asked for after a pause."""
+        if self._stream is not None:
+            self._stream.close()
         self._stream = None
-        self._held.close()
         self._pause_until_s = time.monotonic() + _PAUSE_S
 
     def _begin_at(self, endpoint: str, share: float) -> None:
@@ -221,11 +219,12 @@ class EtcdWatch(Watch):
         request = messages.watch_request(self._first, self._last, after=self._after)
 
         def begin(token: Secret) -> None:
-            with ExitStack() as held:
-                stream = held.enter_context(closing(self._connect(endpoint)))
+            with ExitStack() as failing:
+                stream = failing.enter_context(closing(self._connect(endpoint)))
                 stream.ask("watch", request, token, until=until, streams=True)
                 self._probe(endpoint)
-                self._stream, self._held = stream, held.pop_all()
+                failing.pop_all()
+            self._stream = stream
 
         self._client.as_user(begin, until)
 
@@ -245,14 +244,16 @@ class EtcdWatch(Watch):
             connection.abort()
         return connection
 
-    def _take(self, stream: Connection) -> None:
-        for message in stream.read():
+    def _take(self, stream: Connection, until: float) -> bool:
+        found = stream.read(until)
+        for message in found:
             for batch in messages.batches(message, self._store.namespace):
                 if batch.revision > self._after:
                     self._batches.append(batch)
                     self._after = batch.revision
             if message.get("canceled"):
                 self._raise_end(stream.endpoint, message)
+        return bool(found)
 
     def _raise_end(self, endpoint: str, message: Json) -> None:
         """Raise why etcd has ended the watch: its text is for people, so what was watched is asked for once."""

@@ -62,8 +62,6 @@ class Listeners(Generic[T]):
     Args:
         identify: of a record: its name, and its life, in which two records of that name may differ.
         count: called with "errors", "overflows" or "waits" (for a thread) at each of them.
-        keys: further keys of every log event.
-        limit: news that one listener's queue takes.
     """
 
     def __init__(
@@ -81,14 +79,7 @@ class Listeners(Generic[T]):
         self._callers: set[int] = set()  # threads inside a callback
 
     def subscribe(self, callbacks: Callbacks) -> Callable[[], None]:
-        """Call these from now on, by kind of news; "add" for what is known already, before this returns.
-
-        Returns:
-            What ends it.
-
-        Raises:
-            ConfigError: one of them is no function.
-        """
+        """Call these from now on, by kind of news; "add" for what is known, before this returns what ends it."""
         for kind, callback in callbacks.items():
             if callback is not None and not callable(callback):
                 raise ConfigError(f"on_{kind} must be a function, not {callback!r}", field=f"on_{kind}")

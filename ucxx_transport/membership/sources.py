@@ -97,11 +97,7 @@ class SourceRecord(Offer):
     meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
 
     def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ConfigError: one is out of its bounds; `facts["field"]` names it.
-        """
+        """Check every field; a ConfigError names the one that is out of its bounds."""
         for name, good in (
             ("worker_id", is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS)),
             ("epoch", is_unsigned(self.epoch, 64) and self.epoch > 0),

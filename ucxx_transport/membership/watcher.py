@@ -185,10 +185,8 @@ class SourceWatcher(OfOneProcess):
     def report_to(self, report: Callable[[SourceChange], object]) -> Callable[[], None]:
         """Call this with every change, and now with the sources known, before any listener hears, and under a lock.
 
-        For what must know no later than a listener, as a client must from which one reads: it never waits.
-
-        Returns:
-            What ends it.
+        For what must know no later than a listener, as a client must from which one reads: it never waits. What is
+        returned ends it.
         """
         refuse_forked(self._pid, "SourceWatcher")
 

@@ -48,9 +48,8 @@ def test_what_comes_of_a_stream_together_with_its_headers_is_there_without_more(
                     assert connection.ask("watch", {}, NO_TOKEN, until=until, streams=True) == {}
                     found: list[object] = []
                     while len(found) < MESSAGES:
-                        assert connection.is_readable(until)
-                        found += connection.read()
-                    assert not connection.is_readable(time.monotonic())
+                        found += connection.read(until)
+                    assert connection.read(time.monotonic()) == []
             finally:
                 go_on.set()
                 thread.join(30.0)
