@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ucxx_transport.config import ClientConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.schema.episode_record import several
+from ucxx_transport.schema.wire_form import refuse
 from ucxx_transport.settings import check_names, made_of
 from ucxx_transport.trainer.episode_stream import EpisodeStream, StreamedEpisode, StreamSettings, check_settings
 from ucxx_transport.trainer.unpacking import map_leaves
@@ -66,9 +67,9 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         self._references = several(references, "references")
         self._config = made_of(ClientConfig, config, "config")
         if not callable(item_of):
-            raise ConfigError(f"item_of must be a function of an episode, not {item_of!r}", field="item_of")
+            refuse("item_of", item_of, "a function of an episode")
         if not isinstance(shared, bool):
-            raise ConfigError(f"shared must be True or False, not {shared!r}", field="shared")
+            refuse("shared", shared, "True or False")
         self._item_of = item_of
         self._shared = shared
         self._settings: StreamSettings = {"device": "cpu", **settings}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from ucxx_transport.logs import get_logger
 from ucxx_transport.trainer.batch import Alone, Batch, BatchFetch
@@ -70,17 +70,12 @@ class Accounts:
         self._clock = clock
         self._lock = threading.RLock()  # of what follows, and of `sources`
         self._lasting: dict[LossReason, _Lasting] = {}
-        self._counts: defaultdict[str | LossReason, Any] = defaultdict(int)  # of `PrefetchStatistics`, and losses
+        self._now = PrefetchStatistics()
         self._lost: dict[Hashable, tuple[LossReason, object]] = {}
 
     def statistics(self, unlocked_rings: int) -> PrefetchStatistics:
         """Counts since this was made."""
-        with self._lock:
-            counts = dict(self._counts)
-        lost = {reason: counts.pop(reason) for reason in LossReason if reason in counts}
-        losses = {reason.value: count for reason, count in lost.items() if count}
-        found: Any = counts
-        return PrefetchStatistics(**found, losses=losses, unlocked_rings=unlocked_rings)
+        return replace(self._now, unlocked_rings=unlocked_rings)
 
     def count(self, fetch: BatchFetch, batch: Batch, failure: Exception | None = None) -> None:
         """Count a batch, once, and log its losses.
@@ -92,40 +87,44 @@ class Accounts:
         with self._lock:
             if fetch.is_counted:
                 return
-            counts = self._counts.copy()
-            counts["batches" if batch.in_time else "given_up"] += 1
-            counts["episodes"] += len(batch.payloads)
-            counts["nbytes"] += batch.nbytes
-            counts["fetch_s"] += batch.took_s
-            counts["retried"] += batch.retried
             sources = copy(self._sources)
             if batch.in_time:
                 problem = sources.problem_in(fetch.records, batch.payloads, losses, host_id, alone=bool(alone))
             lost_by, _ = (None, None) if alone is None else self._lost.get(alone.key, (None, None))
+            before, lost = self._now, Counter(self._now.losses)
             if lost_by is not None:
                 losses = ()
-                counts[lost_by] -= len(batch.payloads)
-            for loss in losses:
-                counts[loss.reason] += 1
+                lost[lost_by.value] -= len(batch.payloads)
+            lost.update(loss.reason.value for loss in losses)
+            now = replace(
+                before,
+                batches=before.batches + batch.in_time,
+                given_up=before.given_up + (not batch.in_time),
+                episodes=before.episodes + len(batch.payloads),
+                nbytes=before.nbytes + batch.nbytes,
+                fetch_s=before.fetch_s + batch.took_s,
+                retried=before.retried + batch.retried,
+                losses=+lost,  # without what is 0
+            )
             due = self._due(losses)
             # all of it or nothing, wherever an interrupt comes
             fetch.unreported, fetch.problem, fetch.batch = iter(losses), problem, batch
-            self._counts, self._sources, fetch.is_counted = counts, sources, True
+            self._now, self._sources, fetch.is_counted = now, sources, True
             if alone is not None:
                 self._lost.pop(alone.key, None)
                 for loss in batch.losses:
                     self.remember(alone, lost_by or loss.reason)
-        for lost, since in due:
-            first = lost[0]
-            sequences = [loss.sequence for loss in lost if loss.worker == first.worker]
+        for alike, since in due:
+            first = alike[0]
+            sequences = [loss.sequence for loss in alike if loss.worker == first.worker]
             _log.warning(
                 "episodes_lost",
-                lost=len(lost),
+                lost=len(alike),
                 of=len(fetch.records),
                 reason=first.reason.value,
                 worker=first.worker,
                 sequences=tuple(sequences[:MOST_SEQUENCES]),
-                workers=len({loss.worker for loss in lost}),
+                workers=len({loss.worker for loss in alike}),
                 host=first.host,
                 error=None if first.error is None else str(first.error),
                 hint=hint_for(first, host_id),
@@ -158,9 +157,8 @@ class Accounts:
     def count_closed(self, episodes: int, losses: Sequence[Loss] = ()) -> None:
         """Count what was asked for and is not taken."""
         with self._lock:
-            self._counts[LossReason.CLOSED] += episodes
-            for loss in losses:
-                self._counts[loss.reason] += 1
+            lost = Counter(self._now.losses) + Counter(loss.reason.value for loss in losses)
+            self._now = replace(self._now, losses=lost + Counter({LossReason.CLOSED.value: episodes}))
 
     def report(self, fetch: BatchFetch) -> None:
         """Call the hook with each loss, whatever it raises; then raise the problem, or what it raised first.

@@ -23,6 +23,7 @@ from ucxx_transport.config import checked_count, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import as_policy_version, several
+from ucxx_transport.schema.wire_form import refuse
 from ucxx_transport.settings import known_options
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, loss_of, sort_out
 
@@ -52,7 +53,6 @@ class Batch:
         payloads: by the episode's place in what was asked for, in that order.
         losses: the others, in that order, each with its reason.
         nbytes: of the payloads.
-        rounds: how many it took.
         retried: episodes asked for again, once for each round after the first.
         took_s: seconds.
         in_time: False: it was given up, or its fetch failed, and every episode is lost.
@@ -61,7 +61,6 @@ class Batch:
     payloads: dict[int, Payload]
     losses: tuple[Loss, ...]
     nbytes: int
-    rounds: int
     retried: int
     took_s: float
     in_time: bool = True
@@ -87,8 +86,7 @@ class FetchLimits:
     ) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
         if self.deadline_s == 0:
-            message = f"deadline_s must be more than 0, not {deadline_s!r}"
-            raise ConfigError(message, field="deadline_s", value=deadline_s)
+            refuse("deadline_s", deadline_s, "more than 0")
         self.max_fetch_rounds = checked_count(max_fetch_rounds, "max_fetch_rounds", at_least=1)
         self.max_staleness = max_staleness
         if max_staleness is not None:
@@ -99,11 +97,9 @@ class FetchLimits:
                 unreachable_batches, "unreachable_batches", at_least=1, unset="never"
             )
         if on_loss is not None and not callable(on_loss):
-            message = f"on_loss must be a function of a Loss, or None, not {on_loss!r}"
-            raise ConfigError(message, field="on_loss", value=on_loss)
+            refuse("on_loss", on_loss, "a function of a Loss, or None")
         if not isinstance(discard_lost, bool):
-            message = f"discard_lost must be True or False, not {discard_lost!r}"
-            raise ConfigError(message, field="discard_lost", value=discard_lost)
+            refuse("discard_lost", discard_lost, "True or False")
         self.discard_lost = discard_lost
 
     def sorter(self, policy_version: int | None) -> Callable[[Mapping[int, AskedFor]], SortedOut]:
@@ -132,15 +128,14 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
     until_s = began_s + limits.deadline_s
     wanted, losses = sorted_out()
     payloads: dict[int, Payload] = {}
-    rounds = retried = 0
+    rounds_left, retried = limits.max_fetch_rounds, 0
     try:
         while wanted:
-            rounds_left = limits.max_fetch_rounds - rounds
-            rounds += 1
             limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
             outcomes = yield [entry.ref for entry in wanted], limit_s
             assert outcomes is not None
-            may_follow = rounds_left > 1 and until_s - clock() > ROUND_PAUSE_S
+            rounds_left -= 1
+            may_follow = rounds_left > 0 and until_s - clock() > ROUND_PAUSE_S
             again: list[Wanted] = []
             for entry, outcome in zip(wanted, outcomes, strict=True):
                 if not isinstance(outcome, Exception):
@@ -161,7 +156,6 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
         payloads=dict(sorted(payloads.items())),
         losses=tuple(sorted(losses, key=attrgetter("index"))),
         nbytes=sum(payload.nbytes for payload in payloads.values()),
-        rounds=rounds,
         retried=retried,
         took_s=clock() - began_s,
     )
@@ -181,7 +175,7 @@ def given_up(sorted_out: SortedOut, failure: Exception | None) -> Batch:
         error.__cause__ = failure
     losses += [Loss(index=each.index, record=each.record, reason=reason, error=error) for each in wanted]
     lost = tuple(sorted(losses, key=attrgetter("index")))
-    return Batch(payloads={}, losses=lost, nbytes=0, rounds=0, retried=0, took_s=0.0, in_time=False)
+    return Batch(payloads={}, losses=lost, nbytes=0, retried=0, took_s=0.0, in_time=False)
 
 
 @known_options

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, Unpack
 
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.schema.episode_record import several
-from ucxx_transport.schema.wire_form import describe
+from ucxx_transport.schema.wire_form import describe, refuse
 from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.batch import Alone, FetchSettings
@@ -146,10 +146,9 @@ class RolloutFeed(Prefetcher):
         **settings: Unpack[FetchSettings],
     ) -> None:
         if on_missing not in ("shrink", "refill") and not callable(on_missing):
-            message = f"on_missing must be 'shrink', 'refill' or a function, not {on_missing!r}"
-            raise ConfigError(message, field="on_missing")
+            refuse("on_missing", on_missing, "'shrink', 'refill' or a function")
         if not callable(output_of):
-            raise ConfigError(f"output_of must be a function of a rollout, not {output_of!r}", field="output_of")
+            refuse("output_of", output_of, "a function of a rollout")
         self.output_of = output_of
         self._on_missing = on_missing
         self._state = threading.RLock()

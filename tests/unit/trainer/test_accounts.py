@@ -211,7 +211,7 @@ class Log:
         records = [loss.record or ProtocolError("malformed") for loss in losses]
         records += [episode("w")] * (of - len(losses))
         asked = dict(enumerate(records))
-        batch = Batch(payloads={}, losses=losses, nbytes=0, rounds=1, retried=0, took_s=0.0)
+        batch = Batch(payloads={}, losses=losses, nbytes=0, retried=0, took_s=0.0)
         self.accounts.count(fetch_of(asked), batch)
         return self.events
 
@@ -220,7 +220,7 @@ def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is
     for at in itertools.count():
         accounts = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float)
         losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
-        batch = Batch(payloads={}, losses=tuple(losses), nbytes=0, rounds=1, retried=0, took_s=0.0)
+        batch = Batch(payloads={}, losses=tuple(losses), nbytes=0, retried=0, took_s=0.0)
         first, second = (fetch_of({0: episode("a"), 1: episode("b")}) for _ in range(2))
         interrupter = Interrupter(at, ("ucxx_transport/trainer/",))
         with suppress(KeyboardInterrupt), interrupter:

@@ -86,7 +86,7 @@ def test_every_episode_is_fetched_and_keeps_its_place() -> None:
     records = [episode(number) for number in (3, 1, 2)]
     batch = fetched(core, records)
     assert [payload.ref for payload in batch.payloads.values()] == [record.ref for record in records]
-    assert (list(batch.payloads), batch.losses, batch.rounds) == ([0, 1, 2], (), 1)
+    assert (list(batch.payloads), batch.losses, batch.retried) == ([0, 1, 2], (), 0)
     batch.release()
     assert all(payload.released for payload in batch.payloads.values())
 
@@ -94,7 +94,7 @@ def test_every_episode_is_fetched_and_keeps_its_place() -> None:
 def test_an_empty_batch_asks_nobody() -> None:
     core = FakeCore()
     batch = fetched(core, [])
-    assert (batch.payloads, batch.losses, batch.rounds, batch.retried, core.asked) == ({}, (), 0, 0, [])
+    assert (batch.payloads, batch.losses, batch.retried, core.asked) == ({}, (), 0, [])
 
 
 def test_only_what_failed_retryably_is_asked_for_again() -> None:
@@ -102,7 +102,7 @@ def test_only_what_failed_retryably_is_asked_for_again() -> None:
     batch = fetched(core, [episode(number) for number in range(4)])
     assert core.asked == [[0, 1, 2, 3], [0, 2], [2]]
     assert list(batch.payloads) == [0, 2, 3]
-    assert (reasons(batch), batch.rounds, batch.retried) == ({1: LossReason.STALE}, 3, 3)
+    assert (reasons(batch), len(core.asked), batch.retried) == ({1: LossReason.STALE}, 3, 3)
     assert batch.took_s == pytest.approx(2 * ROUND_PAUSE_S, abs=1e-3)
 
 
@@ -120,7 +120,7 @@ def test_what_fails_in_every_round_is_lost_with_its_last_error() -> None:
 def test_rounds_are_counted(rounds: int) -> None:
     core = FakeCore({0: [LOST] * 9})
     batch = fetched(core, [episode(0)], deadline_s=10, max_fetch_rounds=rounds)
-    assert (len(core.asked), batch.rounds) == (rounds, rounds)
+    assert (len(core.asked), batch.retried) == (rounds, rounds - 1)
 
 
 def test_a_round_takes_half_of_what_is_left_and_the_last_one_all_of_it() -> None:
@@ -191,7 +191,7 @@ def test_rounds_of_several_batches_go_on_side_by_side() -> None:
     core.run(1.5)
     assert [len(outcome) for outcome in outcomes] == [0, 1]
     core.run()
-    assert [batch.rounds for (batch,) in outcomes if isinstance(batch, Batch)] == [2, 1]
+    assert [batch.retried for (batch,) in outcomes if isinstance(batch, Batch)] == [1, 0]
     assert core.began_s == pytest.approx([1000, 1000, 1001 + ROUND_PAUSE_S])
 
 
@@ -266,7 +266,7 @@ def test_what_was_delivered_before_is_a_duplicate_and_what_was_overtaken_is_stal
     }
     batch = fetched(FakeCore(errors), [episode(0), episode(1)])
     assert reasons(batch) == {0: LossReason.DUPLICATE, 1: LossReason.STALE}
-    assert batch.rounds == 1
+    assert batch.retried == 0
 
 
 def test_what_may_still_lie_in_its_slot_is_unwanted() -> None:
