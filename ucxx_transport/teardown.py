@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Final, Literal, NamedTuple, NoReturn
+from typing import Final, Literal, NamedTuple, NoReturn, Self
 
 from ucxx_transport.errors import ConfigError, TransportError, article
 from ucxx_transport.logs import get_logger
@@ -58,6 +58,39 @@ class OfOneProcess:
             f"{article(type(self).__name__)} cannot be pickled or copied: send records, or a ring's name, and make one "
             "in each process"
         )
+
+
+class Closing(OfOneProcess):
+    """What `with` closes."""
+
+    def close(self) -> object:
+        """End it. Idempotent."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Running(OfOneProcess):
+    """What `with` starts, and stops."""
+
+    def start(self) -> None:
+        """Begin."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End it. Idempotent."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
 
 def may_end(pid: int) -> bool:

@@ -20,7 +20,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
@@ -30,7 +30,7 @@ from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import slot_ref_of
-from ucxx_transport.teardown import OfOneProcess, refuse_forked
+from ucxx_transport.teardown import Closing, refuse_forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +56,7 @@ OVERDUE_S: Final = 5.0
 _CallT = TypeVar("_CallT", Job, "Discard")
 
 
-class SyncUCXXClient(OfOneProcess):
+class SyncUCXXClient(Closing):
     """Reads payloads from code without an event loop. Thread-safe; close it with `close()` or `with`.
 
     One client is one reader: of a payload meant for several readers (`RingConfig(readers=N)`) it gets one share, and a
@@ -237,12 +237,6 @@ class SyncUCXXClient(OfOneProcess):
         if call.elsewhere or call.here:
             self._lead.perform(call, Reads.go_on)
         return call
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class _Lead:

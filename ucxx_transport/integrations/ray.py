@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
@@ -18,6 +18,7 @@ from ucxx_transport.ring.owner import host_id
 from ucxx_transport.ring.segment import remove_orphan, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.settings import known_options
+from ucxx_transport.teardown import Closing
 from ucxx_transport.trainer.loss_policy import is_ours, record_of
 
 _log = get_logger(__name__)
@@ -45,7 +46,7 @@ class RolloutCounts:
     lost_actors: int
 
 
-class ActorRollouts(Iterator[Any]):
+class ActorRollouts(Closing, Iterator[Any]):
     """What rollout actors answer, as it comes: each is asked again as soon as it has answered.
 
     ```python
@@ -188,12 +189,6 @@ class ActorRollouts(Iterator[Any]):
                 _log.warning("actor_not_cleaned", reason=str(error).partition("\n")[0] or type(error).__name__)
         self._sweep(self._dying_until_s)
         return unread
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def statistics(self) -> RolloutCounts:
         """Counts since this was made."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
@@ -30,7 +30,7 @@ from ucxx_transport.membership.sources import SourceRecord, SourceStatus
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.settings import check_can, made_of
-from ucxx_transport.teardown import OfOneProcess, may_end, refuse_forked
+from ucxx_transport.teardown import Running, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ _HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, er
 _PUBLIC: Final = {PublisherState.LIVE, PublisherState.UNWELL}
 
 
-class HeartbeatPublisher(OfOneProcess):
+class HeartbeatPublisher(Running):
     """Publishes a worker under a lease and keeps it there. Start it, stop it; or use `with`.
 
     A read that comes before the worker has its epoch is answered NOT_READY. When the lease is lost, since the worker
@@ -188,13 +188,6 @@ class HeartbeatPublisher(OfOneProcess):
         """Counts since it was made."""
         refuse_forked(self._pid, "HeartbeatPublisher")
         return replace(self._now, keeper_restarts=self._keeper.restarts, keeper_keeps=self._keeper.keeps)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     def _change(
         self, state: PublisherState | None = None, error: errors.TransportError | None = None, **values: Any

@@ -40,7 +40,7 @@ from ucxx_transport.membership.sources import SourceChange, SourceRecord, Source
 from ucxx_transport.membership.store import Store, Watch
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.settings import check_can
-from ucxx_transport.teardown import OfOneProcess, may_end, refuse_forked
+from ucxx_transport.teardown import Running, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -83,7 +83,7 @@ class WatcherStatistics:
     synced: bool = False
 
 
-class SourceWatcher(OfOneProcess):
+class SourceWatcher(Running):
     """Follows the sources of a store. Thread-safe; `start` it and `stop` it, or use `with` or `async with`.
 
     ```python
@@ -246,13 +246,6 @@ class SourceWatcher(OfOneProcess):
             known, malformed = len(self._view.sources), self._view.malformed
             synced = self.error is None and self._counts["resyncs"] > 0
             return WatcherStatistics(sources=known, malformed=malformed, synced=synced, **self._counts)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     async def __aenter__(self) -> Self:
         return self.__enter__()

@@ -29,7 +29,7 @@ from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
 from ucxx_transport.schema.slot_ref import Common, SlotRef, common_of
 from ucxx_transport.settings import made_of
-from ucxx_transport.teardown import OfOneProcess
+from ucxx_transport.teardown import Closing
 from ucxx_transport.units import MAX_PORTS
 
 MAX_HOST_BYTES: Final = 255
@@ -60,7 +60,7 @@ class Holder(NamedTuple):
     held_s: float
 
 
-class RingHandle(OfOneProcess):
+class RingHandle(Closing):
     """The part of `SharedRingBuffer` that moves no payload.
 
     `owner` takes its holds, None for this process; `alive` says whether a process (pid, start time) lives.
@@ -221,12 +221,6 @@ class RingHandle(OfOneProcess):
         """End the use of this handle; the one that made the ring removes it. Leases stay valid. Idempotent."""
         self.closed = True
         self._creation()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         """Name, sizes and role."""

@@ -22,7 +22,7 @@ from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, Se
 from ucxx_transport.server.port import PortThread
 from ucxx_transport.settings import check_can, made_of
 from ucxx_transport.sidecar.launch import Sidecar
-from ucxx_transport.teardown import OfOneProcess, Teardown, may_end, refuse_forked
+from ucxx_transport.teardown import OfOneProcess, Running, Teardown, may_end, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -87,7 +87,7 @@ class RingSource(OfOneProcess):
         return not self._ring.closed
 
 
-class UCXXServer(RingSource):
+class UCXXServer(RingSource, Running):
     """Serves a ring to trainers on other hosts (or to those that will not read in place).
 
     Its address and ports are written into the segment once it listens; a `SlotRef` made after that carries them.
@@ -185,13 +185,6 @@ class UCXXServer(RingSource):
         oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
         serves = bool(self.ports) and not self._ring.closed
         return serves and all(one.words[PORT] and one.words[BEAT] >= oldest_ns for one in self._counters)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     async def __aenter__(self) -> Self:
         """Start, without blocking the event loop; what came up under a cancellation does not stay."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Final, TypeVar, Unpack
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.config import ClientConfig, checked_seconds
@@ -29,7 +29,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_names, known_options
-from ucxx_transport.teardown import OfOneProcess, refuse_forked
+from ucxx_transport.teardown import Closing, refuse_forked
 from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
 from ucxx_transport.trainer.batch import Alone, Batch, BatchFetch, FetchLimits, FetchSettings, LimitSettings, given_up
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, discardable_of
@@ -186,7 +186,7 @@ class PendingBatch(BatchFetch):
         return self._outcome is not None or self._is_late or self not in self._prefetcher.untaken
 
 
-class Prefetcher(OfOneProcess):
+class Prefetcher(Closing):
     """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
 
     ```python
@@ -314,12 +314,6 @@ class Prefetcher(OfOneProcess):
         finally:
             self.core.reactor.submit(self._stopping.set)
             self._thread.join(_JOIN_TIMEOUT_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     # for its batches, and what is built on one
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Never, Self, Unpack
+from typing import Any, Literal, Never, Unpack
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
@@ -28,7 +28,7 @@ from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import checked_meta, finite_meta, refuse
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_names, gather, known_options, made_of
-from ucxx_transport.teardown import OfOneProcess, may_end, refuse_forked
+from ucxx_transport.teardown import Closing, may_end, refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
 _log = get_logger(__name__)
@@ -49,7 +49,7 @@ class RolloutStatistics:
     dropped: Mapping[str, int]
 
 
-class TrajectoryWriter(OfOneProcess):
+class TrajectoryWriter(Closing):
     """A rollout worker's end of the transport. Thread-safe; close it with `close()` or `with`.
 
     It loses no episode by itself: with no free slot `write` waits, up to `ring.block_timeout_s` (30), and is then a
@@ -253,12 +253,6 @@ class TrajectoryWriter(OfOneProcess):
             with self._lock:
                 self._open.close()
         return unread
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _ready_for(self, trajectory: Mapping[str, object]) -> TrajectoryPacker:
         if os.getpid() != self._pid:
