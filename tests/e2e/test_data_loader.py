@@ -41,7 +41,7 @@ def test_persistent_workers_read_each_episode_once_an_epoch_whatever_starts_them
 def test_a_small_shared_memory_is_an_error_with_its_cause_in_the_trainer_and_nothing_waits_for_ever() -> None:
     prefix = small_shared_memory("32m")
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    too_large = ("ConfigError", r"a ring of \d+ bytes .* does not fit /dev/shm, .* free: lower ring.slots")
+    too_large = ("ConfigError", r"a ring of \d.* does not fit /dev/shm, which has \d.* free: lower ring.slots")
     no_room = ("ConfigError", r"an item of 2097152 bytes over in /dev/shm, which has \d+ bytes free: enlarge it")
     # what is not looked into is torch's to drop: then the loader's `timeout` ends the wait, as the documents say
     dropped = ("RuntimeError", "DataLoader timed out after 10 seconds")
