@@ -39,7 +39,8 @@ class TransportError(Exception):
 
     retryable: bool = False
 
-    def __init_subclass__(cls, *, retryable: bool | None = None) -> None:
+    def __init_subclass__(cls, *, retryable: bool | None = None, **others: object) -> None:
+        super().__init_subclass__(**others)
         if retryable is not None:
             cls.retryable = retryable
 

@@ -239,12 +239,12 @@ def known_options(call: Callable[P, T]) -> Callable[P, T]:
 
 
 def _toml_document() -> Mapping[str, object]:
+    if not os.path.exists(TOML_NAME):  # nor in a folder that may not be entered, as after a change of user
+        return {}
+    import tomllib
+
     try:
         with open(TOML_NAME, "rb") as file:
-            import tomllib
-
             return tomllib.load(file)
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError) as error:  # it is no TOML, or no UTF-8
         raise ConfigError(f"{os.path.abspath(TOML_NAME)} is no TOML that can be read: {error}") from error

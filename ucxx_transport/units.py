@@ -178,11 +178,9 @@ def _boolean(value: object) -> bool:
 
 
 def parse_token(value: object) -> Secret:
-    """`OptionalToken` at run time; as a message to a sidecar has one, too."""
+    """`OptionalToken` at run time."""
     if isinstance(value, Secret):
         return value
-    if isinstance(value, dict) and isinstance(value.get("hex"), str):
-        value = bytes.fromhex(value["hex"])
     if not isinstance(value, str | bytes):
         raise ValueError("expected bytes or text")
     if not value:
@@ -211,10 +209,13 @@ def _ports(value: object) -> int | tuple[int, ...]:
         if any(port and ports.count(port) > 1 for port in ports):
             raise ValueError("expected each port number once")
         return ports
-    with suppress(ValueError):
-        if 1 <= (count := _count(value)) <= MAX_PORTS:
-            return count
-    raise ValueError(f"expected 1 to {MAX_PORTS} ports, or a list of port numbers: [5001]")
+    try:
+        count = _count(value)
+    except ValueError:
+        raise ValueError("expected a number of ports, or a list of port numbers") from None
+    if not 1 <= count <= MAX_PORTS:
+        raise ValueError(f"expected 1 to {MAX_PORTS} ports; a port number goes in a list: [{count}]")
+    return count
 
 
 def _port_range(value: object) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,15 @@ from tests.support.programs import Program, program
 from tests.support.rows import row
 from tests.support.served_ring import client_of
 from tests.support.waiting import wait_until
-from ucxx_transport import ConfigError, PeerLostError, SlotRef, StaleSlotError, SyncUCXXClient, UCXXRolloutMixin
+from ucxx_transport import (
+    ConfigError,
+    PeerLostError,
+    SlotRef,
+    StaleSlotError,
+    SyncUCXXClient,
+    TrajectoryWriter,
+    UCXXRolloutMixin,
+)
 from ucxx_transport.ring.owner import segment_folder
 from ucxx_transport.ring.segment import NAME_PREFIX, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
@@ -110,3 +120,17 @@ def test_what_ucx_alone_can_judge_is_refused_where_the_worker_is_set_up(monkeypa
             assert not [*segment_folder().glob(f"{NAME_PREFIX}*")]
             worker.setup_ucxx("w", varlen=9, serve=False)
             worker.cleanup_ucxx()
+
+
+def test_ports_that_are_threads_need_no_interpreter_to_start_processes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an application that embeds Python; whatever is set of UCX."""
+    monkeypatch.setenv("UCX_LOG_LEVEL", "fatal")
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", None)
+    monkeypatch.setattr(sys, "executable", "")
+    server = {"host": "127.0.0.1", "ports": 1}
+    with pytest.raises(ConfigError, match="no Python interpreter"):
+        TrajectoryWriter("w", server=server)
+    with TrajectoryWriter("w", server={**server, "mode": "thread"}) as writer:
+        assert writer.write({"obs": [1.0]}).ref is not None
+        assert writer.server is not None
+        assert len(writer.server.ports) == 1

@@ -117,6 +117,12 @@ def test_a_token_is_never_shown() -> None:
     assert "horse" not in str(refusal(ClientConfig, token=["correct horse"]))
 
 
+def test_a_token_is_bytes_or_text() -> None:
+    for token in (5, ["a"], {"hex": "00"}, {"secret, as hex": "00"}):
+        with row(token=token):
+            assert "expected bytes or text" in str(refusal(ServerConfig, token=token))
+
+
 @pytest.mark.parametrize("token", ["", b""])
 def test_an_empty_token_is_refused_since_it_protects_nothing(token: str | bytes) -> None:
     assert "empty token" in str(refusal(ServerConfig, token=token))
@@ -196,7 +202,7 @@ class TestServer:
                 assert refusal(ServerConfig, ports=ports).facts["field"] == "ports"
 
     def test_a_port_number_in_place_of_a_count_is_explained(self) -> None:
-        assert "[5001]" in str(refusal(ServerConfig, ports=5001))
+        assert "[7001]" in str(refusal(ServerConfig, ports=7001))
 
     def test_a_base_port_leaves_room_for_all_ports(self) -> None:
         assert ServerConfig(base_port=65532, ports=4).base_port == 65532

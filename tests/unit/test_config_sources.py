@@ -129,6 +129,21 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pyt
         ServerConfig()
 
 
+def test_a_folder_that_may_not_be_entered_has_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a job's user is another than the one whose folder it was started in."""
+    (folder := tmp_path / "of another").mkdir()
+    monkeypatch.chdir(folder)
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        assert ServerConfig().ports == 2
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
 def test_a_changed_file_is_read_again(toml: Toml) -> None:
     path = toml("[server]\nports = 6\n")
     assert ServerConfig().ports == 6

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.support.rows import row
 from ucxx_transport import errors
 
 
 def test_an_error_survives_a_trip_through_a_process_pool() -> None:
-    kinds: list[Any] = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    named: list[Any] = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = [kind for kind in named if issubclass(kind, errors.TransportError)]
     for kind in kinds:
         for facts in ({}, {"slot": 3, "host": "10.0.0.1"}):
             with row(kind=kind, facts=facts):
@@ -18,3 +19,20 @@ def test_an_error_survives_a_trip_through_a_process_pool() -> None:
                 found = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
                 assert (type(found), str(found), found.message, found.facts) == (kind, str(error), "the message", facts)
     assert len(kinds) > 15
+
+
+def test_a_subclass_of_an_application_s_own_may_have_another_base_that_looks_at_subclasses() -> None:
+    class Noting:
+        noted: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, *, code: str, **others: Any) -> None:
+            super().__init_subclass__(**others)
+            cls.noted.append(code)
+
+    class Lost(errors.PeerLostError, Noting, code="lost"):
+        pass
+
+    class Final(errors.PeerLostError, Noting, code="final", retryable=False):
+        pass
+
+    assert (Lost.retryable, Final.retryable, Noting.noted) == (True, False, ["lost", "final"])

@@ -227,6 +227,15 @@ class PortThread:
         self._thread.join(max(0.0, until_s + 2 * MARGIN_S - time.monotonic()))
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
+            if self.up.done():
+                _log.exception("port_died", thread=self._name)
+            else:
+                self.up.set_exception(error)
+
+    def _serve(self) -> None:
         port, reactor = self._port, self._reactor
         try:
             self.up.set_result(port.start(self._candidates))
@@ -241,11 +250,6 @@ class PortThread:
             port.stop()
             while not port.stopped and time.monotonic() < self._stop_by_s:
                 reactor.run_once(self._stop_by_s)
-        except BaseException as error:  # noqa: BLE001 - the edge of a thread: its starter must get to know of it
-            if self.up.done():
-                _log.exception("port_died", thread=self._name)
-            else:
-                self.up.set_exception(error)
         finally:
             reactor.close()
             port.retire()

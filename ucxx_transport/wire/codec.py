@@ -245,9 +245,20 @@ def refusal_in(ref: SlotRef, message: Message) -> errors.TransportError | None:
     if header.status is not _OK:
         return error_of(header, message)
     check_trailer(message, header)
-    asked, got = ([one.slot, one.generation, one.nbytes, one.fingerprint] for one in (ref, header))
-    if asked != got or header.ring_id != ref.ring_id:
-        raise ProtocolError("the server sent another payload than was asked for", asked=asked, got=got)
+    if (header.ring_id, header.slot, header.generation) != (ref.ring_id, ref.slot, ref.generation):
+        raise ProtocolError(
+            "the server sent another payload than was asked for",
+            asked=f"{ref.slot}/{ref.generation}",
+            got=f"{header.slot}/{header.generation}",
+        )
+    if (header.nbytes, header.fingerprint) != (ref.nbytes, ref.fingerprint):
+        raise ProtocolError(
+            "the payload is not what its reference promised",
+            promised_bytes=ref.nbytes,
+            nbytes=header.nbytes,
+            promised_fingerprint=ref.fingerprint,
+            fingerprint=header.fingerprint,
+        )
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NoReturn
 
 import pytest
@@ -202,6 +202,23 @@ def test_a_port_that_dies_gives_back_what_it_was_sending(ring: SharedRingBuffer,
         assert server.statistics().total("connections") == 0
         assert server.statistics().total("released") == 1
     reactor.close()
+
+
+class UnclosableLink(MemoryLink):
+    """A link whose close fails."""
+
+    def close(self) -> None:
+        super().close()
+        raise RuntimeError("a fault of the link's close")
+
+
+def test_a_port_whose_link_cannot_be_closed_says_so_in_the_log(
+    ring: SharedRingBuffer, network: MemoryNetwork, log_events: list[MutableMapping[str, Any]]
+) -> None:
+    with server_of(ring, lambda reactor: UnclosableLink(network, reactor), ports=1):
+        pass
+    [died] = [event for event in log_events if event["event"] == "port_died"]
+    assert "a fault of the link's close" in died["exception"]
 
 
 @pytest.mark.anyio

@@ -54,18 +54,21 @@ def test_the_promised_payload_is_accepted_also_in_a_longer_buffer() -> None:
 
 def test_another_payload_than_the_one_asked_for_breaks_the_session() -> None:
     named = ref(2, generation=6, nbytes=128)
-    rows = [
-        payload(ref(3, generation=6, nbytes=128)),
-        payload(ref(2, generation=7, nbytes=128)),
-        payload(ref(2, generation=6, nbytes=128, ring_id=b"S" * 16)),
-        payload(ref(2, generation=6, nbytes=127)),
-        payload(ref(2, generation=6, nbytes=120)),
-        encode_reply(ReplyHeader(Status.OK, 128, RING_ID, 2, 6, None, FINGERPRINT + 1), bytes(128)),
+    other_schema = encode_reply(ReplyHeader(Status.OK, 128, RING_ID, 2, 6, None, FINGERPRINT + 1), bytes(128))
+    rows: list[tuple[bytes, str, dict[str, object]]] = [
+        (payload(ref(3, generation=6, nbytes=128)), "another payload", {"asked": "2/6", "got": "3/6"}),
+        (payload(ref(2, generation=7, nbytes=128)), "another payload", {"asked": "2/6", "got": "2/7"}),
+        (payload(ref(2, generation=6, nbytes=128, ring_id=b"S" * 16)), "another payload", {}),
+        (payload(ref(2, generation=6, nbytes=127)), "reference promised", {"promised_bytes": 128, "nbytes": 127}),
+        (payload(ref(2, generation=6, nbytes=120)), "reference promised", {"promised_bytes": 128, "nbytes": 120}),
+        (other_schema, "reference promised", {"promised_fingerprint": FINGERPRINT, "fingerprint": FINGERPRINT + 1}),
     ]
-    for message in rows:
+    for message, said, facts in rows:
         pair, [number] = in_flight(named)
-        with row(message=message[:64]), pytest.raises(ProtocolError):
-            pair.client.judge(number, message.ljust(receive_bytes(128), b"\0"))
+        with row(message=message[:64]):
+            with pytest.raises(ProtocolError, match=said) as caught:
+                pair.client.judge(number, message.ljust(receive_bytes(128), b"\0"))
+            assert facts.items() <= caught.value.facts.items()
         assert pair.client.broken
 
 
