@@ -52,11 +52,6 @@ _NUMBERS = (bool, int, float, complex)
 # DLDeviceType, <dlpack/dlpack.h>: kDLCUDA and kDLCUDAManaged. kDLCUDAHost is page-locked memory of the host.
 _DLPACK_GPUS = (2, 13)
 
-_DENSE = (
-    "give one dense tensor in host memory (of torch: to_dense(), dequantize(), to_padded_tensor(0), full_tensor(); a "
-    "meta or fake one: it has no values), or its parts as fields of their own, of a dtype that numpy knows"
-)
-
 
 class DeviceArrayError(ConfigError):
     """An array lies on a GPU where one in host memory is wanted."""
@@ -95,7 +90,7 @@ def as_array(value: object, field: str) -> Array:
     except FOREIGN_ERRORS as exc:
         raise misfit(
             field,
-            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); {_DENSE}",
+            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); {_remedy_for(value)}",
         ) from exc
 
 
@@ -133,9 +128,8 @@ def _of_list(value: list[Any] | tuple[Any, ...], field: str) -> Array:
     try:
         array = np.asarray(nested)
     except ValueError as exc:
-        text = f"its rows are of unequal lengths, or it is nested deeper than {MAX_DIMENSIONS}"
-        remedy = "pad them, or give one flat list and the lengths as a field of their own"
-        raise misfit(field, f"{text}; {remedy}") from exc
+        text = f"{_raggedness(value)}; pad them, or give one flat list and the lengths as a field of their own"
+        raise misfit(field, text) from exc
     if array.dtype.kind not in "biu" and len(leaves) == array.size:
         pairs = zip(leaves, array.ravel().tolist(), strict=True)
         if any(isinstance(leaf, (int, np.integer)) and leaf != number for leaf, number in pairs):
@@ -153,6 +147,35 @@ def _unwrapped(value: Any, field: str, leaves: list[object]) -> Any:
     leaf = value if isinstance(value, (*_NUMBERS, np.generic)) else as_array(value, field)[()]
     leaves.append(leaf)
     return leaf
+
+
+def _raggedness(value: object) -> str:
+    """What lengths the rows of nested lists have that are no array."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DIMENSIONS):
+        lengths = [len(item) if isinstance(item, (list, tuple)) else np.shape(item)[:1] for item in level]
+        if len({*map(str, lengths)}) > 1:
+            shown = ", ".join("a number" if length == () else str(length).strip("(,)") for length in lengths[:8])
+            return f"its rows are of unequal lengths ({shown}{', …' * (len(lengths) > 8)})"
+        level = [child for item in level for child in item]
+    return f"it is nested deeper than {MAX_DIMENSIONS}"
+
+
+def _remedy_for(value: Any) -> str:
+    """What makes an array in host memory of a tensor that is none."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return "pad it (to_padded_tensor), or give its values and lengths as two fields"
+        if value.layout != torch.strided:
+            return "give value.to_dense(), or its indices and values as two fields"
+        if value.is_quantized:
+            return "give value.dequantize(), or value.int_repr() and its scale"
+        if hasattr(value, "full_tensor"):
+            return "give value.full_tensor(), or value.to_local()"
+        if value.is_meta or hasattr(value, "fake_mode"):
+            return "it has no values: give the tensor that it stands for"
+    return "copy it to the host, or view it as a dtype that numpy knows"
 
 
 def _of_tensor(tensor: Any, torch: Any) -> Array:

@@ -141,8 +141,8 @@ def test_each_refusal_of_a_leaf_names_its_field_and_a_way_that_works() -> None:
     with_schema: list[tuple[object, str, str]] = [
         ({"ids": [1]}, "image", rf"missing: 'image': an episode without 'image' must give 0 rows, {zero_rows}"),
         ({"ids": [1], "image": None}, "image", rf"None is no array; an episode without .* {zero_rows}"),
-        ({"ids": [1], "image": [[1, 2, 3], [4]]}, "image", "unequal lengths, .*; pad them, or .* the lengths as"),
-        ({"ids": [1, [2]], "image": image}, "ids", "unequal lengths"),
+        ({"ids": [1], "image": [[1, 2, 3], [4]]}, "image", r"unequal lengths \(3, 1\); pad them, or .* the lengths as"),
+        ({"ids": [1, [2]], "image": image}, "ids", r"unequal lengths \(a number, 1\)"),
         ({"ids": [0.5], "image": image}, "ids", r"float64 would not keep .* int64; give the field float64: schema="),
         ({"ids": [1], "image": image, "more": image}, "more", "unknown: 'more': name in schema= every field"),
         ({"ids": ["a"], "image": image}, "ids", "encode the text"),
