@@ -223,8 +223,8 @@ class EtcdWatch(Watch):
                 stream = failing.enter_context(closing(self._connect(endpoint)))
                 stream.ask("watch", request, token, until=until, streams=True)
                 self._probe(endpoint)
+                self._stream = stream
                 failing.pop_all()
-            self._stream = stream
 
         self._client.as_user(begin, until)
 

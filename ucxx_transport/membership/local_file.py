@@ -24,7 +24,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Final, TypeVar
@@ -140,9 +141,12 @@ class StoreFile:
             try:
                 return self._transact(mode, body, pid)
             except (sqlite3.Error, OSError) as error:
+                if pid != os.getpid():
+                    text = "this process was forked in the middle of a call, which its parent makes: call again"
+                    raise StoreUnavailableError(text, path=str(self.path)) from error
                 code = _code_of(error, self.path)
                 wait_s = random_pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
-                if code not in _BUSY or pid != os.getpid() or time.monotonic() + wait_s > until:
+                if code not in _BUSY or time.monotonic() + wait_s > until:
                     raise _failed(code, self.path, error) from error
             finally:
                 _calls.end()
@@ -171,6 +175,7 @@ class StoreFile:
 
     def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], pid: int) -> ResultT:
         self.check_open()
+        _calls.check(self.path)
         db = self._connection
         if db is None or _identity(self.path) != self._file:  # it was deleted
             db = self._reconnect()
@@ -196,26 +201,41 @@ class StoreFile:
             if _identity(self.path) is None:
                 _make(self.path, self._tables)
             self.disconnect()  # not before: it writes the log into its file, which was emptied perhaps
-            self._file = _identity(self.path)
-            self._connection = _opened(self.path)
-            _calls.files.add(self)
+            found, self._file = _identity(self.path), None
+            _calls.files.add(self)  # before the first statement: it takes locks, and a fork has to close what has them
+            try:
+                db = self._connection = _opened(self.path)
+                _settle(db, self.path)
+            except BaseException:
+                self.disconnect()
+                raise
+            self._file = found
         finally:
             os.close(fd)
-        return self._connection
+        return db
 
 
 class _Calls:
-    """The calls of this process, one at a time, some 20 to 100 µs each; and its forks, which come in between."""
+    """The calls of this process, one at a time, some 20 to 100 µs each; and its forks, which come in between.
+
+    Attributes:
+        files: those that have a connection.
+        is_torn: this is a child with a connection that its parent had in use: it may use no store.
+    """
 
     def __init__(self) -> None:
-        self.files: weakref.WeakSet[StoreFile] = weakref.WeakSet()  # those that have a connection
+        self.files: weakref.WeakSet[StoreFile] = weakref.WeakSet()
+        self.is_torn = False
         self._lock = threading.Lock()
         self._caller: int | None = None
-        self._is_paused = False
-        os.register_at_fork(before=self._pause, after_in_parent=self._resume, after_in_child=self._resume)
+        self._is_paused = self._are_closed = False
+        os.register_at_fork(
+            before=self._pause, after_in_parent=self._resume, after_in_child=partial(self._resume, in_child=True)
+        )
 
     def begin(self, path: Path, until: float) -> None:
         """Wait for the end of the others' calls; then `end` ends this one."""
+        self.check(path)
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             raise StoreUnavailableError("other threads' calls took until the deadline", path=str(path))
         self._caller = threading.get_ident()
@@ -225,16 +245,26 @@ class _Calls:
         self._caller = None
         self._lock.release()
 
+    def check(self, path: Path) -> None:
+        """Raise a StoreUnavailableError if this process can use no store."""
+        if self.is_torn:
+            text = "this process was forked in the middle of another's call: start such a process afresh, not by a fork"
+            raise StoreUnavailableError(text, path=str(path))
+
     def _pause(self) -> None:
         in_a_call = self._caller == threading.get_ident()  # a signal handler forks: the parent makes it again
         self._is_paused = not in_a_call and self._lock.acquire(timeout=_FORK_WAIT_S)
-        if in_a_call or self._is_paused:  # else the child, in which that call never ends, gets no turn
+        # Not where another thread's call takes longer, or this one's just begins or ends: it has its connection in use.
+        self._are_closed = in_a_call or self._is_paused
+        if self._are_closed:
             for file in self.files:
                 file.disconnect()
 
-    def _resume(self) -> None:
+    def _resume(self, *, in_child: bool = False) -> None:
         if self._is_paused:
             self._lock.release()
+        if in_child and not self._are_closed:
+            self.is_torn = True
 
 
 _calls = _Calls()
@@ -265,18 +295,18 @@ def _make(path: Path, tables: str) -> None:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """A connection that makes no file and waits for no lock; a ConfigError: the file is no store of this version."""
+    """A connection that makes no file and waits for no lock; nothing is read yet."""
     url = f"file:{quote(str(path))}?mode=rw"
-    with ExitStack() as failing:
-        db = sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
-        failing.callback(db.close)
-        db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
-        db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
-        marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-        if marks != [APPLICATION_ID, FORMAT]:
-            raise _failed(sqlite3.SQLITE_NOTADB, path)
-        failing.pop_all()
-    return db
+    return sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+
+
+def _settle(db: sqlite3.Connection, path: Path) -> None:
+    """Prepare a file that was opened; a ConfigError: it is no store of this version."""
+    db.execute("PRAGMA synchronous = NORMAL")  # a power cut ends all leases anyway
+    db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+    marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    if marks != [APPLICATION_ID, FORMAT]:
+        raise _failed(sqlite3.SQLITE_NOTADB, path)
 
 
 def _remove(path: Path, *suffixes: str) -> None:

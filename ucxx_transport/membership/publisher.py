@@ -223,7 +223,10 @@ class HeartbeatPublisher(Running):
             while not self._stops_within(pause_s):
                 self._turn += 1
                 try:
-                    self._attend() if self.state in _PUBLIC else self._publish()
+                    if self.state in _PUBLIC:
+                        self._attend()
+                    else:
+                        self._publish()
                     pause_s, self._is_away = self._config.interval_s, False
                 except errors.TransportError as error:
                     pause_s = self._take_failure(error)

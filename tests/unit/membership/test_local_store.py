@@ -14,16 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from tests.support.clock import Clock
+from tests.support.exhaustive import exhaustive
+from tests.support.interrupts import Interrupter
 from tests.support.stopping import stop_process
 from tests.support.store_processes import elsewhere, processes
 from tests.support.waiting import wait_until
@@ -36,7 +39,7 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
     TransportError,
 )
-from ucxx_transport.membership import open_store
+from ucxx_transport.membership import local_file, open_store
 from ucxx_transport.membership.local_file import FORMAT
 from ucxx_transport.membership.local_store import KEPT_REVISIONS, LocalStore
 from ucxx_transport.ring.owner import segment_folder
@@ -415,6 +418,64 @@ def _fork_in_a_call(url: str, _settings: dict[str, Any], pipe: Connection) -> No
     pipe.send((os.read(near, 100).decode().split(), errors, [entry.key for entry in store.snapshot()]))
     for each in (store, forking):
         each.close()
+
+
+class Forker(Interrupter):
+    """Forks where an `Interrupter` interrupts."""
+
+    child = -1
+
+    def _on_opcode(self, frame: FrameType) -> None:
+        try:
+            super()._on_opcode(frame)
+        except KeyboardInterrupt:
+            self.child = os.fork()
+
+
+@pytest.mark.parametrize("step", [4, exhaustive(1)])
+def test_a_fork_at_any_point_of_a_call_damages_nothing_and_loses_no_write(path: Path, step: int) -> None:
+    with elsewhere(_fork_at_points, f"local://{path}", {"step": step}) as (_process, pipe):
+        points, refused, missing, damage = pipe.recv()
+    assert points > 50
+    assert refused < points / step / 2
+    assert (missing, damage) == (set(), "ok")
+
+
+def _fork_at_points(url: str, settings: dict[str, Any], pipe: Connection) -> None:
+    """Send how many points there are, how many children could not write, and what is lost or damaged."""
+    pytest.MonkeyPatch().setattr(local_file, "_FORK_WAIT_S", 0.05)
+    path = Path(url.removeprefix("local://"))
+    written, refused, at = {"first"}, 0, 0
+    with LocalStore(path) as first:
+        first.put("first", b"")
+        while True:
+            store, forker = LocalStore(path), Forker(at, ("membership/local_",))
+            try:
+                with forker:
+                    store.put(f"parent/{at}", b"")
+            except StoreUnavailableError:
+                if forker.child != 0:
+                    raise
+            if forker.child == 0:
+                try:
+                    store.put(f"child/{at}", b"")
+                    LocalStore(path).put(f"child/{at}", b"again")
+                except StoreUnavailableError:
+                    os._exit(7)
+                os._exit(0)
+            written.add(f"parent/{at}")
+            if forker.where is None:
+                break
+            code = os.waitstatus_to_exitcode(os.waitpid(forker.child, 0)[1])
+            assert code in {0, 7}
+            refused += code == 7
+            if code == 0:
+                written.add(f"child/{at}")
+            store.close()
+            at += settings["step"]
+        missing = written - {entry.key for entry in first.snapshot()}
+    with closing(sqlite3.connect(path)) as raw:
+        pipe.send((at, refused, missing, raw.execute("PRAGMA integrity_check").fetchone()[0]))
 
 
 def test_a_fork_waits_for_the_calls_of_other_threads(opened: Callable[..., LocalStore]) -> None:
