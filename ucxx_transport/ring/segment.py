@@ -174,8 +174,8 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     in_memory = file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
     if in_memory and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
         raise ConfigError(
-            f"a ring of {format_bytes(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
-            f"{format_bytes(limit.room_bytes)} left of {format_bytes(limit.limit_bytes)}. Lower ring.slots or the size "
+            f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
+            f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size "
             "of a slot, or raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; "
             "systemd: MemoryMax=)",
             field="slots",
@@ -186,7 +186,7 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     there = os.fstatvfs(fd)
     free = there.f_bavail * there.f_frsize
     too_large = ConfigError(
-        f"a ring of {format_bytes(nbytes)} does not fit {folder}, which has {format_bytes(free)} free: lower "
+        f"a ring of {_both(nbytes)} does not fit {folder}, which has {_both(free)} free: lower "
         "ring.slots or the size of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it "
         f"(docker: --shm-size; else: mount -o remount,size=… {folder})",
         field="slots",
@@ -202,6 +202,11 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
             if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
                 raise too_large from exc
             raise ConfigError(f"the memory of the ring cannot be allocated: {exc.strerror}", errno=exc.errno) from exc
+
+
+def _both(nbytes: int) -> str:
+    """Exactly, too: two sizes that differ by little are one in three figures."""
+    return f"{nbytes} bytes ({format_bytes(nbytes)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -245,9 +245,9 @@ def create_ring(config: RingConfig, library: Library | None = None) -> Transitio
     creation = Creation(segment_path(name, folder))
     try:
         mapping = creation.make(identity.total_bytes)
+        made = Transitions(creation, mapping, identity, schema, library)  # first: it removes the file at an exit
         if config.prefault:
             populate(mapping)
-        made = Transitions(creation, mapping, identity, schema, library)
         made.initialise()
         for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
             made.memory[first : first + len(content)] = content
