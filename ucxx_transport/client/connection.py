@@ -137,7 +137,7 @@ class Connection(Line):
         except TransportError as error:
             unsent = error
         read.connection = self
-        if engine.read_attempts > 1 or read.alternate is not None:
+        if read.call < engine.read_attempts or read.alternate is not None:
             due_s = (now + due_s) / 2  # as `Dispatch.asked`
         read.due_s = due_s
         if due_s < engine.look_s:

@@ -247,6 +247,8 @@ class ClientCore(ClientBase):
             reads.visit_again(discard)
         for job in unfinished:
             job.left = len(job.missing)
+            if isinstance(job, Errand):
+                job.engine = reads  # also of one that is only to be reported: what it owes is owed here
             if isinstance(job, Errand) and job.left and not job.counts:  # it has not been answered
                 reads.ask(job)
             else:

@@ -107,8 +107,8 @@ class Dispatch(ABC):
     def _enqueue(self, key: PortKey, reads: list[Read], now: float) -> None:
         """Let reads wait for their turn on a connection, which may have come."""
         connection = self.connections.to(key, now)
-        goes_first = reads[0].goes_first
-        if len(reads) == 1 and not goes_first and connection.ask_one(reads[0], now):
+        queue = connection.queue
+        if len(reads) == 1 and not reads[0].goes_first and connection.ask_one(reads[0], now):
             return
         soonest_s = math.inf
         for read in reads:
@@ -116,13 +116,13 @@ class Dispatch(ABC):
             read.due_s = read.limit_s if is_last else (now + read.limit_s) / 2
             read.connection = connection
             soonest_s = min(soonest_s, read.due_s)
-        if goes_first:
-            connection.queue.extendleft(reads)
-        else:
-            connection.queue.extend(reads)
+            if read.goes_first:  # also of a lost connection's reads, which come together: no payload is before it
+                queue.appendleft(read)
+            else:
+                queue.append(read)
         if connection.is_open:
             connection.pump()
-        if connection.queue:
+        if queue:
             self.look_at(soonest_s)
 
     def asked(self, connection: Carrier, reads: Iterable[Read]) -> None:
@@ -200,7 +200,9 @@ class Dispatch(ABC):
         attempt = 0 if waits else read.call
         if not hopeless and ports.retries_slot(error, attempt=attempt, read_attempts=attempts, remaining_s=remaining_s):
             self.counters.add("retries")
-            pause_s = ports.WAIT_PAUSE_S if waits and read.call >= attempts else ports.backoff_s(error, read.call)
+            pause_s = ports.backoff_s(error, read.call)
+            if waits and read.call >= attempts:
+                pause_s = min(ports.WAIT_PAUSE_S, remaining_s)
             read.call += 1
             read.limit_s = job.until_s
             if pause_s:

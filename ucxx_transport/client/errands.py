@@ -190,8 +190,8 @@ class RingDiscard(Errand):
     def finish(self) -> None:
         if not self.done:
             self.engine.connections.owe(self._left.values())
-            self.done = True
-            self._whole.part_over()
+            self._whole.part_over(self.source.ring_id)
+            self.done = True  # not before: an interrupt must not lose what follows from it
 
     def take_in(self, connection: Carrier, request: Request, number: int, answer: memoryview) -> None:
         """A server has heard of these; those that it could not look at come last."""
@@ -220,7 +220,7 @@ class Discard(Call):
     Attributes:
         refs: what it discards. found: how many were still there.
         elsewhere: those of other hosts, by ring. here: those in rings of this host whose locks are held.
-        left: rings that are not over, and one for those of this host.
+        left: rings that are not over; b"" stands for those of this host.
     """
 
     def __init__(self, refs: list[SlotRef], until_s: float) -> None:
@@ -229,10 +229,11 @@ class Discard(Call):
         self.found = 0
         self.elsewhere: dict[bytes, list[SlotRef]] = {}
         self.here: Sequence[Entry] = ()
-        self.left = 1
+        self.left = {b""}
 
-    def part_over(self) -> None:
-        self.left -= 1
+    def part_over(self, ring_id: bytes = b"") -> None:
+        """A ring of another host is over, or are those of this host. Idempotent."""
+        self.left.discard(ring_id)
         if not self.left:
             self.finish()
 

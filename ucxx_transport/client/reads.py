@@ -134,7 +134,7 @@ class Reads(Dispatch):
     def go_on(self, call: Job | Discard) -> None:
         """Do the rest of a call: what is asked of other hosts leaves before anything is copied here."""
         if isinstance(call, Discard):
-            call.left += len(call.elsewhere)
+            call.left.update(call.elsewhere)
             for refs in call.elsewhere.values():
                 self.ask(RingDiscard(call, refs))
         else:
@@ -184,6 +184,8 @@ class Reads(Dispatch):
             ref = refs[index]
             if ref.host is None or not ref.ports:
                 message = "this reference carries no address to read from; start the UCXXServer before writing"
+                if not ref.generation:  # it names no payload, but its source
+                    message = "this source has no address to ask; start its UCXXServer"
                 self._local.over(job, index, ConfigError(message, ring=ref.ring_name))
             elif ref.ring_id in gone:
                 self._local.over(job, index, removed(ref))

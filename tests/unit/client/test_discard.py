@@ -15,6 +15,7 @@ from tests.support.local_worker import LocalWorker
 from tests.support.rows import row
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
+from ucxx_transport.client.errands import RingDiscard
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
@@ -119,6 +120,60 @@ def test_a_discard_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_f
                 assert call.found == 2
                 break
     assert at > 20
+
+
+def test_what_a_discard_could_not_say_is_said_later_although_its_end_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        refs = [rig.write(EPISODE) for _ in range(2)]
+        rig.stop_port(1)
+        call = client.core.discard_call(refs[:1], 1.0)
+        client.core.reads.go_on(call)
+        with monkeypatch.context() as patch:
+            patch.setattr(RingDiscard, "finish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                rig.run_until(lambda: call.done)
+        client.core.damaged = True
+        client.core.repair()
+        assert (call.done, call.found) == (True, 0)
+        rig.start_port(1)
+        client.consume(refs[1])
+        rig.settle()
+        assert rig.states(refs[0]) == [SlotState.FREE]
+
+
+def test_a_discard_whose_last_part_is_interrupted_is_over_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        call = client.core.discard_call([ref], 60.0)
+        client.core.reads.go_on(call)
+        with monkeypatch.context() as patch:
+            patch.setattr(call, "part_over", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                rig.run_until(lambda: call.done)
+        client.core.damaged = True
+        client.core.repair()
+        rig.run_until(lambda: call.done)
+        assert (call.found, rig.states(ref)) == (1, [SlotState.FREE])
+
+
+def test_a_discard_at_a_worker_that_is_gone_is_over_by_its_deadline() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        rig.stop_port(1)
+        began_s = rig.now_s
+        assert client.discard([ref], deadline_s=0.25) == 0
+        assert rig.now_s - began_s == pytest.approx(0.25)
 
 
 def test_a_discard_of_very_many_is_said_in_parts() -> None:

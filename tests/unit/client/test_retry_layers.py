@@ -236,6 +236,23 @@ def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
         client.consume(ref)
 
 
+def test_the_last_call_has_all_the_time_that_is_left_also_on_a_connection_that_lay_idle() -> None:
+    with open_rig(ports=3) as rig:
+        client = rig.client(read_attempts=2)
+        rig.publish(1)
+        client.consume(rig.write(EPISODE))
+        rig.publish(2, 3, 1)
+        rig.stop_port(2)
+        rig.stop_port(3)
+        rig.faults_of(1).hold = hold = Hold()
+        job = client.begin(rig.write(EPISODE), deadline_s=8.0)
+        assert (client.counts.rotations, client.counts.retries) == (1, 1)
+        rig.advance(6.0)
+        assert not job.done
+        hold.set()
+        assert isinstance(client.result(job), Payload)
+
+
 def test_one_silent_port_of_two_still_leaves_time_for_the_other() -> None:
     with open_rig(ports=2) as rig:
         client = rig.client()

@@ -65,6 +65,30 @@ def test_a_take_does_not_wait_behind_the_reads_that_its_connection_has_no_room_f
         assert all(isinstance(outcome, Payload) for outcome in client.outcomes(reads))
 
 
+def test_a_take_and_the_reads_beside_it_outlive_their_connection_together() -> None:
+    with open_rig(ports=1, ring=RING) as rig:
+        client = rig.client()
+        refs = write(rig, 6)
+        client.consume(refs[0])
+        take = begin(client, refs[0], wait_s=5.0, max_payloads=2)
+        reads = [client.core.begin((ref,), 5.0) for ref in refs[3:5]]
+        rig.stop_port(1)
+        rig.start_port(1)
+        rig.run_until(lambda: take.done and all(read.done for read in reads))
+        assert contents(take.result()) == [b"\1", b"\2"]
+        assert [bytes(client.result(each).buffer)[:1] for each in reads] == [b"\3", b"\4"]
+
+
+def test_a_source_without_an_address_is_named_as_one() -> None:
+    with open_rig(ring=RING) as rig:
+        client = rig.client()
+        (ref,) = write(rig, 1)
+        source = record("w", ring_id=rig.ring.ring_id, host=None, ports=())
+        with pytest.raises(ConfigError, match="this source has no address to ask; start its UCXXServer"):
+            taken(rig, client, source)
+        assert contents(taken(rig, client, ref)) == [b"\0"]
+
+
 def test_what_is_there_comes_in_order_with_its_record_and_frees_its_slots() -> None:
     with open_rig(ring=RING) as rig:
         client = rig.client()
