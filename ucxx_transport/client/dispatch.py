@@ -190,12 +190,8 @@ class Dispatch(ABC):
         job, source = read.job, read.source
         assert job is not None
         is_port, is_late = ports.blames_port(error), isinstance(error, errors.DeadlineExceededError)
-        remaining_s = job.until_s - now
-        hopeless = (
-            is_port
-            and not job.alone
-            and (read.limit_s < job.until_s or (is_late and not self.ports.healthy(source, now)))
-        )
+        is_probe, remaining_s = read.limit_s < job.until_s, job.until_s - now
+        hopeless = is_port and not job.alone and (is_probe or (is_late and not self.ports.healthy(source, now)))
         waits, attempts = now < job.wait_until_s, self.read_attempts
         attempt = 0 if waits else read.call
         if not hopeless and ports.retries_slot(error, attempt=attempt, read_attempts=attempts, remaining_s=remaining_s):
@@ -212,6 +208,12 @@ class Dispatch(ABC):
             return
         if remaining_s <= 0 and error.retryable and not is_late:
             error = too_late(read.ref, last=error.message)
+        elif remaining_s > 0 and is_late and is_probe:
+            message = (
+                f"all ports of the source had failed, and none has answered within the {ports.PROBE_S} s that such a "
+                "source gets in a batch beside others; read it again, and raise connect_timeout_s where hosts are busy"
+            )
+            error = errors.DeadlineExceededError(message, **error.facts)
         self.fail(read, error)
 
     def look_at(self, when_s: float) -> None:

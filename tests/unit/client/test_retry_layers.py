@@ -25,6 +25,7 @@ from ucxx_transport.errors import (
     DeadlineExceededError,
     PeerLostError,
     ProtocolError,
+    TransportError,
 )
 from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.ring import SlotState
@@ -473,6 +474,23 @@ def test_a_stopped_source_costs_a_batch_one_attempt_the_first_time_and_little_af
         rig.settle()
         refs = [ref for source in two_sources(rig) for ref in source]
         client.consume(*refs)
+
+
+def test_a_source_that_is_slow_to_connect_is_given_up_beside_others_by_an_error_that_says_so() -> None:
+    with open_rig(ports=2, ring=RING_OF_MANY) as rig:
+        client = rig.client(connect_timeout_s=1.0)
+        rig.faults_of(1).hold = hold = Hold()
+        slow, healthy = two_sources(rig)
+        began_s = rig.now_s
+        outcomes = client.read_many([*slow, *healthy], deadline_s=60.0)
+        assert rig.now_s - began_s == pytest.approx(1.0 + PROBE_S)
+        assert [type(outcome) for outcome in outcomes] == [DeadlineExceededError] * 3 + [Payload] * 3
+        assert all(outcome.retryable for outcome in outcomes if isinstance(outcome, TransportError))
+        assert "none has answered within the 0.5 s" in str(outcomes[0])
+        assert "read it again, and raise connect_timeout_s" in str(outcomes[0])
+        rig.faults_of(1).hold = None
+        hold.set()
+        client.consume(*slow)
 
 
 def test_the_others_of_such_a_batch_come_at_once() -> None:
