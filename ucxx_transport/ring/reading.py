@@ -277,6 +277,9 @@ class ReadableRing(RingHandle):
         Returns:
             How many payloads of these writes are still being read: call again, until there are none. A write that is
             completed later than `sequence` keeps its payload, whenever it began.
+
+        Raises:
+            DeadlineExceededError: the ring's lock was not to be had in time.
         """
         self._require_open()
         in_use = set()

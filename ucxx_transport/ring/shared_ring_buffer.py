@@ -141,9 +141,18 @@ class SharedRingBuffer(ReadableRing):
     ) -> WriteLease:
         """A slot to produce a payload in, without a copy: `with ring.reserve() as lease: lease.arrays["obs"][:] = …`.
 
-        `nbytes` is of a raw payload, None for a whole slot (see `WriteLease.commit`); `lengths` are the rows of the
-        schema's varlen fields, one left out has its maximum. The other arguments, and errors, as `write`; a ConfigError
-        also where a size or length does not fit.
+        Args:
+            nbytes: bytes of a raw payload; None for a whole slot (see `WriteLease.commit`).
+            lengths: rows of the schema's varlen fields; one left out has its maximum.
+            readers: as for `write`.
+            meta: as for `write`.
+            deadline_s: as for `write`.
+            envelope: as for `write`.
+
+        Raises:
+            ConfigError: a size or length does not fit, or `meta` a reference.
+            RingFullError: as for `write`.
+            DeadlineExceededError: as for `write`.
         """
         placement: Placement | None = None
         if self.schema is None:

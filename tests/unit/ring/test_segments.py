@@ -146,6 +146,21 @@ def test_a_killed_creator_s_name_can_be_taken_at_once(make_ring: MakeRing) -> No
     assert make_ring(name=name).slot_states() == [SlotState.FREE] * 4
 
 
+def test_a_ring_that_is_being_made_when_its_process_exits_is_removed() -> None:
+    program = """
+        import threading
+        from ucxx_transport.config import RingConfig
+        from ucxx_transport.ring import SharedRingBuffer, transitions
+        is_in = threading.Event()
+        transitions.populate = lambda _: (is_in.set(), threading.Event().wait())
+        config = RingConfig(slots=2, slot_bytes=100, name="made")
+        threading.Thread(target=SharedRingBuffer.create, args=(config,), daemon=True).start()
+        assert is_in.wait(60)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+    assert not segment_path("made").exists()
+
+
 def test_a_sweep_leaves_the_living_alone(make_ring: MakeRing, file: Path) -> None:
     ring = make_ring()
     file.touch()
