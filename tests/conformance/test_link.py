@@ -748,6 +748,28 @@ def test_owners_that_post_in_every_callback_need_not_know_of_the_link_s_close(si
     sides.until(lambda: all(pair.far_owner.error for pair in pairs))
 
 
+def test_an_owner_that_posts_again_whenever_one_ends_holds_neither_a_loss_nor_a_close(sides: Sides) -> None:
+    """Each end is called back in a turn; what is posted there ends in another one."""
+    ends: list[str] = []
+
+    def keep_going(endpoint: Endpoint) -> None:
+        def again(operation: Operation) -> None:
+            ends.append(outcome(operation))
+            with suppress(TransportError):
+                endpoint.post_receive(bytearray(8), again)
+
+        endpoint.post_receive(bytearray(8), again)
+
+    pair, other = sides.connect(), sides.connect()
+    keep_going(pair.near)
+    pair.far.close()
+    sides.until(lambda: pair.near_owner.error, "the loss")
+    assert set(ends) == {"reset"}
+    keep_going(other.near)
+    sides.client.close()
+    assert ends[-1] == "closed"
+
+
 def test_closed_link_refuses_everything(sides: Sides) -> None:
     pair = sides.connect()
     port, link = sides.port, sides.client.link

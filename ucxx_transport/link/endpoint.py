@@ -254,8 +254,10 @@ class Endpoint(Posted):
         if not (self.usable or self.alive or self._link.closing):
             raise self._why_lost()
         self._deferred.append(operation)
-        if not self.usable:
-            self._end_deferred()
+        if (
+            not self.usable
+        ):  # in the next turn: an owner that posts again whenever one ends would hold this one for ever
+            self._link.ready.append(self._end_deferred)
 
     def _end_deferred(self) -> None:
         """What waits for a hello that never comes ends as if UCX had had it."""
