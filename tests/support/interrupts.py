@@ -67,6 +67,8 @@ class Interrupter:
         frame.f_trace_lines = False
         if event == "opcode":
             self._on_opcode(frame)
+        elif event == "call" and handlers_of(frame.f_code).names.get(frame.f_lasti) == "RESUME":
+            self._point(frame)  # which has no event as an opcode; a generator that is closed is not at one
         elif event == "return":
             self._last.pop(frame, None)
         return self._on_event
@@ -77,6 +79,9 @@ class Interrupter:
         self._last[frame] = frame.f_lasti
         if last is None or handlers.names.get(last) not in CHECKING or handlers.of(last) != handlers.of(frame.f_lasti):
             return
+        self._point(frame)
+
+    def _point(self, frame: FrameType) -> None:
         self._points += 1
         if self._points > self._at:
             self.where = (frame.f_code.co_qualname, frame.f_lineno)
