@@ -82,6 +82,7 @@ class MemoryConnection:
         self.handle = self
         self.stream = next(_stream_tags)
         self._reason: base.LostReason = "reset"
+        self._on_close: Callable[[], object] = lambda: None  # it may break before it has an endpoint
         self._outbox: deque[tuple[Hold | None, Sent]] = deque()
 
     def set_close_callback(self, callback: Callable[..., object], arguments: tuple[object, ...]) -> None:

@@ -72,7 +72,7 @@ def test_every_class_of_ucxx_has_an_answer() -> None:
 
 
 def test_translation_goes_by_class_not_by_name() -> None:
-    other = type("MessageTruncatedError", (LIB.UCXIOError,), {})
+    other = type("UCXXMessageTruncatedError", (LIB.UCXIOError,), {})
     error = BINDING.error(other("Message truncated"), peer="p", connected=True)
     assert error.facts["reason"] == "aborted"
 
