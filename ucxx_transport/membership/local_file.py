@@ -137,8 +137,9 @@ class StoreFile:
         """
         pid = os.getpid()
         for attempt in count(1):
-            _calls.begin(self.path, until)
+            begun: list[bool] = []
             try:
+                _calls.begin(self.path, until, begun)
                 return self._transact(mode, body, pid)
             except (sqlite3.Error, OSError) as error:
                 if pid != os.getpid():
@@ -149,7 +150,9 @@ class StoreFile:
                 if code not in _BUSY or time.monotonic() + wait_s > until:
                     raise _failed(code, self.path, error) from error
             finally:
-                _calls.end()
+                if True in begun:  # not in a function, at whose start an interrupt may come
+                    _calls.caller = None
+                    _calls.lock.release()
             time.sleep(wait_s)
         raise AssertionError
 
@@ -161,10 +164,15 @@ class StoreFile:
     def close(self, timeout_s: float) -> None:
         """Refuse from now on. Calls under way are waited for. Idempotent."""
         self.is_closed = True
-        with suppress(StoreUnavailableError):
-            _calls.begin(self.path, time.monotonic() + timeout_s)
-            self.disconnect()
-            _calls.end()
+        begun: list[bool] = []
+        try:
+            with suppress(StoreUnavailableError):
+                _calls.begin(self.path, time.monotonic() + timeout_s, begun)
+                self.disconnect()
+        finally:
+            if True in begun:
+                _calls.caller = None
+                _calls.lock.release()
 
     def disconnect(self) -> None:
         """Close the connection; the next call opens another."""
@@ -221,29 +229,28 @@ class _Calls:
     Attributes:
         files: those that have a connection.
         is_torn: this is a child with a connection that its parent had in use: it may use no store.
+        lock: taken by `begin` for a call, which sets `caller` back, and releases it, at its end.
+        caller: the thread whose call it is.
     """
 
     def __init__(self) -> None:
         self.files: weakref.WeakSet[StoreFile] = weakref.WeakSet()
         self.is_torn = False
-        self._lock = threading.Lock()
-        self._caller: int | None = None
+        self.lock = threading.Lock()
+        self.caller: int | None = None
         self._is_paused = self._are_closed = False
         os.register_at_fork(
             before=self._pause, after_in_parent=self._resume, after_in_child=partial(self._resume, in_child=True)
         )
 
-    def begin(self, path: Path, until: float) -> None:
-        """Wait for the end of the others' calls; then `end` ends this one."""
+    def begin(self, path: Path, until: float, begun: list[bool]) -> None:
+        """Wait for the end of the others' calls; then `begun` has a True, and its owner ends this one."""
         self.check(path)
-        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+        # in one call of C: an interrupt comes before the lock is taken, or after `begun` says so
+        begun.extend(map(self.lock.acquire, (True,), (max(0.0, until - time.monotonic()),)))
+        if True not in begun:
             raise StoreUnavailableError("other threads' calls took until the deadline", path=str(path))
-        self._caller = threading.get_ident()
-
-    def end(self) -> None:
-        """The call that was begun has ended."""
-        self._caller = None
-        self._lock.release()
+        self.caller = threading.get_ident()
 
     def check(self, path: Path) -> None:
         """Raise a StoreUnavailableError if this process can use no store."""
@@ -252,8 +259,8 @@ class _Calls:
             raise StoreUnavailableError(text, path=str(path))
 
     def _pause(self) -> None:
-        in_a_call = self._caller == threading.get_ident()  # a signal handler forks: the parent makes it again
-        self._is_paused = not in_a_call and self._lock.acquire(timeout=_FORK_WAIT_S)
+        in_a_call = self.caller == threading.get_ident()  # a signal handler forks: the parent makes it again
+        self._is_paused = not in_a_call and self.lock.acquire(timeout=_FORK_WAIT_S)
         # Not where another thread's call takes longer, or this one's just begins or ends: it has its connection in use.
         self._are_closed = in_a_call or self._is_paused
         if self._are_closed:
@@ -262,7 +269,7 @@ class _Calls:
 
     def _resume(self, *, in_child: bool = False) -> None:
         if self._is_paused:
-            self._lock.release()
+            self.lock.release()
         if in_child and not self._are_closed:
             self.is_torn = True
 

@@ -26,7 +26,8 @@ import pytest
 
 from tests.support.clock import Clock
 from tests.support.exhaustive import exhaustive
-from tests.support.interrupts import Interrupter
+from tests.support.interrupts import Interrupter, every_point
+from tests.support.rows import row
 from tests.support.stopping import stop_process
 from tests.support.store_processes import elsewhere, processes
 from tests.support.waiting import wait_until
@@ -420,14 +421,30 @@ def _fork_in_a_call(url: str, _settings: dict[str, Any], pipe: Connection) -> No
         each.close()
 
 
+def test_an_interrupt_at_any_point_of_a_call_keeps_no_other_thread_s_call_waiting(
+    opened: Callable[..., LocalStore],
+) -> None:
+    store, other = opened(), opened()
+    other.put("first", b"")
+    store.put("interrupted", b"")
+    points = 0
+    with ThreadPoolExecutor(1) as pool:
+        for where in every_point(lambda: store.put("interrupted", b""), ("membership/local_",)):
+            with row(where=where):
+                pool.submit(other.put, "another", b"").result()
+                store.put("next", b"")
+                points += 1
+    assert points > 20
+
+
 class Forker(Interrupter):
     """Forks where an `Interrupter` interrupts."""
 
     child = -1
 
-    def _on_opcode(self, frame: FrameType) -> None:
+    def _point(self, frame: FrameType) -> None:
         try:
-            super()._on_opcode(frame)
+            super()._point(frame)
         except KeyboardInterrupt:
             self.child = os.fork()
 
