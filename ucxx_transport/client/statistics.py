@@ -51,7 +51,8 @@ class ClientStatistics:
         stale: payloads gone before they were read.
         duplicates: dropped by name.
         deadlines: reads whose deadline passed.
-        timeouts: attempts that ended by their time. One read may count several attempts, here and below.
+        timeouts: attempts that ended by their time. Here and below one read may count several, and takes and discards
+            count theirs.
         peers_lost: attempts whose connection failed.
         busy: attempts answered BUSY.
         not_ready: attempts answered NOT_READY.
