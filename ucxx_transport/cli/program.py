@@ -63,7 +63,8 @@ _INTERRUPTED: Final = 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command, with `arguments` behind its name or this process's own, and exit."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    words = ["version"] if words[:1] == ["--version"] else words
+    if words[:1] == ["--version"]:
+        words[0] = "version"
     called = [words[0]] if words and words[0] in VERBS else list(VERBS)
     try:
         _program(called)(args=words, prog_name="ucxx-transport")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar, Unpack
 
-from torch import Tensor
+from torch import Tensor, strided
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ucxx_transport.config import ClientConfig
@@ -91,14 +91,17 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
 
 def _check_room(item: object) -> None:
     """Refuse tensors that cannot be handed over: torch would print that, drop them, and go on waiting for them."""
-    tensors: list[object] = []
-    map_leaves(tensors.append, item)
-    needed = sum(
-        each.untyped_storage().nbytes() for each in tensors if isinstance(each, Tensor) and not each.is_shared()
-    )
+    leaves: list[object] = []
+    map_leaves(leaves.append, item)
+    tensors = [each for each in leaves if isinstance(each, Tensor) and each.device.type == "cpu"]
+    dense = [each for each in tensors if each.layout is strided and not each.is_shared()]  # others have no storage
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in dense}
+    needed = sum(storages.values())  # views of one storage are handed over as one
+    if not needed:
+        return
     found = os.statvfs(HANDED_OVER_IN)
     free = found.f_bavail * found.f_frsize
-    if needed > free:
+    if found.f_blocks and needed > free:  # none: a file system without a limit
         raise ConfigError(
             f"torch hands an item of {needed} bytes over in {HANDED_OVER_IN}, which has {free} bytes free: enlarge it "
             "(docker: --shm-size), lower ring.slots or the loader's prefetch_factor, or set num_workers=0",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from ucxx_transport.schema.episode_record import EpisodeRecord
 
 torch: Any = pytest.importorskip("torch", exc_type=ImportError)
 
-from ucxx_transport.integrations.torch import EpisodeDataset  # noqa: E402 - it needs torch
+from ucxx_transport.integrations.torch import EpisodeDataset, _check_room  # noqa: E402 - they need torch
 
 EPISODE = {"obs": np.zeros((3, 2), np.float32), "reward": np.zeros(3, np.float32)}
 LOCAL = ClientConfig(local="view")
@@ -97,3 +97,31 @@ def test_workers_of_a_data_loader_share_the_references_between_them(ring: Shared
     dataset: Any = EpisodeDataset(written(ring, 7), LOCAL)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
     assert sorted(float(episode["obs"][0, 0]) for episode in loader) == list(range(7))
+
+
+class Room(NamedTuple):
+    """What a file system says of itself."""
+
+    f_blocks: int
+    f_bavail: int
+    f_frsize: int = 4096
+
+
+def test_only_what_a_worker_hands_over_in_shared_memory_has_to_fit_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_of_one = torch.zeros(4, 1024)
+    too_large = {"nested": [torch.zeros(4096), (torch.zeros(1024),)]}
+    fitting: tuple[tuple[str, object], ...] = (
+        ("views of one storage", {"rows": list(rows_of_one), "first": rows_of_one[0], "all": rows_of_one}),
+        ("in shared memory already", torch.zeros(8192).share_memory_()),
+        ("no storage", torch.eye(4096).to_sparse()),
+        ("no memory", torch.empty(1 << 40, device="meta")),
+        ("no tensors", {"obs": np.zeros(1 << 20), "name": "episode"}),
+    )
+    monkeypatch.setattr("os.statvfs", lambda _: Room(f_blocks=100, f_bavail=4))
+    for name, item in fitting:
+        with row(name=name):
+            _check_room(item)
+    with pytest.raises(ConfigError, match="an item of 20480 bytes over in /dev/shm, which has 16384 bytes free"):
+        _check_room(too_large)
+    monkeypatch.setattr("os.statvfs", lambda _: Room(f_blocks=0, f_bavail=0))
+    _check_room(too_large)  # by a file system without a limit
