@@ -165,9 +165,9 @@ class RankGroup(OfOneProcess):
                 retrying.check("another join_group() of this rank")
             self._cancelled.clear()
             if self._participant is not None:
-                if self.state.state.is_seated:
+                if self.state.state.is_seated and self._shared.has_joined:
                     return self.state
-                self._stop(self._participant)  # one that is over: it may just be ending
+                self._stop(self._participant)  # one that is just ending, or the end of whose join was interrupted
             while True:
                 try:
                     return self._join_once(retrying)

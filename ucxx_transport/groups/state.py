@@ -224,6 +224,7 @@ class SharedState:
 
     Attributes:
         now: everything at one moment; read it once for several facts that belong together.
+        has_joined: whether this rank has been ACTIVE or INACTIVE since it published itself last.
         listeners: who hears of members that come ("add") and go ("remove"), and of the end of this rank's membership
             ("gone"), each in a thread of its own; whether the caller is one of them, or of `on_view`.
     """
@@ -232,7 +233,7 @@ class SharedState:
         self.now = GroupState(group=group, rank=rank)
         self._changed = threading.Condition()
         self._incarnation = ""
-        self._has_joined = False
+        self.has_joined = False
         self._view_callbacks: dict[object, ViewCallback] = {}
         self._keys = {"group": group, "rank": rank}
         self.listeners = Listeners(_identity, lambda what: self.count(**{f"callback_{what}": 1}), keys=self._keys)
@@ -275,7 +276,7 @@ class SharedState:
         """This rank has published itself: it joins."""
         with self._changed:
             state = advance(self.now.state, RankEvent.ADMIT)
-            self._incarnation, self._has_joined = incarnation, False
+            self._incarnation, self.has_joined = incarnation, False
             self.now = replace(self.now, state=state, snapshot=NOT_SEEN, ended=None)
 
     def show(self, snapshot: GroupSnapshot) -> None:
@@ -292,7 +293,7 @@ class SharedState:
             after = replace(before, view=view)
             if view.seats_incarnation(before.rank, self._incarnation):
                 after = replace(after, state=view.state_of(before.rank))
-                self._has_joined = self._has_joined or after.state is not RankState.JOINING
+                self.has_joined = self.has_joined or after.state is not RankState.JOINING
             were, are = ({_identity(one): one for one in state.members.values()} for state in (before, after))
             removed = [one for identity, one in were.items() if identity not in are]
             added = [one for identity, one in are.items() if identity not in were]
@@ -324,7 +325,7 @@ class SharedState:
             self.now = replace(
                 self.now, state=state, ended=error or errors.NotReadyError("this rank has left", **self._keys)
             )
-            if self._has_joined and error is not None:
+            if self.has_joined and error is not None:
                 self.listeners.put([(GONE, error)])
             self._changed.notify_all()
 

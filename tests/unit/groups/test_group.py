@@ -805,3 +805,23 @@ def test_a_leave_that_was_interrupted_at_any_point_is_made_good_by_another_one(r
         group.join_group(10)
     assert points > 10
     assert group.state.state is RankState.GONE
+
+
+def test_a_join_that_failed_and_whose_end_was_interrupted_is_no_membership(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = ranks.joined(0)
+    stuck = Stuck(first)
+    group = ranks.make(1)
+
+    def interrupted(*_: object, **_keys: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ucxx_transport.groups.group.Teardown", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            group.join_group(0.1)
+    with pytest.raises(DeadlineExceededError):
+        group.join_group(0.1)
+    stuck.go_on.set()
+    assert group.join_group(10).state is RankState.ACTIVE

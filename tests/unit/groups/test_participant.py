@@ -8,10 +8,10 @@ import pytest
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
-from ucxx_transport.groups.decisions import next_view
+from ucxx_transport.groups.decisions import next_view, view_after
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GroupStatistics, Retrying, SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, MemberRecord, RankState
+from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, MemberRecord, RankEvent, RankState
 
 KEY = "groups/g/members/1"
 
@@ -210,3 +210,43 @@ def test_a_rank_that_has_acknowledged_is_not_dropped_by_one_whose_watch_is_behin
     assert member.seen().view.state_of(2) is not RankState.GONE
     while member.shared.now.active_ranks != (1, 2):
         member.step()
+
+
+def test_a_member_is_not_dropped_for_a_joiner_that_the_group_has_no_longer() -> None:
+    member = Member()
+    while member.shared.now.state is not RankState.ACTIVE:
+        member.step()
+
+    def publish(record: MemberRecord) -> None:
+        lease_id = member.store.grant(600.0).lease_id
+        member.store.put(f"groups/g/members/{record.rank}", record.to_bytes(), lease_id=lease_id)
+
+    def step_until(find: Callable[[GroupSnapshot], bool]) -> GroupSnapshot:
+        while not find(seen := member.seen()):
+            member.step()
+        return seen
+
+    busy = MemberRecord(rank=2, incarnation="busy", epoch=0, ttl_s=600.0)
+    publish(busy)
+    admitted = step_until(lambda seen: 2 in seen.view.ranks)
+    publish(busy.having_applied(admitted.view.epoch))
+    step_until(lambda seen: seen.view.active_ranks == (1, 2))
+    publish(MemberRecord(rank=3, incarnation="joiner", epoch=0, ttl_s=600.0))
+    step_until(lambda seen: 3 in seen.view.ranks)
+    before = step_until(lambda seen: seen.members[1].epoch == seen.view.epoch)
+    member.step(before)  # the joiner is waited for from now on
+    # Where the watch is behind, the joiner has left, and another rank is to be admitted.
+    left = view_after(before.view, before.members, RankEvent.LEAVE, [3])
+    assert left is not None
+    member.store.put("groups/g/view", left.to_bytes(), expected=before.view_revision)
+    publish(MemberRecord(rank=4, incarnation="next", epoch=0, ttl_s=600.0))
+    member.clock.now += 2.0
+    member.step(before)
+    member.clock.now += 1.0  # beyond any turn
+    member.step(before)
+    seats = member.seen().view
+    assert (seats.state_of(2), seats.state_of(3), seats.state_of(4)) == (
+        RankState.ACTIVE,
+        RankState.GONE,
+        RankState.JOINING,
+    )
