@@ -74,9 +74,9 @@ def is_plain_text(value: object, max_chars: int) -> TypeGuard[str]:
     return isinstance(value, str) and 0 < len(value) <= max_chars and value.isprintable()
 
 
-def refuse(field: str, value: object, words: str) -> NoReturn:
+def refuse(field: str, value: object, words: str, /, **facts: object) -> NoReturn:
     """Raise the ConfigError for a field that must be what `words` say."""
-    raise ConfigError(f"{field} must be {words}, not {describe(value)}", field=field)
+    raise ConfigError(f"{field} must be {words}, not {describe(value)}", field=field, **facts)
 
 
 @contextmanager

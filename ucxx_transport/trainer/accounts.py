@@ -75,7 +75,8 @@ class Accounts:
 
     def statistics(self, unlocked_rings: int) -> PrefetchStatistics:
         """Counts since this was made."""
-        return replace(self._now, unlocked_rings=unlocked_rings)
+        now = self._now
+        return replace(now, losses=dict(now.losses), unlocked_rings=unlocked_rings)
 
     def count(self, fetch: BatchFetch, batch: Batch, failure: Exception | None = None) -> None:
         """Count a batch, once, and log its losses.
@@ -154,9 +155,11 @@ class Accounts:
             lasting.pause_s = min(2 * lasting.pause_s, LONGEST_PAUSE_S)
         return due
 
-    def count_closed(self, episodes: int, losses: Sequence[Loss] = ()) -> None:
-        """Count what was asked for and is not taken."""
+    def count_closed(self, episodes: int, losses: Sequence[Loss] = (), *, fetch: BatchFetch | None = None) -> None:
+        """Count what was asked for and is not taken, of a fetch that is not counted yet."""
         with self._lock:
+            if fetch is not None and fetch.is_counted:
+                return
             lost = Counter(self._now.losses) + Counter(loss.reason.value for loss in losses)
             self._now = replace(self._now, losses=lost + Counter({LossReason.CLOSED.value: episodes}))
 

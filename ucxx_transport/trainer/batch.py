@@ -86,7 +86,7 @@ class FetchLimits:
     ) -> None:
         self.deadline_s = checked_seconds(deadline_s, "deadline_s")
         if self.deadline_s == 0:
-            refuse("deadline_s", deadline_s, "more than 0")
+            refuse("deadline_s", deadline_s, "more than 0", value=deadline_s)
         self.max_fetch_rounds = checked_count(max_fetch_rounds, "max_fetch_rounds", at_least=1)
         self.max_staleness = max_staleness
         if max_staleness is not None:
@@ -97,9 +97,9 @@ class FetchLimits:
                 unreachable_batches, "unreachable_batches", at_least=1, unset="never"
             )
         if on_loss is not None and not callable(on_loss):
-            refuse("on_loss", on_loss, "a function of a Loss, or None")
+            refuse("on_loss", on_loss, "a function of a Loss, or None", value=on_loss)
         if not isinstance(discard_lost, bool):
-            refuse("discard_lost", discard_lost, "True or False")
+            refuse("discard_lost", discard_lost, "True or False", value=discard_lost)
         self.discard_lost = discard_lost
 
     def sorter(self, policy_version: int | None) -> Callable[[Mapping[int, AskedFor]], SortedOut]:
@@ -235,6 +235,7 @@ class BatchFetch:
 
     Attributes:
         alone: of an episode that is asked for by itself.
+        policy_version: of the trainer's weights; whether it is needed, and a number, is not looked at here.
         is_counted: whether it has a batch, and that is in the accounts.
         unreported: its losses that are to be reported, one by one.
         problem: what is to be raised after that, once.
@@ -258,9 +259,9 @@ class BatchFetch:
         uploader: DeviceUploader | None = None,
         alone: Alone | None = None,
     ) -> None:
-        self._core, self._records, self.alone = core, records, alone
+        self._core, self._limits, self._records, self.alone = core, limits, records, alone
+        self.policy_version = policy_version
         self.unreported: Iterator[Loss] = iter(())
-        self._sorter = limits.sorter(policy_version)
         self._on_payload = None if uploader is None else partial(self._uploaded, uploader)
         self._rounds = rounds_of(self.sorted_out, limits, core.reactor.now)
 
@@ -271,7 +272,7 @@ class BatchFetch:
 
     def sorted_out(self) -> SortedOut:
         """What is to be fetched, and what is lost already."""
-        return self._sorter(self.records)
+        return self._limits.sorter(self.policy_version)(self.records)
 
     def ended(self, outcome: Batch | Exception) -> None:
         """What comes of it, a batch or what ended it that was no TransportError of one episode. Must not raise."""

@@ -156,8 +156,7 @@ class PendingBatch(BatchFetch):
             prefetcher.changed.notify_all()
             outcome = self._outcome
         came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.records, ())
-        if not self.is_counted:
-            prefetcher.accounts.count_closed(len(came), losses)
+        prefetcher.accounts.count_closed(len(came), losses, fetch=self)
         if isinstance(outcome, Batch):
             outcome.release()
         else:
@@ -318,8 +317,12 @@ class Prefetcher(Closing):
     # for its batches, and what is built on one
 
     def add(self, pending: PendingT) -> PendingT:
-        """Keep a batch where closing finds it until it is taken; its fetch is begun later, by `begin` or `result`."""
+        """Keep a batch where closing finds it until it is taken; its fetch is begun later, by `begin` or `result`.
+
+        Errors as `begin`.
+        """
         self.check_usable()
+        self.limits.sorter(pending.policy_version)  # refuses one that is missing, or no number
         with self.lock:
             self.check_usable()
             self.untaken[pending] = None

@@ -54,6 +54,7 @@ class _Rollouts(PendingBatch):
     """
 
     _filled: Sequence[object] | None = None
+    _asking = 0  # the thread in `on_missing`
 
     def __init__(self, feed: RolloutFeed, rollouts: Sequence[object], policy_version: int | None) -> None:
         self.rollouts = tuple(several(rollouts, "rollouts"))
@@ -86,6 +87,8 @@ class _Rollouts(PendingBatch):
 
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
         """The rollouts to train on."""
+        if self._asking == threading.get_ident():  # the function asks for the batch that it is to make
+            return list(self._filled_by("shrink"))
         if self._filled is None:
             self._filled = self._filled_by(on_missing)
         return list(self._filled)
@@ -96,11 +99,11 @@ class _Rollouts(PendingBatch):
         if not lost or on_missing == "shrink":
             return usable
         if on_missing != "refill":
-            self._filled = usable  # for a function that asks for the batch that it is to make
+            self._asking = threading.get_ident()
             try:
                 return [*several(on_missing(usable, self.batch.losses), "rollouts")]
             finally:
-                self._filled = None
+                self._asking = 0
         if not usable:
             reasons = ", ".join(sorted({loss.reason.value for loss in self.batch.losses}))
             message = f"none of the batch's {len(lost)} episodes came: there is nothing to refill it with ({reasons})"
@@ -226,6 +229,7 @@ class RolloutFeed(Prefetcher):
             if not any(asked.is_for(other) for other in known):
                 self._append(asked, policy_version)
             elif policy_version is not None:
+                self.limits.sorter(policy_version)  # refuses what is no number
                 self._policy_version = policy_version
 
     def wait(self, timeout_s: float | str | None = None) -> bool:

@@ -288,3 +288,22 @@ def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: lis
         with row(output=output):
             (line,) = Log(log_events).lines(0.0, *lost_of([(record_of(output), None)]))
             assert (line["reason"], line["worker"], line["sequences"][0]) == ("malformed", *expected)
+
+
+def test_statistics_that_a_caller_changes_are_its_own() -> None:
+    log = Log([])
+    log.lines(0.0, *lost_of([(episode("a"), UNREACHABLE)]))
+    found: Any = log.accounts.statistics(0).losses
+    assert repr(found) == "{'unreachable': 1}"
+    found["unreachable"] = 9
+    assert log.accounts.statistics(0).losses == {"unreachable": 1}
+
+
+def test_what_is_counted_as_a_batch_is_not_counted_as_closed_too() -> None:
+    accounts = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float)
+    fetch = fetch_of({0: episode("a")})
+    accounts.count(fetch, Batch(payloads={}, losses=(), nbytes=0, retried=0, took_s=0.0))
+    accounts.count_closed(1, fetch=fetch)
+    assert accounts.statistics(0).losses == {}
+    accounts.count_closed(1, fetch=fetch_of({0: episode("a")}))
+    assert accounts.statistics(0).losses == {"closed": 1}

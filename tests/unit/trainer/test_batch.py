@@ -46,6 +46,7 @@ class Fetch(BatchFetch):
         self, core: FakeCore, records: Sequence[AskedFor], uploader: Any, policy_version: int | None, **limits: Any
     ) -> None:
         bounds = FetchLimits(**{"deadline_s": 10, **limits})
+        bounds.sorter(policy_version)  # as `Prefetcher.add` does
         given = lambda: dict(enumerate(records))  # noqa: E731
         super().__init__(cast("ClientCore", core), bounds, given, policy_version, uploader=uploader)
         self.outcomes: list[Batch | Exception] = []

@@ -164,7 +164,7 @@ def test_a_setting_of_another_type_is_refused_with_what_is_permitted() -> None:
         for make in makers:
             with row(name=name, wrong=wrong, make=make), pytest.raises(ConfigError, match=re.escape(message)) as caught:
                 make(**{name: wrong})
-            assert caught.value.facts["field"] == name
+            assert (caught.value.facts["field"], caught.value.facts["value"]) == (name, wrong)
     with Prefetcher(LOCAL) as prefetcher, pytest.raises(ConfigError, match="policy_version"):
         prefetcher.begin([], policy_version="x")  # type: ignore[arg-type]  # what is refused
 

@@ -4,6 +4,7 @@ import gc
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -400,6 +401,19 @@ def test_a_policy_version_that_is_no_number_is_refused_and_costs_nothing(worker:
         assert numbers(feed, feed.collect()) == [0]
 
 
+def test_rollouts_that_were_started_with_a_policy_version_are_deferred_without_one(worker: LocalWorker) -> None:
+    with RolloutFeed(LOCAL, max_staleness=1) as feed:
+        rollouts = worker.play(1, policy_version=3)
+        feed.start(rollouts, policy_version=3)
+        feed.defer(rollouts)
+        assert numbers(feed, feed.collect()) == [0]
+        feed.defer(rollouts)
+        with pytest.raises(ConfigError, match="max_staleness needs policy_version"):
+            feed.defer(worker.play(1))
+    with pytest.raises(ConfigError, match="the RolloutFeed is closed"):
+        feed.start(rollouts)
+
+
 def lossy(worker: LocalWorker) -> list[object]:
     """Four rollouts: a text, and three episodes of which the first and the last are lost."""
     gone, kept = worker.play(2)
@@ -490,6 +504,27 @@ def test_a_function_that_asks_for_the_batch_that_it_is_to_make_is_given_what_cam
             feed.start([kept, kept])
             assert feed.collect() == feed.buffer == [kept, "more"]
             assert calls == [[kept]]
+
+
+def test_another_thread_never_gets_a_batch_that_on_missing_has_not_made(worker: LocalWorker) -> None:
+    makes, go_on = threading.Event(), threading.Event()
+
+    def made(rollouts: list[object], _: object) -> list[object]:
+        if not makes.is_set():
+            makes.set()
+            assert go_on.wait(60)
+        return [*rollouts, "more"]
+
+    with RolloutFeed(LOCAL, on_missing=made) as feed, ThreadPoolExecutor(1) as pool:
+        (kept,) = worker.play(1)
+        feed.start([kept, kept])
+        collected = pool.submit(feed.collect)
+        try:
+            assert makes.wait(60)
+            assert feed.buffer == [kept, "more"]
+        finally:
+            go_on.set()
+        assert collected.result(60) == [kept, "more"]
 
 
 def test_a_batch_that_stops_the_trainer_is_in_use_and_the_next_one_on_its_way(worker: LocalWorker) -> None:
