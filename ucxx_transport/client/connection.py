@@ -380,6 +380,10 @@ class Connection(Line):
             return
         self.closed = True
         self.stop_timer()
+        for read in self.attempts:
+            if read.late and not isinstance(read, Request):
+                del read.message  # which the read that took its place would keep as long as it lasts
+                read.view = memoryview(b"")
         self.attempts.clear()
         self.queue.clear()
         self.session.close()

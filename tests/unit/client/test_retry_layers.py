@@ -254,6 +254,19 @@ def test_the_last_call_has_all_the_time_that_is_left_also_on_a_connection_that_l
         assert isinstance(client.result(job), Payload)
 
 
+def test_a_silent_port_keeps_no_buffer_from_others_once_its_connection_is_closed() -> None:
+    with open_rig(ports=2) as rig:
+        client = rig.client()
+        client.outcomes(*(client.core.begin((rig.write(EPISODE),)) for _ in range(2)))
+        rig.faults_of(1).drop = rig.faults_of(2).drop = 1000
+        job = client.begin(rig.write(EPISODE), deadline_s=8.0)
+        rig.advance(4.5)  # it is late, and may come after all
+        assert client.counts.lent_buffers == 2
+        rig.advance(1.0)
+        assert client.counts.lent_buffers == 1
+        client.abandon(job)
+
+
 def test_one_silent_port_of_two_still_leaves_time_for_the_other() -> None:
     with open_rig(ports=2) as rig:
         client = rig.client()
