@@ -35,8 +35,11 @@ def inspect(
     """Show the rings on this host: creator, size, slots by state, address and counters."""
     segments = _described(names or ())
     missing = sorted(set(names or ()) - {segment["name"] for segment in segments})
-    in_full = [json.dumps(segment, indent=2) for segment in segments]
-    shown = in_full if names else [_table_of(segments)] if segments else ["no rings on this host"]
+    shown: list[object] = ["no rings on this host"]
+    if names:
+        shown = [json.dumps(segment, indent=2) for segment in segments]
+    elif segments:
+        shown = [_table_of(segments)]
     wrong = [f"error: no ring {name!r} on this host" for name in missing]
     say({"segments": segments, "missing": missing}, *shown, as_json=as_json, wrong=wrong)
 

@@ -163,9 +163,10 @@ class RankGroup(OfOneProcess):
         try:
             while not self._joining.acquire(timeout=retrying.left_s):
                 retrying.check("another join_group() of this rank")
+            has_left = self._cancelled.is_set()  # by a callback's leave that is under way, or one that was interrupted
             self._cancelled.clear()
             if self._participant is not None:
-                if self.state.state.is_seated and self._shared.has_joined:
+                if self.state.state.is_seated and self._shared.has_joined and not has_left:
                     return self.state
                 self._stop(self._participant)  # one that is just ending, or the end of whose join was interrupted
             while True:
@@ -194,7 +195,8 @@ class RankGroup(OfOneProcess):
                 self._joining.acquire(timeout=self._context.config.stop_timeout_s)
             if (participant := self._participant) is not None:
                 self._stop(participant)
-                self._participant = None  # what interrupts this is made good by another call
+                if self._participant is participant:  # else a join that a callback's leave did not keep waiting
+                    self._participant = None  # what interrupts this is made good by another call
         finally:
             self._release()
         self._shared.listeners.wait_idle()  # so that callbacks have ended with it, unless one blocks

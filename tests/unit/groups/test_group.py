@@ -807,16 +807,53 @@ def test_a_leave_that_was_interrupted_at_any_point_is_made_good_by_another_one(r
     assert group.state.state is RankState.GONE
 
 
+def interrupted(*_: object, **_keys: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_after_a_leave_that_was_interrupted_a_join_is_a_life_of_its_own(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (group,) = ranks.joined(0)
+    before = ranks.record_of(group).incarnation
+    with monkeypatch.context() as patch:
+        patch.setattr("ucxx_transport.groups.group.Teardown", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            group.leave()
+    assert group.join_group(10).state is RankState.ACTIVE
+    assert ranks.record_of(group).incarnation != before
+    assert group.join_group(10).state is RankState.ACTIVE
+    group.leave()
+    assert not ranks.data.leases
+
+
+def test_a_join_beside_a_leave_of_a_callback_is_a_life_of_its_own(ranks: Ranks) -> None:
+    (group,) = ranks.joined(0)
+    before = ranks.record_of(group).incarnation
+    leaves, left = threading.Event(), threading.Event()
+
+    def leave(_: GroupView) -> None:
+        if not leaves.is_set():
+            leaves.set()
+            group.leave()
+            left.set()
+
+    group.on_view(leave)
+    ranks.in_thread(partial(ranks.make(1).join_group, 10))
+    assert leaves.wait(60)
+    assert group.join_group(10).state is RankState.ACTIVE
+    assert left.wait(60)
+    assert ranks.record_of(group).incarnation != before
+    group.leave()
+    assert "groups/trainers/members/0" not in ranks.data.entries
+
+
 def test_a_join_that_failed_and_whose_end_was_interrupted_is_no_membership(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (first,) = ranks.joined(0)
     stuck = Stuck(first)
     group = ranks.make(1)
-
-    def interrupted(*_: object, **_keys: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("ucxx_transport.groups.group.Teardown", interrupted)
         with pytest.raises(KeyboardInterrupt):
