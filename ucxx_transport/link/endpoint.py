@@ -204,6 +204,9 @@ class Endpoint(Posted):
         if self not in link.ending:
             return
         link.ready.append(self.end_close)  # should a callback raise
+        if link.broken.get(self, 0) is None:  # this thread was stopped, or busy, all the time: nothing is cancelled yet
+            link.broken[self] = link.flight.cancel([self])
+            link.flight.turn(0)
         self.give_up()
         link.ending.pop(self).cancel()
         self._clean = not self.posted

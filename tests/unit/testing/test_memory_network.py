@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from ucxx_transport import (
     TransportError,
     UCXXServer,
 )
+from ucxx_transport.link.endpoint import Endpoint
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.testing import MemoryNetwork
 
 LARGE = bytes(range(256)) * 256  # does not fit an eager message
@@ -117,3 +120,37 @@ def test_a_server_that_has_stopped_is_an_error_and_its_ring_is_untouched(job: Jo
         with pytest.raises(TransportError):
             client.read(ref, deadline_s=1)
     assert job.ring.slot_state(ref.slot) is SlotState.READY
+
+
+class Heard:
+    """The owner of an endpoint that only listens."""
+
+    def connected(self) -> None:
+        """Nothing to do."""
+
+    def lost(self, _error: TransportError) -> None:
+        """Nothing to do."""
+
+
+def test_a_close_that_was_late_because_its_thread_was_stopped_and_is_busy_leaks_no_buffer() -> None:
+    network, now_s, accepted, closed = MemoryNetwork(), [0.0], list[Endpoint](), list[bool]()
+
+    def accept(endpoint: Endpoint) -> Heard:
+        accepted.append(endpoint)
+        return Heard()
+
+    with (
+        closing(Reactor(network.link, spin_s=0.0, clock=lambda: now_s[0])) as near,
+        closing(Reactor(network.link, spin_s=0.0, clock=lambda: now_s[0])) as far,
+    ):
+        port = far.link.listen(0, accept).port
+        ends = [near.link.connect("host", port, Heard()) for _ in range(2)]
+        while near.poll() or far.poll():
+            pass
+        ends[0].post_receive(bytearray(8), lambda _: None)
+        ends[0].close(closed.append)
+        now_s[0] += 60
+        while not closed:
+            accepted[1].post_send(b"there is something in every turn")
+            near.poll()
+        assert (closed, near.link.counters.leaked_buffers) == ([True], 0)
