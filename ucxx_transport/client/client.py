@@ -288,16 +288,17 @@ class _Lead:
         started: list[bool] = []
 
         def begin() -> None:
-            if not started:
-                started.append(True)
+            if not (started or call.done):
                 start(core.reads, call)
+                started.append(True)  # not before: an interrupt of the thread that leads must not lose it
 
         reactor = None
         try:
             while not call.done:
                 if not started and reactor is not core.reactor:  # at first; and when what was submitted is gone
                     reactor = core.reactor
-                    reactor.submit(begin)
+                    if call not in core.reads.jobs:  # which are begun again by `ClientCore.repair`
+                        reactor.submit(begin)
                 if lock.acquire(blocking=False):
                     self._lead_on(call)
                 else:

@@ -22,6 +22,8 @@ from tests.support.interrupts import signalled_when
 from tests.support.port_beside import PortBeside, port_beside
 from tests.support.waiting import wait_until
 from ucxx_transport.client import Payload, SyncUCXXClient
+from ucxx_transport.client.jobs import Job
+from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError, StaleSlotError
 from ucxx_transport.ring import SlotState
 from ucxx_transport.testing import Hold
@@ -257,6 +259,31 @@ def test_an_interrupt_of_the_thread_that_leads_costs_the_others_nothing(beside: 
         beside.faults.hold = None
         hold.set()
         with following[0].result(timeout=30) as payload:
+            assert bytes(payload.buffer) == EPISODE
+
+
+def test_an_interrupt_of_the_thread_that_leads_while_it_starts_another_s_read_costs_that_one_nothing(
+    beside: PortBeside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_one, interrupts = Reads.start_one, [KeyboardInterrupt()]
+
+    def interrupted_once(reads: Reads, job: Job) -> None:
+        if job.refs[0] is refs[1] and interrupts:
+            raise interrupts.pop()
+        start_one(reads, job)
+
+    with beside.client(deadline_s=30.0) as client, ThreadPoolExecutor(2) as threads:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        hold = beside.faults.hold = Hold()
+        refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
+        monkeypatch.setattr(Reads, "start_one", interrupted_once)
+        leading = threads.submit(client.read, refs[0])
+        wait_until(lambda: is_led(client), what="the other thread leads")
+        following = threads.submit(client.read, refs[1])
+        assert isinstance(leading.exception(60), KeyboardInterrupt)
+        beside.faults.hold = None
+        hold.set()
+        with following.result(timeout=60) as payload:
             assert bytes(payload.buffer) == EPISODE
 
 
