@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-from tests.support.calls import PACKAGE, counting
+from tests.support.calls import LINK, counting
 from tests.support.port_beside import port_beside
 from ucxx_transport.client import Payload
 
-LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
 A_FURTHER_NAME = 18
 A_FURTHER_SOURCE = 18
 READS = 20

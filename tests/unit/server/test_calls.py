@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from types import FrameType
-
-import ucxx_transport
+from tests.support.calls import LINK, counting
 from tests.unit.server.port_rig import PortRig
 from ucxx_transport.wire.frames import Kind, Status
 
-PACKAGE = str(Path(ucxx_transport.__file__).parent)
-LINK = (str(Path(PACKAGE, "testing")), str(Path(PACKAGE, "link")))
 A_FURTHER_NAME = 17
-
-
-class Calls:
-    """Counts the calls into the package while it is installed, those into links apart."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(PACKAGE) and not file.startswith(LINK):
-            self.names.append(frame.f_code.co_qualname)
 
 
 def calls_of_fetch(rig: PortRig, names: int) -> list[str]:
@@ -38,15 +20,14 @@ def calls_of_fetch(rig: PortRig, names: int) -> list[str]:
     ends = [(peer.attempt - offset, False) for offset in range(names)]
     answers = peer.begin_fetch(*refs, ends=ends)
     rig.peers.poll()
-    calls = Calls()
-    sys.setprofile(calls)
-    while rig.reactor.poll():
-        pass
-    sys.setprofile(None)
+    called: list[str] = []
+    with counting(called, but=LINK):
+        while rig.reactor.poll():
+            pass
     rig.settle()
     assert [answer.status for answer in answers] == [Status.OK] * names
     assert peer.ask(Kind.BYE).status is Status.OK
-    return calls.names
+    return called
 
 
 def test_a_further_name_of_a_frame_costs_less_than_a_frame_of_its_own(rig: PortRig) -> None:
