@@ -118,7 +118,6 @@ def test_a_ring_of_this_host_is_page_locked_once_and_unlocked_with_the_feed(torc
         for number in range(20):
             feed.resolve(ring.write(numbered(number)))
         assert [status for _, status in attached] == [0]
-        assert feed.statistics().unlocked_rings == 0
     # the pages of the writer's own mapping were never locked, and may be
     TorchRuntime(torch).page_lock(ring.mapping, 0, what="", remedy="")()
 

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ucxx_transport.logs import get_logger
-from ucxx_transport.trainer.batch import Alone, Batch, BatchFetch
-from ucxx_transport.trainer.loss_policy import Loss, LossReason, Sources, hint_for, remember
+from ucxx_transport.trainer.batch import Batch, BatchFetch
+from ucxx_transport.trainer.loss_policy import Loss, LossReason, Sources
 
 _log = get_logger(__name__)
 
-FIRST_PAUSE_S: Final = 10.0
-LONGEST_PAUSE_S: Final = 600.0
-"""A reason is logged at once, then after pauses that double; after so long without it, at once again."""
+LOG_PAUSE_S: Final = 60.0
+"""Between two log lines of one reason; the first comes at once."""
 
 MOST_SEQUENCES: Final = 8
 """Of one log line."""
-
-MOST_LOST: Final = 1024
-"""Losses that are remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +34,6 @@ class PrefetchStatistics:
         retried: episodes asked for again, in a later round of their batch.
         losses: episodes that are in no batch, by the reason's word.
         given_up: batches that did not come in time, or whose fetch failed; their episodes are lost.
-        unlocked_rings: rings of this host that could not be page-locked for a GPU: their payloads go through a buffer.
     """
 
     batches: int = 0
@@ -48,55 +43,33 @@ class PrefetchStatistics:
     retried: int = 0
     losses: Mapping[str, int] = field(default_factory=dict)
     given_up: int = 0
-    unlocked_rings: int = 0
-
-
-@dataclass(slots=True)
-class _Lasting:
-    due_s: float
-    pause_s: float = FIRST_PAUSE_S
-    unsaid: int = 0
 
 
 class Accounts:
     """Thread-safe. `sources` say when a batch's losses are a reason to stop; `on_loss` is called with each."""
 
-    def __init__(
-        self, sources: Sources, *, on_loss: Callable[[Loss], None] | None, host_id: str, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, sources: Sources, *, on_loss: Callable[[Loss], None] | None, clock: Callable[[], float]) -> None:
         self._sources = sources
         self._on_loss = on_loss
-        self._host_id = host_id
         self._clock = clock
         self._lock = threading.RLock()  # of what follows, and of `sources`
-        self._lasting: dict[LossReason, _Lasting] = {}
+        self._logged: dict[LossReason, tuple[float, int]] = {}  # when it is due again, and how many came since
         self._now = PrefetchStatistics()
-        self._lost: dict[Hashable, tuple[LossReason, object]] = {}
 
-    def statistics(self, unlocked_rings: int) -> PrefetchStatistics:
+    def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
         now = self._now
-        return replace(now, losses=dict(now.losses), unlocked_rings=unlocked_rings)
+        return replace(now, losses=dict(now.losses))
 
     def count(self, fetch: BatchFetch, batch: Batch, failure: Exception | None = None) -> None:
-        """Count a batch, once, and log its losses.
-
-        An episode that was asked for by itself may be known to be lost. That was counted, which holds if it is lost
-        again, and not if it came. `failure` is what ended the fetch.
-        """
-        losses, host_id, problem, alone = batch.losses, self._host_id, failure, fetch.alone
+        """Count a batch, once, and log its losses; `failure` is what ended the fetch."""
+        losses, problem = batch.losses, failure
         with self._lock:
             if fetch.is_counted:
                 return
-            sources = copy(self._sources)
+            sources, before = copy(self._sources), self._now
             if batch.in_time:
-                problem = sources.problem_in(fetch.records, batch.payloads, losses, host_id, alone=bool(alone))
-            lost_by, _ = (None, None) if alone is None else self._lost.get(alone.key, (None, None))
-            before, lost = self._now, Counter(self._now.losses)
-            if lost_by is not None:
-                losses = ()
-                lost[lost_by.value] -= len(batch.payloads)
-            lost.update(loss.reason.value for loss in losses)
+                problem = sources.problem_in(fetch.records, batch.payloads, losses, alone=fetch.alone)
             now = replace(
                 before,
                 batches=before.batches + batch.in_time,
@@ -105,16 +78,12 @@ class Accounts:
                 nbytes=before.nbytes + batch.nbytes,
                 fetch_s=before.fetch_s + batch.took_s,
                 retried=before.retried + batch.retried,
-                losses=+lost,  # without what is 0
+                losses=Counter(before.losses) + Counter(loss.reason.value for loss in losses),
             )
             due = self._due(losses)
             # all of it or nothing, wherever an interrupt comes
             fetch.unreported, fetch.problem, fetch.batch = iter(losses), problem, batch
             self._now, self._sources, fetch.is_counted = now, sources, True
-            if alone is not None:
-                self._lost.pop(alone.key, None)
-                for loss in batch.losses:
-                    self.remember(alone, lost_by or loss.reason)
         for alike, since in due:
             first = alike[0]
             sequences = [loss.sequence for loss in alike if loss.worker == first.worker]
@@ -128,14 +97,9 @@ class Accounts:
                 workers=len({loss.worker for loss in alike}),
                 host=first.host,
                 error=None if first.error is None else str(first.error),
-                hint=hint_for(first, host_id),
+                hint=sources.hint_for(first),
                 since=since,
             )
-
-    def remember(self, episode: Alone, reason: LossReason) -> None:
-        """Keep that an episode has been counted as lost."""
-        with self._lock:
-            remember(self._lost, episode.key, (reason, episode.output), MOST_LOST)
 
     def _due(self, losses: Sequence[Loss]) -> list[tuple[list[Loss], int]]:
         """Losses of one reason that are to be logged now, and how many more there were since the last time."""
@@ -144,15 +108,12 @@ class Accounts:
             by_reason.setdefault(loss.reason, []).append(loss)
         due, now = [], self._clock()
         for reason, lost in by_reason.items():
-            lasting = self._lasting.setdefault(reason, _Lasting(now))
-            if now < lasting.due_s:
-                lasting.unsaid += len(lost)
-                continue
-            if now - lasting.due_s > LONGEST_PAUSE_S:
-                lasting.pause_s = FIRST_PAUSE_S
-            due.append((lost, lasting.unsaid))
-            lasting.due_s, lasting.unsaid = now + lasting.pause_s, 0
-            lasting.pause_s = min(2 * lasting.pause_s, LONGEST_PAUSE_S)
+            due_s, since = self._logged.get(reason, (now, 0))
+            if now < due_s:
+                self._logged[reason] = due_s, since + len(lost)
+            else:
+                due.append((lost, since))
+                self._logged[reason] = now + LOG_PAUSE_S, 0
         return due
 
     def count_closed(self, episodes: int, losses: Sequence[Loss] = (), *, fetch: BatchFetch | None = None) -> None:

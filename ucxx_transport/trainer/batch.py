@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
 import anyio
 
@@ -25,7 +25,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.schema.episode_record import as_policy_version, several
 from ucxx_transport.schema.wire_form import refuse
 from ucxx_transport.settings import known_options
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, loss_of, sort_out
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wanted, loss_of, record_of, sort_out
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload, UCXXClient
@@ -208,7 +208,8 @@ async def fetch_batch(
         ConfigError: an argument is out of its bounds.
     """
     limits = FetchLimits(deadline_s=deadline_s, max_fetch_rounds=max_fetch_rounds, max_staleness=max_staleness)
-    sorted_out = partial(limits.sorter(policy_version), dict(enumerate(several(records, "records"))))
+    asked_for = {place: record_of(each) for place, each in enumerate(several(records, "records"))}
+    sorted_out = partial(limits.sorter(policy_version), asked_for)
     outcomes: Outcomes | None = None
     with closing(rounds_of(sorted_out, limits, anyio.current_time)) as rounds:
         try:
@@ -221,20 +222,14 @@ async def fetch_batch(
             return cast("Batch", end.value)
 
 
-class Alone(NamedTuple):
-    """An episode that is asked for by itself: by what it is found again, and its output, whose address that may be."""
-
-    key: Hashable
-    output: object
-
-
 class BatchFetch:
     """The fetch of one batch by a client's core. Its methods are for the thread that runs the core's reactor.
 
     `uploader` takes every payload to a GPU as it comes; what it raises beside TransportErrors ends the fetch.
 
     Attributes:
-        alone: of an episode that is asked for by itself.
+        outputs: what its episodes were given as, by their places.
+        alone: whether it is of one episode, asked for by itself.
         policy_version: of the trainer's weights; whether it is needed, and a number, is not looked at here.
         is_counted: whether it has a batch, and that is in the accounts.
         unreported: its losses that are to be reported, one by one.
@@ -253,13 +248,13 @@ class BatchFetch:
         self,
         core: ClientCore,
         limits: FetchLimits,
-        records: Callable[[], Mapping[int, AskedFor]],
+        outputs: Mapping[int, object],
         policy_version: int | None,
         *,
         uploader: DeviceUploader | None = None,
-        alone: Alone | None = None,
+        alone: bool = False,
     ) -> None:
-        self._core, self._limits, self._records, self.alone = core, limits, records, alone
+        self._core, self._limits, self.outputs, self.alone = core, limits, outputs, alone
         self.policy_version = policy_version
         self.unreported: Iterator[Loss] = iter(())
         self._on_payload = None if uploader is None else partial(self._uploaded, uploader)
@@ -267,8 +262,8 @@ class BatchFetch:
 
     @cached_property
     def records(self) -> Mapping[int, AskedFor]:
-        """Its episodes, by their places: made by the thread, once the fetch begins."""
-        return self._records()
+        """Its episodes, by their places; read by the thread, once the fetch begins, since that takes long."""
+        return {place: record_of(output) for place, output in self.outputs.items()}
 
     def sorted_out(self) -> SortedOut:
         """What is to be fetched, and what is lost already."""

@@ -116,7 +116,7 @@ class Wanted:
 
 
 def sort_out(
-    records: Mapping[int, object], *, policy_version: int | None = None, max_staleness: int | None = None
+    records: Mapping[int, AskedFor], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
     """What to fetch of a batch, by places, and what is lost already, each in the batch's order.
 
@@ -125,8 +125,7 @@ def sort_out(
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
-    for index, asked in records.items():
-        record = asked if isinstance(asked, (EpisodeRecord, TransportError)) else record_of(asked)
+    for index, record in records.items():
         if not isinstance(record, EpisodeRecord):
             losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
             continue
@@ -182,7 +181,9 @@ def is_ours(output: object) -> bool:
 
 
 def record_of(output: object) -> AskedFor:
-    """The episode that an output refers to, or why that cannot be said."""
+    """The episode that an output refers to, or why that cannot be said; what says so already is taken as it is."""
+    if isinstance(output, EpisodeRecord | TransportError):
+        return output
     try:
         form = form_of(output)
         if form is None:
@@ -212,42 +213,34 @@ _Source: TypeAlias = "tuple[str, str | None]"
 """A worker, and where it is."""
 
 
-def hint_for(loss: Loss, host_id: str) -> str | None:
-    """What may be in the way of a source that does not answer, seen from this host; None where nothing is known."""
-    if not _is_silence(loss) or loss.host is None:
-        return None
-    assert loss.record is not None
-    assert loss.record.ref is not None
-    if loss.record.ref.host_id == host_id:
-        return None
-    if loss.host in ("localhost", "::1") or loss.host.startswith("127."):
-        return "loopback of another host? set ServerConfig(host=…) to an address that this host reaches"
-    return "a firewall? both directions must be open: docs/operations.md#firewalls"
-
-
 class Sources:
     """Which sources have answered, batch by batch, and when their silence is a reason to stop.
 
     A source that has answered before and is silent beside others has died: its episodes are all that this costs.
 
     Args:
+        host_id: of this host.
         unreachable_batches: as the table above has it; None: never.
         in_a_batch: how many of the batches here count as one.
     """
 
-    def __init__(self, unreachable_batches: int | None, in_a_batch: int = 1) -> None:
+    def __init__(self, host_id: str, unreachable_batches: int | None, in_a_batch: int = 1) -> None:
+        self._host_id = host_id
         self._most = None if unreachable_batches is None else unreachable_batches * in_a_batch
         self._answered: dict[_Source, int] = {}
         self._silent: dict[_Source, int] = {}
 
+    def hint_for(self, loss: Loss) -> str | None:
+        """What may be in the way of a source that does not answer; None where nothing is known."""
+        ref = None if loss.record is None else loss.record.ref
+        if not _is_silence(loss) or ref is None or ref.host is None or ref.host_id == self._host_id:
+            return None
+        if ref.host in ("localhost", "::1") or ref.host.startswith("127."):
+            return "loopback of another host? set ServerConfig(host=…) to an address that this host reaches"
+        return "a firewall? both directions must be open: docs/operations.md#firewalls"
+
     def problem_in(
-        self,
-        records: Mapping[int, AskedFor],
-        came: Collection[int],
-        losses: Sequence[Loss],
-        host_id: str,
-        *,
-        alone: bool = False,
+        self, records: Mapping[int, AskedFor], came: Collection[int], losses: Sequence[Loss], *, alone: bool = False
     ) -> TransportError | None:
         """Why the trainer should stop after a batch, an error of the kind that its episodes were lost by.
 
@@ -257,11 +250,9 @@ class Sources:
             for loss in losses:
                 if _cannot_heal(loss):
                     return _stop(loss, f"{len(losses)} of {len(losses)} episodes of a batch are lost", losses)
-        return self._silence_in([records[place] for place in came], losses, host_id, alone=alone)
+        return self._silence_in([records[place] for place in came], losses, alone=alone)
 
-    def _silence_in(
-        self, came: Sequence[AskedFor], losses: Sequence[Loss], host_id: str, *, alone: bool
-    ) -> TransportError | None:
+    def _silence_in(self, came: Sequence[AskedFor], losses: Sequence[Loss], *, alone: bool) -> TransportError | None:
         self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Accounts.count`
         answered = {
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
@@ -288,7 +279,7 @@ class Sources:
             if self._most is not None and count >= self._most and problem is None:
                 del self._silent[source]  # it may have as many more
                 words = f"nothing came in {count} batches in a row"
-                problem = _stop(loss, words, losses, hint_for(loss, host_id))
+                problem = _stop(loss, words, losses, self.hint_for(loss))
         return problem
 
 

@@ -31,7 +31,7 @@ from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_names, known_options
 from ucxx_transport.teardown import Closing, refuse_forked
 from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
-from ucxx_transport.trainer.batch import Alone, Batch, BatchFetch, FetchLimits, FetchSettings, LimitSettings, given_up
+from ucxx_transport.trainer.batch import Batch, BatchFetch, FetchLimits, FetchSettings, LimitSettings, given_up
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, discardable_of
 from ucxx_transport.trainer.unpacking import unpacker_for
 
@@ -61,13 +61,14 @@ class PendingBatch(BatchFetch):
     def __init__(
         self,
         prefetcher: Prefetcher,
-        records: Callable[[], Mapping[int, AskedFor]],
+        outputs: Mapping[int, object],
         policy_version: int | None,
-        alone: Alone | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         self._prefetcher = prefetcher
         core, limits, uploader = prefetcher.core, prefetcher.limits, prefetcher.uploader
-        super().__init__(core, limits, records, policy_version, uploader=uploader, alone=alone)
+        super().__init__(core, limits, outputs, policy_version, uploader=uploader, alone=alone)
 
     @property
     def is_ready(self) -> bool:
@@ -155,7 +156,7 @@ class PendingBatch(BatchFetch):
             del prefetcher.untaken[self]
             prefetcher.changed.notify_all()
             outcome = self._outcome
-        came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.records, ())
+        came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.outputs, ())
         prefetcher.accounts.count_closed(len(came), losses, fetch=self)
         if isinstance(outcome, Batch):
             outcome.release()
@@ -211,7 +212,7 @@ class Prefetcher(Closing):
         unreachable_batches: after so many batches in a row without an answer of a source that has never answered, or of
             which nothing came at all, `result` raises; 3; None: never.
         on_loss: called with every episode that is in no batch, by `result` and `fetch` in the caller's thread. One line
-            a batch and reason is logged in any case (`episodes_lost`), ever more seldom while it lasts.
+            a batch and reason is logged in any case (`episodes_lost`), once a minute while it lasts.
         watcher: as for `UCXXClient`.
         link_factory: as for `UCXXClient`.
 
@@ -238,7 +239,6 @@ class Prefetcher(Closing):
         others = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
         check_names(f"setting of {type(self).__name__}", limits, LimitSettings.__annotations__.keys() | others)
         self.limits = FetchLimits(**limits, on_loss=on_loss)
-        sources = Sources(self.limits.unreachable_batches, self.in_a_batch)
         self.unpack, self.uploader, in_place = unpacker_for(device)
         self.core = ClientCore(
             config,
@@ -252,7 +252,8 @@ class Prefetcher(Closing):
         self.closed = False
         self._failure: Exception | None = None  # that ended the thread
         self.untaken: dict[PendingBatch, None] = {}
-        self.accounts = Accounts(sources, on_loss=on_loss, host_id=self.core.local.host_id, clock=self.core.reactor.now)
+        sources = Sources(self.core.local.host_id, self.limits.unreachable_batches, self.in_a_batch)
+        self.accounts = Accounts(sources, on_loss=on_loss, clock=self.core.reactor.now)
         self._stopping = threading.Event()
         try:
             self._thread = start_thread(self._run, name="ucxx-prefetch")
@@ -277,7 +278,7 @@ class Prefetcher(Closing):
             ConfigError: `records` is no list, `policy_version` is missing, or the prefetcher is closed.
         """
         given = dict(enumerate(several(records, "records")))
-        pending = self.add(PendingBatch(self, lambda: given, policy_version))
+        pending = self.add(PendingBatch(self, given, policy_version))
         pending.begin()
         return pending
 
@@ -290,8 +291,7 @@ class Prefetcher(Closing):
     def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
         refuse_forked(self.core.pid, type(self).__name__)
-        unlocked_rings = 0 if self.uploader is None else self.uploader.unlocked_rings
-        return self.accounts.statistics(unlocked_rings)
+        return self.accounts.statistics()
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this was made: what was read which way, and how long it took."""
@@ -344,7 +344,7 @@ class Prefetcher(Closing):
         for pending in untaken:
             pending.cancel()
         if untaken:
-            _log.info("episodes_not_taken", episodes=self.accounts.statistics(0).losses.get("closed", 0))
+            _log.info("episodes_not_taken", episodes=self.accounts.statistics().losses.get("closed", 0))
 
     def _run(self) -> None:
         try:

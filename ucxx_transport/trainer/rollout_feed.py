@@ -25,8 +25,8 @@ from ucxx_transport.schema.episode_record import several
 from ucxx_transport.schema.wire_form import describe, refuse
 from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import refuse_forked
-from ucxx_transport.trainer.batch import Alone, FetchSettings
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, key_of, record_of
+from ucxx_transport.trainer.batch import FetchSettings
+from ucxx_transport.trainer.loss_policy import Loss, is_ours, key_of, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ class _Rollouts(PendingBatch):
         self.rollouts = tuple(several(rollouts, "rollouts"))
         outputs = enumerate(map(feed.output_of, self.rollouts))
         self.ours = {place: output for place, output in outputs if is_ours(output)}
-        super().__init__(feed, self._read, policy_version)
-
-    def _read(self) -> dict[int, AskedFor]:
-        return {place: record_of(output) for place, output in self.ours.items()}
+        super().__init__(feed, self.ours, policy_version)
 
     @cached_property
     def keys(self) -> dict[int, Hashable]:
@@ -303,7 +300,7 @@ class RolloutFeed(Prefetcher):
                     return None if payload is None else self.unpack(payload)
             if not self._awaited(key, in_use):
                 break
-        batch = self.add(PendingBatch(self, lambda: {0: record}, self._policy_version, Alone(key, output))).fetch()
+        batch = self.add(PendingBatch(self, {0: record}, self._policy_version, alone=True)).fetch()
         if not batch.payloads:
             return None
         with batch.payloads[0] as payload:
@@ -366,8 +363,7 @@ class RolloutFeed(Prefetcher):
             if asked is None:
                 return None
             self._is_awaited = not asked.is_ready
-            for loss in asked.settle(timeout_s).losses:
-                self.accounts.remember(Alone(asked.keys[loss.index], asked.ours[loss.index]), loss.reason)
+            asked.settle(timeout_s)
             done: _Rollouts | None = asked
             with self._state:
                 if self._pending:  # else it was closed meanwhile, and this one is not used at all

@@ -146,9 +146,6 @@ class DevicePayload(Payload):
 class DeviceUploader:
     """Copies payloads to one device as they come, and holds their memory meanwhile. Thread-safe.
 
-    Attributes:
-        unlocked_rings: rings of this host whose memory could not be page-locked.
-
     Raises:
         ConfigError: memory cannot be page-locked for it.
     """
@@ -162,7 +159,6 @@ class DeviceUploader:
         self._closed = False
         self._rings: WeakKeyDictionary[SharedRingBuffer, bool] = WeakKeyDictionary()
         self._locking: set[threading.Thread] = set()
-        self.unlocked_rings = 0
         a_page = np.frombuffer(mmap(-1, PAGESIZE), np.uint8)
         self.page_locker(a_page)  # that none can be locked here is said now rather than with every read
 
@@ -178,7 +174,7 @@ class DeviceUploader:
             try:
                 self._locking.add(start_thread(self._lock_ring, ring, name="ucxx-page-lock"))
             except TransportError as error:
-                self._not_locked(ring, error)
+                _log_unlocked(ring, error)
         return locked
 
     def upload(self, payload: Payload, timers: Reactor) -> DevicePayload:
@@ -234,12 +230,12 @@ class DeviceUploader:
             self._page_lock(ring.mapping, what="a ring", remedy="make the ring smaller")
             self._rings[ring] = True
         except PageLockError as error:
-            self._not_locked(ring, error)
+            _log_unlocked(ring, error)
         except SlotError:  # it was closed meanwhile
             pass
         finally:
             self._locking.discard(threading.current_thread())
 
-    def _not_locked(self, ring: SharedRingBuffer, error: TransportError) -> None:
-        self.unlocked_rings += 1
-        _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)
+
+def _log_unlocked(ring: SharedRingBuffer, error: TransportError) -> None:
+    _log.warning("ring_not_page_locked", ring=ring.name, reason=error.message)

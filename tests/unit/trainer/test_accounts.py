@@ -27,7 +27,7 @@ from ucxx_transport import (
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch
-from ucxx_transport.trainer.accounts import FIRST_PAUSE_S, LONGEST_PAUSE_S, Accounts
+from ucxx_transport.trainer.accounts import LOG_PAUSE_S, Accounts
 from ucxx_transport.trainer.batch import BatchFetch, FetchLimits
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
 
@@ -41,14 +41,14 @@ def episode(worker: str, sequence: int = 0, *, host: str = "10.77.0.1", host_id:
 
 
 def fetch_of(asked: Mapping[int, AskedFor]) -> BatchFetch:
-    return BatchFetch(cast("ClientCore", FakeCore()), FetchLimits(), lambda: asked, None)
+    return BatchFetch(cast("ClientCore", FakeCore()), FetchLimits(), asked, None)
 
 
 class Trainer:
     """Batches of episodes whose fetch ended as was given: an error, or None for those that came."""
 
     def __init__(self, unreachable_batches: int | None = 3) -> None:
-        self.sources = Sources(unreachable_batches)
+        self.sources = Sources(HERE, unreachable_batches)
 
     def batch(self, *episodes: tuple[AskedFor, TransportError | None], alone: bool = False) -> TransportError | None:
         records = dict(enumerate(record for record, _ in episodes))
@@ -58,7 +58,7 @@ class Trainer:
             if error is None and isinstance(record, EpisodeRecord)
         ]
         losses = lost_of(episodes)
-        return self.sources.problem_in(records, came, losses, HERE, alone=alone)
+        return self.sources.problem_in(records, came, losses, alone=alone)
 
 
 def lost_of(episodes: Sequence[tuple[AskedFor, TransportError | None]]) -> list[Loss]:
@@ -203,7 +203,7 @@ class Log:
     def __init__(self, events: list[MutableMapping[str, Any]]) -> None:
         self.now = 0.0
         self.events = events
-        self.accounts = Accounts(Sources(None), on_loss=None, host_id=HERE, clock=lambda: self.now)
+        self.accounts = Accounts(Sources(HERE, None), on_loss=None, clock=lambda: self.now)
 
     def lines(self, at_s: float, *losses: Loss, of: int = 8) -> list[MutableMapping[str, Any]]:
         self.now = at_s
@@ -218,7 +218,7 @@ class Log:
 
 def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is_counted_again() -> None:
     for at in itertools.count():
-        accounts = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float)
+        accounts = Accounts(Sources(HERE, 2), on_loss=None, clock=float)
         losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
         batch = Batch(payloads={}, losses=tuple(losses), nbytes=0, retried=0, took_s=0.0)
         first, second = (fetch_of({0: episode("a"), 1: episode("b")}) for _ in range(2))
@@ -230,7 +230,7 @@ def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is
             assert first.problem is None
             accounts.count(second, batch)
             assert isinstance(second.problem, PeerLostError)
-            found = accounts.statistics(0)
+            found = accounts.statistics()
             assert (found.batches, found.losses) == (2, {"unreachable": 4})
         if interrupter.where is None:
             break
@@ -265,17 +265,14 @@ def test_a_batch_has_one_line_a_reason_with_worker_host_and_sequences(log: Log) 
     assert second["hint"] is None
 
 
-def test_a_reason_that_lasts_is_logged_ever_more_seldom_with_how_many_there_were_since(log: Log) -> None:
+def test_a_reason_that_lasts_is_logged_now_and_then_with_how_many_there_were_since(log: Log) -> None:
     (loss,) = lost_of([(episode("w"), UNREACHABLE)])
-    logged = [(at_s, line["since"]) for at_s in range(100) for line in log.lines(float(at_s), loss)]
-    assert logged == [(0, 0), (10, 9), (30, 19), (70, 39)]
-    assert sum(since for _, since in logged) + len(logged) == 71  # and 29 to come
+    pause = int(LOG_PAUSE_S)
+    logged = [(at_s, line["since"]) for at_s in range(2 * pause + 30) for line in log.lines(float(at_s), loss)]
+    assert logged == [(0, 0), (pause, pause - 1), (2 * pause, pause - 1)]
     (stale,) = lost_of([(episode("w"), StaleSlotError("stale"))])
-    assert [line["reason"] for line in log.lines(100.0, loss, stale)] == ["stale"]  # another reason, at once
-    (again,) = log.lines(151.0 + LONGEST_PAUSE_S, loss)
-    assert again["since"] == 30
-    quiet_s = 152.0 + LONGEST_PAUSE_S + FIRST_PAUSE_S
-    assert [line["since"] for line in log.lines(quiet_s, loss)] == [0]  # the pauses begin again after a long quiet
+    assert [line["reason"] for line in log.lines(2 * pause + 30, loss, stale)] == ["stale"]  # another reason, at once
+    assert [line["since"] for line in log.lines(9 * pause, loss)] == [30]
 
 
 def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: list[MutableMapping[str, Any]]) -> None:
@@ -293,17 +290,17 @@ def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: lis
 def test_statistics_that_a_caller_changes_are_its_own() -> None:
     log = Log([])
     log.lines(0.0, *lost_of([(episode("a"), UNREACHABLE)]))
-    found: Any = log.accounts.statistics(0).losses
+    found: Any = log.accounts.statistics().losses
     assert repr(found) == "{'unreachable': 1}"
     found["unreachable"] = 9
-    assert log.accounts.statistics(0).losses == {"unreachable": 1}
+    assert log.accounts.statistics().losses == {"unreachable": 1}
 
 
 def test_what_is_counted_as_a_batch_is_not_counted_as_closed_too() -> None:
-    accounts = Accounts(Sources(2), on_loss=None, host_id=HERE, clock=float)
+    accounts = Accounts(Sources(HERE, 2), on_loss=None, clock=float)
     fetch = fetch_of({0: episode("a")})
     accounts.count(fetch, Batch(payloads={}, losses=(), nbytes=0, retried=0, took_s=0.0))
     accounts.count_closed(1, fetch=fetch)
-    assert accounts.statistics(0).losses == {}
+    assert accounts.statistics().losses == {}
     accounts.count_closed(1, fetch=fetch_of({0: episode("a")}))
-    assert accounts.statistics(0).losses == {"closed": 1}
+    assert accounts.statistics().losses == {"closed": 1}

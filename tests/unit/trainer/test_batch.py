@@ -47,7 +47,7 @@ class Fetch(BatchFetch):
     ) -> None:
         bounds = FetchLimits(**{"deadline_s": 10, **limits})
         bounds.sorter(policy_version)  # as `Prefetcher.add` does
-        given = lambda: dict(enumerate(records))  # noqa: E731
+        given = dict(enumerate(records))
         super().__init__(cast("ClientCore", core), bounds, given, policy_version, uploader=uploader)
         self.outcomes: list[Batch | Exception] = []
 
@@ -105,6 +105,14 @@ def test_only_what_failed_retryably_is_asked_for_again() -> None:
     assert list(batch.payloads) == [0, 2, 3]
     assert (reasons(batch), len(core.asked), batch.retried) == ({1: LossReason.STALE}, 3, 3)
     assert batch.took_s == pytest.approx(2 * ROUND_PAUSE_S, abs=1e-3)
+
+
+def test_what_is_no_record_yet_is_read_as_one() -> None:
+    given: Any = [episode(0).to_dict(), episode(1).ref, "text"]
+    fetch, (batch,) = begun(FakeCore(), given)
+    assert isinstance(batch, Batch)
+    assert fetch.records[0] == episode(0)
+    assert (list(batch.payloads), reasons(batch)) == ([0, 1], {2: LossReason.MALFORMED})
 
 
 def test_what_fails_in_every_round_is_lost_with_its_last_error() -> None:
@@ -232,15 +240,14 @@ def test_what_a_fetch_meets_beside_errors_of_episodes_ends_it_and_releases_what_
     assert outcomes == [core.raises]
     assert [payload.released for payload in core.delivered] == [True]
 
-    class NoRecords(Sequence[EpisodeRecord]):
-        def __getitem__(self, _: object) -> NoReturn:
-            raise ZeroDivisionError("no records")
+    class NoRecord:
+        @property
+        def completion(self) -> NoReturn:
+            raise ZeroDivisionError("no record")
 
-        def __len__(self) -> int:
-            return 1
-
-    _, outcomes = begun(core, NoRecords())
-    assert str(outcomes[0]) == "no records"
+    given: Any = [episode(0), NoRecord()]
+    _, outcomes = begun(core, given)
+    assert str(outcomes[0]) == "no record"
 
 
 def test_what_takes_payloads_may_refuse_one_and_breaks_the_batch_with_anything_else() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport import ProtocolError, SlotRef
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer.loss_policy import LossReason, is_ours, key_of, record_of, sort_out
+from ucxx_transport.trainer.loss_policy import is_ours, key_of, record_of
 
 REF = SlotRef(ring_id=bytes(16), ring_name="r", slot=3, generation=7, nbytes=1, host_id="h")
 RECORD = EpisodeRecord(worker_id="w", sequence=5, ref=REF, policy_version=2)
@@ -42,10 +42,9 @@ def test_what_was_a_record_and_cannot_be_read_back_is_malformed_rather_than_pass
             assert isinstance(record_of(output), ProtocolError)
 
 
-def test_plain_values_are_read_as_a_batch_is_sorted_out() -> None:
-    wanted, losses = sort_out({0: RECORD.to_dict(), 1: "text"})
-    assert [each.record for each in wanted] == [RECORD]
-    assert [(loss.index, loss.reason) for loss in losses] == [(1, LossReason.MALFORMED)]
+def test_what_says_why_a_record_could_not_be_read_is_taken_as_it_is() -> None:
+    error = ProtocolError("what?")
+    assert record_of(error) is error
 
 
 @pytest.mark.parametrize(

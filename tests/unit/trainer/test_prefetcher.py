@@ -63,7 +63,7 @@ def test_the_next_batch_comes_while_this_one_is_trained_on(worker: LocalWorker) 
 def prepared(
     prefetcher: Prefetcher, records: Sequence[EpisodeRecord], policy_version: int | None = None
 ) -> PendingBatch:
-    return prefetcher.add(PendingBatch(prefetcher, lambda: dict(enumerate(records)), policy_version))
+    return prefetcher.add(PendingBatch(prefetcher, dict(enumerate(records)), policy_version))
 
 
 def test_what_is_prepared_is_fetched_once_it_is_begun(worker: LocalWorker) -> None:

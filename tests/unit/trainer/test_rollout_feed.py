@@ -159,7 +159,7 @@ def test_lost_episodes_leave_the_batch_each_told_of_once(worker: LocalWorker) ->
         assert sum(feed.statistics().losses.values()) == len(told)
 
 
-def test_a_loss_that_is_asked_for_again_later_is_the_same_loss(worker: LocalWorker) -> None:
+def test_a_loss_that_is_asked_for_again_later_is_asked_for_as_a_batch_of_one(worker: LocalWorker) -> None:
     losses: list[Loss] = []
     network = MemoryNetwork(faults=Faults(refuse=True))
     with RolloutFeed(
@@ -182,18 +182,18 @@ def test_a_loss_that_is_asked_for_again_later_is_the_same_loss(worker: LocalWork
         assert feed.collect() == []
         counted = feed.statistics().losses
         assert counted == dict.fromkeys(("too_old", "stale", "dropped", "malformed", "unreachable"), 1)
-        (alone,) = worker.play(1, policy_version=1)
         for _ in range(2):
-            feed.start(worker.play(1, policy_version=5), policy_version=5)
-            assert len(feed.collect()) == 1
-            for output in (*lost, alone):
-                with row(output=output):
-                    assert feed.resolve(output) is None
-        assert [loss.index for loss in losses] == [0, 1, 2, 3, 4, 0]
-        assert feed.statistics().losses == {**counted, "too_old": 2}
-        assert number_in(feed.resolve(there)) == there.sequence  # after all: it is in one of the two
-        assert feed.statistics().losses == {"too_old": 2, "stale": 1, "dropped": 1, "malformed": 1}
-        assert feed.statistics().episodes == 3
+            assert [feed.resolve(output) for output in lost] == [None] * 5  # of the batch in use
+        assert feed.statistics().losses == counted
+        losses.clear()
+        feed.start(worker.play(1, policy_version=5), policy_version=5)
+        assert len(feed.collect()) == 1
+        for output in lost:
+            with row(output=output):
+                assert feed.resolve(output) is None
+        assert [(loss.index, loss.reason.value) for loss in losses] == [(0, reason) for reason in counted]
+        assert feed.statistics().losses == dict.fromkeys(counted, 2)
+        assert number_in(feed.resolve(there)) == there.sequence
 
 
 def test_what_ends_a_fetch_is_raised_and_its_episodes_are_losses(worker: LocalWorker) -> None:
