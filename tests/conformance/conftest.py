@@ -28,21 +28,14 @@ DEADLINE_S = 20.0
 
 @dataclass(kw_only=True)
 class Owner:
-    """What the owner of an endpoint has heard, in order: `connected`, and the error it was lost with."""
+    """What the owner of an endpoint has heard: the error it was lost with."""
 
-    heard: list[str | TransportError] = field(default_factory=list)
-
-    @property
-    def is_connected(self) -> bool:
-        return "connected" in self.heard
+    heard: list[TransportError] = field(default_factory=list)
 
     @property
     def error(self) -> TransportError | None:
         """What the endpoint was lost with."""
-        return next((one for one in self.heard if isinstance(one, TransportError)), None)
-
-    def connected(self) -> None:
-        self.heard.append("connected")
+        return next(iter(self.heard), None)
 
     def lost(self, error: TransportError) -> None:
         self.heard.append(error)
@@ -111,7 +104,7 @@ class Sides:
         near = self.client.link.connect(HOST, port, owner)
         self.until(lambda: len(self.accepted) > known, "accepted")
         far, far_owner = self.accepted[-1]
-        self.until(lambda: owner.is_connected and far_owner.is_connected, "connected")
+        self.until(lambda: near.handle and far.handle, "connected")
         return Pair(near, far, owner, far_owner)
 
 

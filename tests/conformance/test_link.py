@@ -570,7 +570,7 @@ def test_close_ends_what_is_in_flight_before_it_is_said_to_be_over(sides: Sides)
     sides.until(lambda: "clean=True" in heard)
     assert heard == ["closed"] * 6 + ["clean=True"]
     assert in_flight(sides.client.link) == 0
-    assert pair.near_owner.heard == ["connected"]  # nothing is lost to the one who closes
+    assert not pair.near_owner.heard  # nothing is lost to the one who closes
 
 
 def test_close_ends_sends_that_wait_for_the_connection(sides: Sides) -> None:
@@ -631,7 +631,7 @@ def test_peers_close_ends_what_is_in_flight_and_is_said_once(sides: Sides) -> No
     assert not pair.far.alive
     for _ in range(20):
         sides.turn()
-    assert len(pair.far_owner.heard) == 2
+    assert len(pair.far_owner.heard) == 1
     with pytest.raises(PeerLostError) as caught:
         pair.far.post_receive(bytearray(1), ignore)
     assert caught.value.facts["reason"] == "reset"
@@ -673,7 +673,7 @@ def test_closed_listener_takes_no_further_connection(sides: Sides) -> None:
     late = sides.client.link.connect(HOST, port, owner)
     for _ in range(2000):  # with UCX it may neither fail nor succeed
         sides.turn()
-    assert not owner.is_connected
+    assert not late.handle
     assert len(sides.accepted) == 1
     assert close(sides, late)
     exchange(sides, pair.near, pair.far, b"ok")
@@ -717,7 +717,7 @@ def test_closing_the_link_ends_everything_in_flight(sides: Sides) -> None:
     link.close()
     assert len(over.operations) == 6
     assert set(over.outcomes()) <= {"closed", "reset"}
-    assert (in_flight(link), endpoints_open(link), link.counters.leaked_buffers) == (0, 0, 0)
+    assert (in_flight(link), endpoints_open(link), link.leaked_buffers) == (0, 0, 0)
     sides.until(lambda: all(pair.far_owner.error for pair in pairs))
 
 
@@ -798,7 +798,7 @@ def test_connecting_to_nothing_ends_with_a_clear_error_or_the_caller_s_own_time(
         send_later(near, b"never", over)
         for _ in range(500):
             sides.turn()
-        assert not owner.is_connected
+        assert not near.handle
         if owner.error is not None:
             assert isinstance(owner.error, PeerLostError)
             assert owner.error.facts["reason"] in {"refused", "unreachable", "reset"}
@@ -907,7 +907,7 @@ def test_messages_that_are_never_received_do_not_outlive_their_endpoint(sides: S
         assert not worker.tag_probe(tag, mask).matched
     else:
         close(sides, pair.far)
-    assert 0 < link.counters.unexpected_messages < 20
+    assert 0 < link.unexpected_messages < 20
 
 
 def test_statistics_count_exactly(sides: Sides) -> None:
@@ -920,7 +920,7 @@ def test_statistics_count_exactly(sides: Sides) -> None:
     pair.near.close()
     sides.until(lambda: open_receive.completed and pair.far_owner.error)
     assert outcome(open_receive) == "reset"
-    assert (in_flight(server), server.counters.leaked_buffers) == (0, 0)
+    assert (in_flight(server), server.leaked_buffers) == (0, 0)
 
 
 def test_sleep_ends_when_a_message_comes(sides: Sides) -> None:
@@ -960,7 +960,7 @@ def test_sleep_ends_when_a_message_comes(sides: Sides) -> None:
 
 def pair_is_quiet(pair: Pair) -> bool:
     """Neither end has lost the other."""
-    return pair.near_owner.heard == pair.far_owner.heard == ["connected"]
+    return not (pair.near_owner.heard or pair.far_owner.heard)
 
 
 def test_connections_of_one_side_do_not_suffer_from_the_loss_of_one(sides: Sides) -> None:

@@ -51,11 +51,7 @@ GONE = {"reset", "aborted", "refused", "cancelled"}
 class Owner:
     """What the owner of an endpoint has heard."""
 
-    is_connected: bool = False
     error: TransportError | None = None
-
-    def connected(self) -> None:
-        self.is_connected = True
 
     def lost(self, error: TransportError) -> None:
         assert self.error is None
@@ -102,7 +98,7 @@ class Here:
     def connect(self, port: int) -> tuple[Endpoint, Owner]:
         """A connection that is up."""
         endpoint, owner = self.start(port)
-        self.until(lambda: owner.is_connected or owner.error, "connected")
+        self.until(lambda: endpoint.handle or owner.error, "connected")
         assert owner.error is None
         return endpoint, owner
 
@@ -250,7 +246,7 @@ def test_kill_in_the_middle_of_a_reply_ends_the_receive(lanes: str) -> None:
         before = bytes(into)
         here.turn_for(0.05)
         assert into == before
-        assert here.link.counters.leaked_buffers == 0
+        assert here.link.leaked_buffers == 0
 
 
 @pytest.mark.may_leave("descriptors", reason="over shared memory, a receive that had only a part")
@@ -295,7 +291,7 @@ def test_kill_of_the_receiver_ends_a_send_in_the_middle(lanes: str) -> None:
         kill(other)
         assert here.outcome(send) in GONE | {"ok"}
         assert here.close(endpoint)
-        assert here.link.counters.leaked_buffers == 0
+        assert here.link.leaked_buffers == 0
 
 
 def test_kill_of_a_client_is_seen_by_the_server_and_costs_nobody_else(lanes: str) -> None:
@@ -327,7 +323,6 @@ from functools import partial
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.link.ucx import UCXXLink
 class Owner:
-    def connected(self): ...
     def lost(self, error): sys.exit(str(error))
 reactor = Reactor(partial(UCXXLink, shm_lanes=LANES))
 endpoint = reactor.link.connect("127.0.0.1", PORT, Owner())
@@ -364,7 +359,7 @@ def test_stop_in_the_middle_of_a_transfer_never_hands_on_a_buffer_in_use(lanes: 
         here.turn_for(0.2)
         clean = here.close(endpoint)
         assert clean == receive.completed
-        assert here.link.counters.leaked_buffers == (0 if clean else 1)
+        assert here.link.leaked_buffers == (0 if clean else 1)
         assert clean or lanes == "shm"  # over shared memory the peer's own process copies; that cannot be stopped here
         if clean:
             was = bytes(into)
@@ -391,7 +386,7 @@ def test_buffer_of_a_receive_that_is_cut_off_is_never_written_again(lanes: str) 
             assert into == bytes([link_peer.CONTENT]) * 4096
             assert buffer == bytes([mark]) * len(buffer)
             here.close(other_end)
-        assert here.link.counters.leaked_buffers == 0
+        assert here.link.leaked_buffers == 0
         assert in_flight(here.link) == 0
 
 
@@ -466,7 +461,7 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
 def lost_and_interrupted(server: Here, client: Here, port: int, at: int) -> bool:
     """The client hears of a connection's end, with an interrupt at that number; whether there are so many."""
     endpoint, owner = client.start(port)
-    while not (owner.is_connected and server.accepted):
+    while not (endpoint.handle and server.accepted):
         server.reactor.poll()
         client.reactor.poll()
     receive = endpoint.post_receive(bytearray(8), ignore)
@@ -575,12 +570,12 @@ def foreign_server(answer: bytes) -> Iterator[int]:
 def test_foreign_server_costs_at_most_the_caller_s_own_time() -> None:
     for answer in (b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(4096)):
         with row(answer=answer), foreign_server(answer) as port, opened() as here:
-            endpoint, owner = here.start(port)
+            endpoint, _owner = here.start(port)
             here.turn_for(0.5)
-            assert not owner.is_connected
+            assert not endpoint.handle
             assert here.close(endpoint)
             assert endpoints_open(here.link) == 0
-            assert here.link.counters.leaked_buffers == 0
+            assert here.link.leaked_buffers == 0
 
 
 def test_listener_that_has_answered_is_known() -> None:
@@ -592,9 +587,9 @@ def test_listener_that_has_answered_is_known() -> None:
 
 def test_address_that_leads_nowhere_costs_at_most_the_caller_s_own_time() -> None:
     with opened() as here:
-        endpoint, owner = here.start(5001, "203.0.113.1")
+        endpoint, _owner = here.start(5001, "203.0.113.1")
         here.turn_for(0.5)
-        assert not owner.is_connected
+        assert not endpoint.handle
         assert here.close(endpoint)
         assert endpoints_open(here.link) == 0
 
@@ -616,15 +611,15 @@ def test_garbage_at_the_port_costs_only_its_own_connection() -> None:
 def test_messages_that_nothing_waits_for_are_discarded(lanes: str, *, is_known: bool) -> None:
     """Under a tag that is no endpoint's, or on a channel that the endpoint does not have."""
     with opened(lanes) as server, opened(lanes) as client:
-        endpoint, owner = client.start(server.listen())
-        both_until(server, client, lambda: owner.is_connected and server.accepted)
+        endpoint, _owner = client.start(server.listen())
+        both_until(server, client, lambda: endpoint.handle and server.accepted)
         near = server.accepted[0][0]
         near.channels = 1
         tag = near.base << 16 | 9 if is_known else 7
         foreign, array = client.link.binding.lib.UCXXTag(tag), client.link.binding.make_array(bytearray(64 << 10))
         raw: Any = endpoint._ucx  # noqa: SLF001 - a peer that does not keep to the protocol
         flood = []
-        while server.link.counters.unexpected_messages < 100:
+        while server.link.unexpected_messages < 100:
             flood.append(raw.tag_send(array, foreign))
             assert len(flood) < 10_000, "the server keeps them all"
             server.reactor.poll()
@@ -751,7 +746,7 @@ def test_clients_that_die_while_they_connect_are_counted_and_logged_once(
             for client in clients:
                 client.kill()
                 client.wait()
-        here.until(lambda: here.link.counters.accepts_failed == 3)
+        here.until(lambda: here.link.accepts_failed == 3)
         (event,) = (event for event in log_events if event["event"] == "accept_failed")
         assert (event["port"], event["peer"].partition(":")[0]) == (port, HOST)
     assert "UCXPY" not in capfd.readouterr().err
@@ -775,7 +770,7 @@ def test_process_without_descriptors_says_so_and_goes_on_with_what_it_has() -> N
         first, _owner = here.connect(port)
         with descriptors_left(20):
             started = [here.start(port) for _ in range(10)]
-            here.until(lambda: all(owner.is_connected or owner.error for _, owner in started))
+            here.until(lambda: all(endpoint.handle or owner.error for endpoint, owner in started))
             refused = [owner.error for _, owner in started if owner.error]
             assert len(refused) >= 3
             assert all(isinstance(error, BusyError) and "ulimit -n" in str(error) for error in refused)

@@ -37,9 +37,6 @@ TURNS = 100_000
 class SilentPeer:
     """Events of an endpoint that nothing is done about."""
 
-    def connected(self) -> None:
-        """Nothing."""
-
     def lost(self, error: TransportError) -> None:
         """Nothing."""
 

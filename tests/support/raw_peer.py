@@ -89,9 +89,6 @@ class RawPeer:
     sequence: int = 0
     attempt: int = 0
 
-    def connected(self) -> None:
-        """Nothing to do."""
-
     def lost(self, error: TransportError) -> None:
         """Keep why."""
         self.error = error

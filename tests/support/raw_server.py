@@ -57,9 +57,6 @@ class RawServer:
         frame = yield
         return frame.names[0][3]
 
-    def connected(self) -> None:
-        """The link's."""
-
     def lost(self, error: TransportError) -> None:
         """The link's. A client that has had enough hangs up."""
         del error

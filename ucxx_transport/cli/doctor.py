@@ -22,8 +22,8 @@ from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
-from ucxx_transport.link.libraries import PREFER_SYSTEM, library_in_use
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
+from ucxx_transport.link.ucx_api import PREFER_SYSTEM, library_in_use, load_binding
 from ucxx_transport.machine import Finding, MemoryLimit, Verdict, has_proc, memory_limit, parts
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
@@ -113,8 +113,6 @@ def _ucx() -> Iterator[Finding]:
 
 def describe_ucx() -> dict[str, object]:
     """The version of UCX and its resources, such as `["tcp", "eth0"]`, from a context as the link makes one."""
-    from ucxx_transport.link.ucx_api import load_binding
-
     ucx = load_binding().lib
     context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))
     return {

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Never
 
 from ucxx_transport.errors import ProtocolError, TransportError
-from ucxx_transport.link.process import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.link.base import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.logs import get_logger
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 

@@ -295,7 +295,7 @@ class ClientCore(ClientBase):
             pooled_endpoints=sum(connection.idle for connection in tuple(self.reads.connections.known.values())),
             lent_buffers=pool.lent,
             idle_buffer_bytes=pool.idle_bytes,
-            leaked_buffers=link.counters.leaked_buffers if link is not None else 0,
+            leaked_buffers=link.leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
 

@@ -65,9 +65,6 @@ class Line(ABC):
             self._start_timer()
             self._reactor.resolve(self.key[0], self._resolved)
 
-    def connected(self) -> None:  # noqa: B027 - of the endpoint's events, and not to be overridden
-        """See `EndpointEvents`: the handshake's frames are under way already."""
-
     def lost(self, error: TransportError) -> None:
         """See `EndpointEvents`."""
         self.fail(error)

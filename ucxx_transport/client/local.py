@@ -17,7 +17,7 @@ from ucxx_transport import errors
 from ucxx_transport.client.jobs import ClientBase, Job, Takeable, clear_traceback
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import StaleSlotError, TransportError
-from ucxx_transport.link.process import raised_limit
+from ucxx_transport.link.base import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.owner import host_id, segment_folder

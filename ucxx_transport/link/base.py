@@ -25,17 +25,29 @@ Rules that every link keeps, and that the conformance suite checks:
 - A send that is completed has left this side; only an answer of the peer proves that it arrived.
 - Messages may be posted from the moment that `connect` returns: they leave when the connection is up.
 - One thread at a time; which one may change between calls.
+
+And what a process has of its links: file descriptors, and what outlives a link.
+
+- A link that is never closed stays until the interpreter ends, and is closed then: an operation in flight whose buffer
+  the interpreter frees first would be a crash. One whose last thread still runs then (a daemon's) is left as it is.
+- UCX does not survive a fork. In the child, a link of the parent is kept for good, so that nothing closes the parent's
+  connections.
+- The buffer of an operation that never ends is kept for good, too: UCX may still write to it.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
+import resource
+import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
-from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
 
 LostReason: TypeAlias = Literal["aborted", "cancelled", "closed", "refused", "reset", "truncated", "unreachable"]
 """`PeerLostError.facts["reason"]`. `closed` is this side's doing; after `truncated` the endpoint is still usable.
@@ -72,21 +84,6 @@ DATA_PORT_SILENT: Final = (
     "sides and open them"
 )
 """What to add to the error of a connection that is not up in time, where `Endpoint.listener_has_answered`."""
-
-
-@dataclass(slots=True, kw_only=True)
-class LinkCounters:
-    """Counts of one link since it was opened.
-
-    Attributes:
-        accepts_failed: connections that failed while its listeners took them.
-        leaked_buffers: buffers whose operation never ended; kept referenced for the life of the process.
-        unexpected_messages: messages that no receive had been posted for when their endpoint was closed.
-    """
-
-    accepts_failed: int = 0
-    leaked_buffers: int = 0
-    unexpected_messages: int = 0
 
 
 class Posted:
@@ -148,9 +145,6 @@ class Message:
 class EndpointEvents(Protocol):
     """What the owner of an endpoint hears."""
 
-    def connected(self) -> None:
-        """The peer's hello has come. Called once, for an accepted endpoint too."""
-
     def lost(self, error: TransportError) -> None:
         """The peer is gone, or was never reached. Called once, and not after `close()`.
 
@@ -200,7 +194,6 @@ def checked_port(port: int, *, lowest: int) -> int:
 
 FORKED: Final = "UCX does not survive a fork; start the process by spawn, or fork before the first link"
 
-
 _usables: weakref.WeakSet[Usable] = weakref.WeakSet()
 
 
@@ -237,3 +230,61 @@ def _in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
+
+PER_CONNECTION: Final = 3  # descriptors that UCX takes for one over TCP, on each side
+SPARE: Final = 64  # left for everything else that the process opens later
+RESERVE: Final = 3 * PER_CONNECTION
+"""What is free before UCX is asked for a connection: where it runs out in the middle of one, it may end the process."""
+
+
+def connection_budget(*, limit: int, in_use: int, asked: int | None) -> int:
+    """How many connections there may be, at least one: of a limit of descriptors, and the setting's bound."""
+    room = max(1, (limit - in_use - SPARE) // PER_CONNECTION)
+    return room if asked is None else min(asked, room)
+
+
+def raised_limit() -> int:
+    """The process's limit of descriptors, raised as far as it goes without privileges."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # where a sandbox forbids it, the limit stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def descriptors_in_use() -> int:
+    """How many descriptors the process has open; the limit where there is not even one for this look."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def shortage(begun: int) -> BusyError | None:
+    """Why there can be none beside so many connections that have not taken all their descriptors yet; None: it can."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = descriptors_in_use()
+    if limit == resource.RLIM_INFINITY or limit - in_use >= RESERVE + begun * PER_CONNECTION:
+        return None
+    words = "this process has no file descriptors for another connection; close some, or raise its limit (ulimit -n)"
+    return BusyError(words, in_use=in_use, limit=limit)
+
+
+open_links: Final[set[Any]] = set()  # of UCXXLink, each kept until it is closed
+
+
+def keep_for_good(*things: object) -> None:
+    """Never free these, not even at the interpreter's end: UCX may still use them."""
+    for thing in things:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+@atexit.register
+def _close_all() -> None:
+    running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    for link in list(open_links):
+        if link.forked or link.thread in running:
+            keep_for_good(link)
+        else:
+            link.close()

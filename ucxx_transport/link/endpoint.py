@@ -26,11 +26,9 @@ from copy import copy
 from typing import Final, Protocol, TypeAlias, cast
 
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
-from ucxx_transport.link.base import EndpointEvents, Message, OnDone, Operation, Posted, byte_view, lost
+from ucxx_transport.link.base import EndpointEvents, Message, OnDone, Operation, Posted, byte_view, keep_for_good, lost
 from ucxx_transport.link.flight import CANCELLED, CHANNEL_BITS, CLOSE_TIMEOUT_S, TRUNCATED, LinkCore
-from ucxx_transport.link.libraries import listener_has_answered
-from ucxx_transport.link.process import keep_for_good
-from ucxx_transport.link.ucx_api import UcxEndpoint, status_error
+from ucxx_transport.link.ucx_api import UcxEndpoint, listener_has_answered, status_error
 
 MAGIC: Final = b"UXTL"
 VERSION: Final = 2
@@ -210,7 +208,7 @@ class Endpoint(Posted):
         self.give_up()
         link.ending.pop(self).cancel()
         self._clean = not self.posted
-        link.counters.leaked_buffers += len(self.posted)
+        link.leaked_buffers += len(self.posted)
         if self.posted:
             keep_for_good(self._ucx, *self.posted)
         self._ucx = self._accepted_by = None
@@ -237,8 +235,6 @@ class Endpoint(Posted):
             else:
                 self.handle = self._ucx.handle
                 self._send_deferred()
-                if self.events is not None:
-                    self.events.connected()
                 return
         self._error = self._error or error
         self._note_loss()
@@ -344,9 +340,9 @@ class Link(LinkCore):
     def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
         """Open a connection to a numeric address; see `Reactor.resolve` for names.
 
-        Returns at once; the outcome is `events.connected` or `events.lost`. With UCX, nothing listening may also be
-        neither of them: the caller bounds it in time, and closes the endpoint. A ConfigError: the port is none, or the
-        link is closed or of another process.
+        Returns at once; then it gets its `handle`, or `events.lost` is called. With UCX, where nothing listens, neither
+        may be: the caller bounds it in time, and closes the endpoint. A ConfigError: the port is none, or the link is
+        closed or of another process.
         """
 
     @abstractmethod

@@ -16,8 +16,7 @@ from threading import get_ident
 from typing import Any, Final
 
 from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import LinkCounters, Message, Operation, Posted, Timers, Usable, byte_view
-from ucxx_transport.link.process import keep_for_good
+from ucxx_transport.link.base import Message, Operation, Posted, Timers, Usable, byte_view, keep_for_good
 from ucxx_transport.native import load
 
 CHANNEL_BITS: Final = 16  # channel `n` of an endpoint is the tag `base << 16 | n`
@@ -194,11 +193,15 @@ class LinkCore(Usable, Posted):
         endpoints: that are open, by the base of their tags. listeners: likewise.
         thread: that had the last turn.
         worker: UCX's. root: the class of its errors. make_array: ucxx's. rdma: this host has a device for it.
+        accepts_failed: connections that failed while its listeners took them, so far.
+        leaked_buffers: those whose operation never ended; they are kept for good.
+        unexpected_messages: those that were discarded.
     """
 
     worker: Any
     root: type[Exception]
     rdma = False
+    accepts_failed = leaked_buffers = unexpected_messages = 0
 
     def __init__(
         self, timers: Timers, flight: Flight, make_array: Callable[[memoryview], Any], descriptor: int
@@ -206,7 +209,6 @@ class LinkCore(Usable, Posted):
         self.timers = timers
         self.flight = flight
         self.make_array = make_array
-        self.counters = LinkCounters()
         self.ready: deque[Callable[[], object]] = deque()
         self.endpoints: dict[int, Any] = {}
         self.broken: dict[Any, int | None] = {}
@@ -313,7 +315,7 @@ class LinkCore(Usable, Posted):
             if endpoint is not None and tag - (endpoint.base << CHANNEL_BITS) < endpoint.channels:
                 return  # its receive is about to be posted; what lies behind it is seen to next time
             nowhere = self.message(bytearray(1))
-            self.counters.unexpected_messages += 1
+            self.unexpected_messages += 1
             self.flight.post(Operation.of(self, nowhere, 1), self.flight.receive, 0, nowhere.address, tag)
 
     def _refused(self, _: int) -> bool:

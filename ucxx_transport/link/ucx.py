@@ -11,20 +11,19 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.link import base, ucx_api
 from ucxx_transport.link.address import list_interfaces, other_family
-from ucxx_transport.link.base import EndpointEvents, Timers, checked_port
+from ucxx_transport.link.base import Timers
 from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
 from ucxx_transport.link.flight import FUNCTIONS, native_flight
-from ucxx_transport.link.libraries import IPv6Listener, endpoint_lanes, quiet_ucxx_log, request_peer, ucp_functions
-from ucxx_transport.link.process import check_not_forked, keep_for_good, note_use, open_links, shortage
 from ucxx_transport.link.settings import context_settings, no_way_to, rdma_devices, require_free_port, require_network
-from ucxx_transport.link.ucx_api import UcxEndpoint, UcxListener, load_binding
 from ucxx_transport.logs import get_logger
 
 _log = get_logger(__name__)
+_pids_that_used_ucx: Final[set[int]] = set()
 
 QUIET_S: Final = 60.0
 """After one event about connections that fail while they are accepted, further ones are only counted for so long."""
@@ -46,9 +45,9 @@ class UCXXLink(Link):
     def __init__(
         self, timers: Timers, *, shm_lanes: bool = False, ucx: Mapping[str, str] | None = None, ipv6: str | None = None
     ) -> None:
-        check_not_forked()
-        self.binding = binding = load_binding()
-        quiet_ucxx_log()
+        if _pids_that_used_ucx - {os.getpid()}:
+            raise ConfigError(base.FORKED)
+        self.binding = binding = ucx_api.load_binding()
         lib, self.root = binding.lib, binding.lib.UCXError
         self.ipv6 = ipv6
         self.rdma = bool(rdma_devices())
@@ -72,15 +71,16 @@ class UCXXLink(Link):
                 environment={name: value for name, value in os.environ.items() if name.startswith("UCX_")},
                 settings=settings,
             ) from exc
-        flight = native_flight(self.worker.handle, ucp_functions(*FUNCTIONS))
+        flight = native_flight(self.worker.handle, ucx_api.ucp_functions(*FUNCTIONS))
         super().__init__(timers, flight, binding.make_array, self.worker.epoll_file_descriptor)
-        note_use(self)
+        _pids_that_used_ucx.add(os.getpid())
+        base.open_links.add(self)
 
-    def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
+    def connect(self, host: str, port: int, events: base.EndpointEvents) -> Endpoint:
         self.check_usable()
-        peer = f"{host}:{checked_port(port, lowest=1)}"
-        ucx: UcxEndpoint | None = None
-        error: TransportError | None = shortage(sum(not endpoint.handle for endpoint in self.endpoints.values()))
+        peer = f"{host}:{base.checked_port(port, lowest=1)}"
+        ucx: ucx_api.UcxEndpoint | None = None
+        error: TransportError | None = base.shortage(sum(not endpoint.handle for endpoint in self.endpoints.values()))
         if error is None and not self.rdma:
             error = other_family(host, self.settings, os.environ)
         try:
@@ -93,7 +93,7 @@ class UCXXLink(Link):
     def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
         """See `Link.listen`. Binds 0.0.0.0, as ucxx's API takes no address, and `ipv6`."""
         self.check_usable()
-        checked_port(port, lowest=0)
+        base.checked_port(port, lowest=0)
         try:
             listener = UCXXListener(self, port, on_endpoint)
         except self.binding.lib.UCXBusyError as exc:
@@ -105,7 +105,7 @@ class UCXXLink(Link):
 
     def transports(self) -> tuple[str, ...]:
         handles = [endpoint.handle for endpoint in self.endpoints.values() if endpoint.usable and endpoint.handle]
-        lanes = [lane for handle in handles for lane in endpoint_lanes(handle)]
+        lanes = [lane for handle in handles for lane in ucx_api.endpoint_lanes(handle)]
         names = dict.fromkeys(transport for transport, device in lanes if device)  # without a device: connection set-up
         return tuple(names) or ("unknown",)
 
@@ -119,12 +119,12 @@ class UCXXLink(Link):
         return error
 
     def release(self) -> None:
-        open_links.discard(self)
+        base.open_links.discard(self)
         del self.worker, self.context
 
     def forget(self) -> None:
         super().forget()
-        keep_for_good(self)
+        base.keep_for_good(self)
 
 
 class UCXXListener:
@@ -145,12 +145,12 @@ class UCXXListener:
             if call is not None:
                 call(request)
 
-        ucx: UcxListener = link.binding.lib.UCXListener.create(link.worker, port, note)
+        ucx = link.binding.lib.UCXListener.create(link.worker, port, note)
         self.port: int = ucx.port
         self._ucx = deque([ucx])  # shared with the endpoints, which keep it when this one does no more
         self._bound = weakref.ref(self._ucx)
         if link.ipv6 is not None:
-            self._ucx.append(IPv6Listener(link.worker.handle, link.ipv6, self.port, note))
+            self._ucx.append(ucx_api.IPv6Listener(link.worker.handle, link.ipv6, self.port, note))
         self._closed = False
         self._quiet_until_s = 0.0
 
@@ -165,7 +165,7 @@ class UCXXListener:
         """A client connects, by a `ucp_conn_request_h`. Called inside UCX's progress: takes note, no more."""
         bound = self._bound()
         assert bound is not None  # else UCX does not listen any more
-        peer = request_peer(request) or f"a client of port {self.port}"
+        peer = ucx_api.request_peer(request) or f"a client of port {self.port}"
         try:
             ucx = bound[0].create_endpoint_from_conn_request(request, True)  # noqa: FBT003
         except self._link.root as exc:  # it has gone already, or its address cannot be reached
@@ -173,7 +173,7 @@ class UCXXListener:
         else:
             self._link.ready.append(partial(self._hand_over, ucx, peer, bound))
 
-    def _hand_over(self, ucx: UcxEndpoint, peer: str, bound: deque[UcxListener]) -> None:
+    def _hand_over(self, ucx: ucx_api.UcxEndpoint, peer: str, bound: deque[Any]) -> None:
         """Give a connection that came to its owner."""
         if self._closed:
             with suppress(self._link.root):
@@ -184,9 +184,8 @@ class UCXXListener:
             self._note_failed(peer, "it was gone before it was handed over")
 
     def _note_failed(self, peer: str, reason: str) -> None:
-        self._link.counters.accepts_failed += 1
+        self._link.accepts_failed += 1
         now = self._link.timers.now()
         if now >= self._quiet_until_s:
             self._quiet_until_s = now + QUIET_S
-            count = self._link.counters.accepts_failed
-            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=count)
+            _log.warning("accept_failed", port=self.port, peer=peer, reason=reason, failed=self._link.accepts_failed)

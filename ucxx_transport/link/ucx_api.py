@@ -1,25 +1,42 @@
-"""All that is called of ucxx and UCX: the one place that imports it.
+"""All that is called of ucxx and UCX: the one place that imports ucxx, and that looks at UCX's shared libraries.
 
-`ucxx._lib` is private API: extras pin its minor version, and a test names every symbol of `SYMBOLS`.
+`ucxx._lib` is private API: extras pin its minor version, and a test names every symbol of `SYMBOLS`. What it does not
+reach is called natively; what such a call cannot say is unknown. Structures are those of `ucp/api/ucp.h` of UCX 1.19 to
+1.21, to the last field used; a field mask says which those are.
 
 Importing ucxx writes `UCX_*` defaults into `os.environ`, from where child processes would take them for the user's.
 They are removed again here; those that matter are passed to each context by `settings`. Where the program has imported
 ucxx before, they are there already and count as the environment's.
+
+One process holds one UCX. A second one, of torch's, mpi4py's or LD_PRELOAD's, has the same names inside, so what is
+loaded later is bound to parts of what was loaded first: undefined symbols, aborts, and hangs. So files are compared
+before ucxx is imported, by which UCX initialises itself.
+
+| `RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY` | what ucxx loads                                                              |
+|---------------------------------------|------------------------------------------------------------------------------|
+| unset or `false`                      | the files of the wheel `libucx`; without that wheel, the loader's            |
+| any other value                       | the loader's (`ld.so`); what that does not find, from the wheel              |
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import importlib.util
 import os
+import re
+import socket
+import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.link.base import LostReason, lost
-from ucxx_transport.link.libraries import check_loaded, library_in_use, status_in_words
 from ucxx_transport.machine import check_proc, open_standard_streams
 
 Meaning: TypeAlias = LostReason | Literal["busy", "config"]
@@ -53,9 +70,7 @@ SYMBOLS: Final = {
 }
 """Every private symbol that this package uses, by module."""
 
-# ucxx has no stubs.
-UcxEndpoint: TypeAlias = Any  # its `close()` is not used: see `Endpoint.close`
-UcxListener: TypeAlias = Any  # UCX keeps a raw pointer into it until every endpoint that it accepted is gone
+UcxEndpoint: TypeAlias = Any  # ucxx has no stubs; its `close()` is not used: see `Endpoint.close`
 
 
 class Binding(NamedTuple):
@@ -89,8 +104,6 @@ def _error(meaning: Meaning, words: str, *, peer: str, connected: bool) -> Trans
 
 
 _lock = threading.Lock()
-
-
 NOT_INSTALLED: Final = (
     'UCX is not installed; run pip install "ucxx_transport[cpu]" ([cu12] or [cu13] with a GPU), or stay on one '
     "host, where episodes are read in place, with writers that have no server: serve=False"
@@ -133,4 +146,224 @@ def _import_binding() -> Binding:
             missing=exc.name,
             ucxx=getattr(importlib.import_module("ucxx"), "__version__", "unknown"),
         ) from exc
+    _quiet_ucxx_log()
     return Binding(lib, arr.Array)
+
+
+OLDEST: Final = (1, 19, 0)  # the oldest UCX that the pinned ucxx takes: `__ucx_min_version__` in its `__init__.py`
+PREFER_SYSTEM: Final = "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY"
+
+_FILE: Final = re.compile(r"libuc[mpst]\.so(\.\d+)*")
+
+
+def check_loaded() -> None:
+    """Refuse two UCX in one process, and one that is too old. Call it before ucxx is imported, and again after that.
+
+    The ConfigError names both files, or the file and its version. An OSError: there is none that can be loaded.
+    """
+    own = _wheel_folder()
+    if own is not None and os.environ.get(PREFER_SYSTEM, "false").lower() != "false":
+        if library_in_use() is None:
+            importlib.import_module("libucx").load_library()  # as ucxx does; it initialises nothing
+        own = None
+    loaded = _loaded_files()
+    if own is not None:
+        expected = [file.resolve() for file in own.iterdir()]  # an installer may have made links of them
+    else:
+        expected = [file for file in loaded if file.parent == loaded[0].parent]
+    other = next((file for file in loaded if file not in expected), None)
+    oldest = _words(OLDEST)
+    if other is not None:
+        remedy = f"; or let ucxx use that one, if it is {oldest} or later, by {PREFER_SYSTEM}=true" if own else ""
+        raise ConfigError(
+            f"two UCX libraries in one process: {other} is loaded, and ucxx uses {own or expected[0].parent}. Remove "
+            f"one of them (an import, LD_PRELOAD, LD_LIBRARY_PATH), or move it to another process{remedy}"
+        )
+    try:
+        ask = loaded_library("libucp.so").ucp_get_version
+    except (OSError, AttributeError):
+        return  # not loaded yet, or not to be asked
+    parts = [ctypes.c_uint() for _ in range(3)]
+    ask(*map(ctypes.byref, parts))
+    version = tuple(part.value for part in parts)
+    if version < OLDEST:
+        raise ConfigError(
+            f"{library_in_use()} is UCX {_words(version)}, and ucxx needs {oldest} or later: install a later one, or "
+            f"unset {PREFER_SYSTEM} to use the wheel's"
+        )
+
+
+def library_in_use() -> Path | None:
+    """The file of `libucp` that this process has loaded; None before that."""
+    return next((file for file in _loaded_files() if file.name.startswith("libucp")), None)
+
+
+def _wheel_folder() -> Path | None:
+    found = importlib.util.find_spec("libucx")
+    if found is None or found.origin is None:
+        return None
+    folder = Path(found.origin).parent / "lib"
+    return folder.resolve() if (folder / "libucp.so").is_file() else None
+
+
+def _loaded_files() -> list[Path]:
+    """Of UCX proper, sorted: libucm, libucp, libucs, libuct."""
+    return sorted(path for path in _mapped() if _FILE.fullmatch(path.name))
+
+
+def _mapped() -> set[Path]:
+    lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
+    return {Path(f"/{path}") for line in lines if (path := line.partition("/")[2])}
+
+
+def _words(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+@functools.cache
+def loaded_library(name: str) -> ctypes.CDLL:
+    """The library of that name which this process has loaded already, never another copy; an OSError without one."""
+    for path in sorted(_mapped()):
+        if path.name.startswith(name):
+            return ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
+    raise OSError(f"{name} is not loaded")
+
+
+_TRANSPORTS = 1 << 3  # enum ucp_ep_attr_field
+_CLIENT_ADDRESS = 1  # enum ucp_conn_request_attr_field
+_LISTENER_FIELDS: Final = 1 << 0 | 1 << 2  # enum ucp_listener_params_field: the address, the connection handler
+_MAX_LANES = 32
+_SOCKADDR_WORDS = 16
+_TCP_INFO_BYTES, _BYTES_RECEIVED = 136, 128  # struct tcp_info of linux/tcp.h, to the end of tcpi_bytes_received
+_FATAL = 0  # UCS_LOG_LEVEL_FATAL
+_OnRequest = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class _TransportEntry(ctypes.Structure):
+    _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
+
+
+class _EndpointAttributes(ctypes.Structure):
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("name", ctypes.c_char * 32),
+        ("local_sockaddr", ctypes.c_uint64 * _SOCKADDR_WORDS),
+        ("remote_sockaddr", ctypes.c_uint64 * _SOCKADDR_WORDS),
+        ("entries", ctypes.POINTER(_TransportEntry)),
+        ("num_entries", ctypes.c_uint),
+        ("entry_size", ctypes.c_size_t),
+    )
+
+
+class _RequestAttributes(ctypes.Structure):
+    _fields_ = (("field_mask", ctypes.c_uint64), ("client_sockaddr", ctypes.c_uint64 * _SOCKADDR_WORDS))
+
+
+class _ListenerParameters(ctypes.Structure):
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("address", ctypes.c_void_p),
+        ("address_bytes", ctypes.c_uint32),
+        ("accept_handler", ctypes.c_void_p * 2),
+        ("on_request", _OnRequest),
+        ("on_request_argument", ctypes.c_void_p),
+    )
+
+
+def _call(name: str, *pointers: object) -> int:
+    """The status (a byte) that a function of UCX returns, which takes nothing but pointers."""
+    function = loaded_library("libucp.so")[name]
+    function.argtypes, function.restype = (ctypes.c_void_p,) * len(pointers), ctypes.c_int8
+    return int(function(*pointers))
+
+
+def ucp_functions(*names: str) -> list[int]:
+    """The addresses of functions of UCX."""
+    library = loaded_library("libucp.so")
+    return [ctypes.cast(library[name], ctypes.c_void_p).value or 0 for name in names]
+
+
+def status_in_words(status: int) -> str:
+    """What UCX calls a status."""
+    word = loaded_library("libucs.so").ucs_status_string
+    word.argtypes, word.restype = (ctypes.c_int8,), ctypes.c_char_p
+    return f"{word(status).decode()} ({status})"
+
+
+def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
+    """(transport, device) of each lane of a live `ucp_ep_h`, such as `("tcp", "lo")`; empty where it is unknown."""
+    entries = (_TransportEntry * _MAX_LANES)()
+    found = _EndpointAttributes(
+        field_mask=_TRANSPORTS,
+        entries=ctypes.cast(entries, ctypes.POINTER(_TransportEntry)),
+        num_entries=_MAX_LANES,
+        entry_size=ctypes.sizeof(_TransportEntry),
+    )
+    status = _call("ucp_ep_query", handle, ctypes.byref(found))
+    lanes = entries[: min(found.num_entries, _MAX_LANES)] if status == 0 else []
+    return tuple((lane.transport.decode(), (lane.device or b"").decode()) for lane in lanes if lane.transport)
+
+
+def request_peer(handle: int) -> str | None:
+    """`host:port` of a `ucp_conn_request_h` inside its listener's callback, or None where it is unknown."""
+    asked = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
+    if _call("ucp_conn_request_query", handle, ctypes.byref(asked)) != 0:
+        return None
+    raw = bytes(asked.client_sockaddr)
+    family, port = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:4], "big")
+    if family == socket.AF_INET:
+        return f"{socket.inet_ntop(socket.AF_INET, raw[4:8])}:{port}"
+    return f"[{socket.inet_ntop(socket.AF_INET6, raw[8:24])}]:{port}" if family == socket.AF_INET6 else None
+
+
+def listener_has_answered(host: str, port: int) -> bool:
+    """Whether a TCP connection of this process to that address (numeric) has received anything.
+
+    UCX's connections are set up in two steps: over the listener's port, and then by a connection to a data port of each
+    end. This shows whether the first one is done; a stopped peer accepts, too, but says nothing.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # not connected, of another kind, or closed meanwhile
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as probe:
+                    info = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                    if probe.getpeername()[:2] == (host, port) and any(info[_BYTES_RECEIVED:]):
+                        return True
+    return False
+
+
+def _quiet_ucxx_log() -> None:
+    """Keep ucxx's log of ordinary events off stdout, unless the user has chosen a level."""
+    if "UCXX_LOG_LEVEL" in os.environ:
+        return
+    with suppress(OSError, ValueError):
+        # The first field of the structure of that name is the level.
+        ctypes.c_int.in_dll(loaded_library("libucxx.so"), "_ZN4ucxx25ucxx_log_component_configE").value = _FATAL
+
+
+class IPv6Listener:
+    """UCX's listener on one IPv6 address of this host, which ucxx cannot make; it ends with its last reference.
+
+    `on_request` gets each `ucp_conn_request_h`, inside progress. An OSError: UCX cannot listen there.
+    """
+
+    def __init__(self, worker: int, address: str, port: int, on_request: Callable[[int], None]) -> None:
+        self._handle = ctypes.c_void_p()
+        self._called = _OnRequest(lambda request, _: on_request(request))  # UCX holds its address only
+        numeric = socket.inet_pton(socket.AF_INET6, address)
+        raw = struct.pack("=HHI16sI", socket.AF_INET6, socket.htons(port), 0, numeric, 0)  # sockaddr_in6, ipv6(7)
+        buffer = ctypes.create_string_buffer(raw)
+        parameters = _ListenerParameters(
+            field_mask=_LISTENER_FIELDS,
+            address=ctypes.addressof(buffer),
+            address_bytes=len(raw),
+            on_request=self._called,
+        )
+        asked, handle = ctypes.byref(parameters), ctypes.byref(self._handle)
+        status = _call("ucp_listener_create", worker, asked, handle)
+        if status != 0:
+            raise OSError(f"UCX cannot listen on [{address}]:{port}, status {status}")
+
+    def __del__(self) -> None:
+        if self._handle.value:
+            _call("ucp_listener_destroy", self._handle)

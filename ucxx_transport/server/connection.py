@@ -73,9 +73,6 @@ class Connection:
         self._turn = -1
         self._arrived = self._copied_bytes = 0  # the first: frames that are not handled yet
 
-    def connected(self) -> None:
-        """Nothing to do: the client speaks first."""
-
     def lost(self, _error: TransportError) -> None:
         self.close()
 

@@ -24,8 +24,8 @@ from typing import Final
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address
+from ucxx_transport.link.base import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.endpoint import Endpoint, Listener
-from ucxx_transport.link.process import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.reactor import LinkFactory, Reactor, Timer
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
@@ -158,7 +158,7 @@ class Port:
         self._beat()  # before the ring's lock is waited for, once a turn
         try:
             now = self._reactor.now()
-            before, self._accepts_failed = self._accepts_failed, self._reactor.link.counters.accepts_failed
+            before, self._accepts_failed = self._accepts_failed, self._reactor.link.accepts_failed
             self._counters.add("accepts_failed", self._accepts_failed - before)
             for connection in list(self._connections):
                 when_s, counter = connection.session.limit()

@@ -85,8 +85,6 @@ class ClientSession:
         self.ring_id = bytes(frames.RING_ID_BYTES)
         self.fingerprint = 0
 
-    # --- Handshake ---
-
     def hello(self) -> Asked:
         """The first frame; its answer is for `on_welcome`."""
         return self._ask(Frame(Kind.HELLO, word=self._reader, secret=self._nonce))
@@ -117,8 +115,6 @@ class ClientSession:
         if not hmac.compare_digest(self._body_of(2, message)[1], self._proof):
             raise AuthenticationError("the server does not know the token; it may be an impostor")
         self.is_open = True
-
-    # --- Payloads by name ---
 
     def fetch(self, attempts: Sequence[Attempt], *, packed: bool = False) -> bytes:
         """Ask for 1 to 64 payloads of one ring, for which the window has room; each attempt has a `number` afterwards.
@@ -243,8 +239,6 @@ class ClientSession:
             return pack_one_end(sequence, self.ring_id, 0, 1, ends[0], END_MARK ^ sequence)
         return encode_frame(Frame(Kind.FETCH, sequence, self.ring_id, ends=ends))
 
-    # --- Payloads without names ---
-
     def take(self, max_payloads: int, max_bytes: int, *, newest: bool = False, wait_ms: int = 0) -> Asked:
         """Ask for what is there. See `on_offer`."""
         attempt = self._number(max_payloads)
@@ -289,8 +283,6 @@ class ClientSession:
             self._awaited[number & MAX_CHANNEL] = attempt
         self._taken += len(attempts)
 
-    # --- Everything else ---
-
     def confirm(self, refs: Sequence[SlotRef]) -> Asked:
         """Say again that payloads of one ring were delivered, or discard them unread; 1 to 64. See `confirmed`."""
         names = [(ref.slot, 0, ref.generation, 0, 0) for ref in refs]
@@ -330,8 +322,6 @@ class ClientSession:
         """Deliveries of which no answer has proved that the server knows, and what unanswered CONFIRMs name."""
         owed = [ref for _, several in self._unproved for ref in several]
         return owed + self._delivered + [ref for several in self._confirms.values() for ref in several]
-
-    # --- Inside ---
 
     def _number(self, following: int = 0) -> int:
         """The next attempt whose channel is free, as are those of so many that follow it."""

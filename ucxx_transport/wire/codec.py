@@ -74,9 +74,6 @@ assert _TRAILER.size == TRAILER_BYTES
 assert _OFFERED.size == frames.OFFERED_BYTES
 
 
-# --- Frames ----------------------------------------------------------------------------------------------------------
-
-
 def encode_frame(frame: Frame) -> bytes:
     """Any frame."""
     kind, sequence, ring_id, *words, names, ends = frame
@@ -152,9 +149,6 @@ def answer_channel(buffer: Message) -> int:
     if kind == _FETCH and not flags:
         attempt = named and glance(buffer)[6]
     return attempt & frames.MAX_CHANNEL or 1
-
-
-# --- Answers ---------------------------------------------------------------------------------------------------------
 
 
 def encode_header(header: ReplyHeader) -> bytes:
@@ -279,9 +273,6 @@ def error_of(header: ReplyHeader, message: Message) -> errors.TransportError:
     return cls(f"{words}: {detail}" if detail else words, status=header.status.name, **facts)
 
 
-# --- Offers ----------------------------------------------------------------------------------------------------------
-
-
 def encode_offer(payloads: Sequence[frames.OfferedPayload]) -> bytes:
     """The body of the answer to a TAKE."""
     rows, envelopes = [_OFFER.pack(len(payloads), 0)], []
@@ -314,16 +305,8 @@ def decode_offer(body: Message) -> list[frames.OfferedPayload]:
     return payloads
 
 
-# --- The handshake ---------------------------------------------------------------------------------------------------
-#
-# client: HELLO (reader, client nonce)            server: server nonce, window, whether a token is required; if it is:
-# client: AUTH (mac "client" of both nonces)      server: mac "server" of both nonces
-#
-# The token never travels. A mac is bound to its role and to both nonces: it can be neither reflected nor replayed.
-
-
 def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """HMAC-SHA256 over the role ("client" or "server") and both nonces."""
+    """HMAC-SHA256 over the role ("client" or "server") and both nonces: it can be neither reflected nor replayed."""
     text = b"ucxx_transport/2 " + role.encode() + b"\0" + client_nonce + server_nonce
     return hmac.new(token, text, hashlib.sha256).digest()
 

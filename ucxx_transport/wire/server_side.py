@@ -125,8 +125,6 @@ class ServerSession:
         self.reader = 0
         self.phase = Phase.GREETING
 
-    # --- Frames ---
-
     def receive(self, frame: codec.Message, now: float) -> list[Action]:
         """What to do about the client's next frame, in the FRAME_BYTES that it came in.
 
@@ -253,8 +251,6 @@ class ServerSession:
             return self._error(Status.INTERNAL, "the schema is larger than the wire allows", attempt)
         return self._ok(attempt, schema)
 
-    # --- What the shell reports ---
-
     def sent(self, attempt: Attempt, now: float) -> bool:
         """The attempt's message has left. True: its end is known, finalise it now."""
         attempt.sent_s = self.moved_s = now
@@ -324,8 +320,6 @@ class ServerSession:
         idle_since_s = max((take.until_s for take in self.takes.values()), default=self._since_s)
         return Limit(max(self._since_s, idle_since_s) + settings.idle_timeout_s, "idle_evictions")
 
-    # --- Handshake ---
-
     def _greet(self, frame: Frame, now: float) -> Reply:
         kind, attempt, token = frame.kind, frame.attempt, self._settings.token_bytes
         if kind == _HELLO and self.phase is not Phase.GREETING:
@@ -348,8 +342,6 @@ class ServerSession:
         self.phase = _OPEN
         self._since_s = now
         return self._ok(attempt, body)
-
-    # --- Inside ---
 
     def _forget(self, attempt: Attempt) -> None:
         del self.in_flight[attempt.number]

@@ -27,7 +27,6 @@ FACTORY = partial(UCXXLink, shm_lanes="shm" in sys.argv[2:])
 class Owner:
     """Of both ends; what it hears is of no interest."""
 
-    def connected(self) -> None: ...
     def lost(self, error: TransportError) -> None: ...
 
 

@@ -51,9 +51,6 @@ class Connection:
         self._asked = bytearray(16)
         endpoint.post_receive(self._asked, self._take)
 
-    def connected(self) -> None:
-        """Nothing is to be done: the receive is posted."""
-
     def lost(self, error: TransportError) -> None:
         """The client has gone."""
         answer({"lost": str(error)})

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from tests.support.rows import row
-from ucxx_transport.link.process import connection_budget, descriptors_in_use
+from ucxx_transport.link.base import connection_budget, descriptors_in_use
 
 
 def test_the_budget_leaves_descriptors_for_everything_else() -> None:
@@ -39,7 +39,7 @@ def test_the_limit_is_raised_as_far_as_it_goes() -> None:
     bound = 500 if hard == resource.RLIM_INFINITY else min(500, hard)
     program = (
         "import resource\n"
-        "from ucxx_transport.link.process import raised_limit\n"
+        "from ucxx_transport.link.base import raised_limit\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, (100, {bound}))\n"
         "print(raised_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
@@ -50,7 +50,7 @@ def test_the_limit_is_raised_as_far_as_it_goes() -> None:
 def test_a_process_without_a_descriptor_to_look_with_has_its_limit_in_use() -> None:
     program = (
         "import os, resource\n"
-        "from ucxx_transport.link.process import descriptors_in_use\n"
+        "from ucxx_transport.link.base import descriptors_in_use\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
         "print(descriptors_in_use())"
     )

@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link.base import LinkCounters, Operation
+from ucxx_transport.link.base import Operation
 from ucxx_transport.link.endpoint import Link, OnEndpoint
 from ucxx_transport.link.reactor import STALE_TIMERS, Reactor, Timer
 from ucxx_transport.machine import Wakeup
@@ -64,7 +64,6 @@ class IdleLink:
 
     def __init__(self, timers: Reactor) -> None:
         self.timers = timers
-        self.counters = LinkCounters()
         self.spins: list[float] = []
         self.moves = 0
         self.arms = True
@@ -438,7 +437,6 @@ class Echo:
         endpoint.post_receive(asked, answer)
         return self
 
-    def connected(self) -> None: ...
     def lost(self, error: Exception) -> None: ...
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport.link import ucx_api
 from ucxx_transport.link.flight import FUNCTIONS
-from ucxx_transport.link.libraries import loaded_library
+from ucxx_transport.link.ucx_api import loaded_library
 
 LINK = Path(ucx_api.__file__).parent
 NATIVE_SYMBOLS = {

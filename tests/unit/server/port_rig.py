@@ -102,7 +102,7 @@ class PortRig:
         """So many clients go away while the link takes them."""
         link = self.reactor.link
         assert isinstance(link, MemoryLink)
-        link.counters.accepts_failed += count
+        link.accepts_failed += count
 
     def advance(self, seconds: float) -> None:
         """Time passes, and whatever is due happens at its time."""

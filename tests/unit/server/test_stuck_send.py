@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 from tests.unit.server.port_rig import PORT, Clock
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError
-from ucxx_transport.link.base import EndpointEvents, LinkCounters, OnDone, Operation
+from ucxx_transport.link.base import EndpointEvents, OnDone, Operation
 from ucxx_transport.link.endpoint import Endpoint, OnEndpoint
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.machine import Wakeup
@@ -121,7 +121,7 @@ class OneListener:
     port: int = 0
     on_endpoint: OnEndpoint | None = None
     wakeup: Wakeup = field(default_factory=Wakeup)
-    counters: LinkCounters = field(default_factory=LinkCounters)
+    accepts_failed: int = 0
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> OneListener:
         self.port, self.on_endpoint = port, on_endpoint

@@ -125,9 +125,6 @@ def test_a_server_that_has_stopped_is_an_error_and_its_ring_is_untouched(job: Jo
 class Heard:
     """The owner of an endpoint that only listens."""
 
-    def connected(self) -> None:
-        """Nothing to do."""
-
     def lost(self, _error: TransportError) -> None:
         """Nothing to do."""
 
@@ -153,4 +150,4 @@ def test_a_close_that_was_late_because_its_thread_was_stopped_and_is_busy_leaks_
         while not closed:
             accepted[1].post_send(b"there is something in every turn")
             near.poll()
-        assert (closed, near.link.counters.leaked_buffers) == ([True], 0)
+        assert (closed, near.link.leaked_buffers) == ([True], 0)
