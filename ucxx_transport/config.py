@@ -9,7 +9,6 @@ validated again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 from ucxx_transport import units
@@ -129,9 +128,6 @@ class ServerConfig(_OverUCX):
         "published instead of host, as it is: what trainers connect to, in front of address translation", default=None
     )
     ports: units.Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
-    base_port: units.OptionalCount = setting(
-        "first port to try; unset takes any free ones", default=None, ge=1, le=65535
-    )
     mode: Literal["process", "thread"] = setting(
         "each port a supervised process, or a thread of this one", default="process"
     )
@@ -143,7 +139,6 @@ class ServerConfig(_OverUCX):
     send_timeout_s: units.Seconds = setting("a payload that is not received by then is abandoned", default=60.0, gt=0)
     ack_timeout_s: units.Seconds = setting("a payload not acknowledged goes back to its slot", default=10.0, gt=0)
     max_connections: units.Count = setting("connections of one port", default=256, ge=1, le=65536)
-    port_attempts: units.Count = setting("ports tried from base_port on", default=64, ge=1, le=4096)
     data_ports: units.OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
     start_timeout_s: units.Seconds = setting("bound on start()", default=30.0, gt=0)
     stop_timeout_s: units.Seconds = setting("bound on stop()", default=5.0, gt=0)
@@ -155,37 +150,30 @@ class ServerConfig(_OverUCX):
     @property
     def port_count(self) -> int:
         """How many ports `ports` are."""
-        return self.ports if isinstance(self.ports, int) else len(self.ports)
+        return len(self.numbered_ports)
+
+    @property
+    def numbered_ports(self) -> tuple[int, ...]:
+        """Their numbers, 0 for any free one."""
+        return (0,) * self.ports if isinstance(self.ports, int) else self.ports
 
     def __post_init__(self) -> None:
         _check_host("host", self.host)
         _check_host("publish_host", self.publish_host)
-        count = self.port_count
-        listening: Sequence[int] = () if isinstance(self.ports, int) else self.ports
-        if self.base_port is not None:
-            if listening:
-                raise _wrong("base_port", self.base_port, "ports names them already; drop one of the two")
-            if self.port_attempts < count:
-                raise _wrong("port_attempts", self.port_attempts, f"expected at least ports = {count}")
-            if self.base_port + count > 65536:
-                raise _wrong(
-                    "base_port", self.base_port, f"expected at most {65536 - count}: {count} ports end at 65535"
-                )
-            listening = range(self.base_port, self.base_port + count)
         if self.data_ports is not None:
             first, last = self.data_ports
-            value = f"{first}-{last}"
+            value, count = f"{first}-{last}", self.port_count
             if last - first + 1 < count:
                 problem = f"expected at least ports = {count}: each listening port takes one of these too"
                 raise _wrong("data_ports", value, problem)
-            if clash := sorted(port for port in listening if first <= port <= last):
+            if clash := [port for port in self.numbered_ports if first <= port <= last]:
                 raise _wrong("data_ports", value, f"{clash[0]} is to be listened on; choose others")
 
 
 def _check_host(field: str, host: str | None) -> None:
     name, _, port = (host or "").rpartition(":")
     if port.isdecimal() and name and (":" not in name or name.endswith("]")):
-        raise _wrong(field, host, f"it has a port in it: give {name!r}, and the port by ports or base_port")
+        raise _wrong(field, host, f"it has a port in it: give {name!r}, and the port by ports")
     if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - refused
         raise _wrong(field, host, "a wildcard, which clients cannot connect to; give an address, name or interface")
 

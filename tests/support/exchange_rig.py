@@ -178,7 +178,7 @@ class ExchangeRig:
         network = MemoryNetwork(faults=faults, listeners=self._network.listeners)
         reactor = Reactor(network.link, spin_s=0.0, clock=self.clock)
         port = Port(self.ring, self.settings, number - 1, reactor)
-        port.start([number])
+        port.start(number)
         self._ports[number] = _Served(port=port, reactor=reactor, faults=faults)
 
     def stop_port(self, number: int) -> None:

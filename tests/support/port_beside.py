@@ -59,7 +59,7 @@ def port_beside(*, slots: int = 16, slot_bytes: int = 64 << 10) -> Iterator[Port
     """Raw slots, served at one port."""
     with SharedRingBuffer.create(RingConfig(slots=slots, slot_bytes=slot_bytes, prefault=False)) as ring:
         made = PortBeside(ring)
-        port = PortThread(ring, ServerConfig(ports=[5001], mode="thread"), 0, [5001], made.network.link)
+        port = PortThread(ring, ServerConfig(ports=[5001], mode="thread"), 0, 5001, made.network.link)
         try:
             port.start()
             port.up.result(30.0)

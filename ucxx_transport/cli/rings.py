@@ -170,8 +170,7 @@ def serve(
     slot_bytes: Annotated[
         int | None, typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set.")
     ] = None,
-    ports: Annotated[int | None, typer.Option(min=1, max=64, help="Ports of the server.")] = None,
-    base_port: Annotated[int | None, typer.Option(min=1, max=65535, help="First port to try.")] = None,
+    ports: Annotated[str | None, typer.Option(help="How many ports, or their numbers: 5001,5002.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to publish; without it the best one of this host.")] = None,
     fill: Annotated[int, typer.Option(min=0, help="Payloads of random bytes to write, one slot each.")] = 0,
     as_json: AsJson = False,
@@ -188,7 +187,7 @@ def serve(
     outside = gather("ring", {})
     defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
     ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes)
-    server_options: dict[str, Any] = _given(ports=ports, base_port=base_port, host=host)
+    server_options: dict[str, Any] = _given(ports=ports, host=host)
     settings = RingConfig(**ring_options)
     with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
         try:

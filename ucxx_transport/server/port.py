@@ -10,11 +10,9 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import secrets
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -22,7 +20,6 @@ from threading import Thread
 from typing import Final
 
 from ucxx_transport.config import ServerConfig
-from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.base import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.endpoint import Endpoint, Listener
@@ -67,24 +64,9 @@ class Port:
         self._reclaim_s = 0.0
         self._accepts_failed = 0
 
-    def start(self, candidates: Sequence[int]) -> int:
-        """Listen on the first of `candidates` that is free, 0 being any free one; returns the port.
-
-        A ConfigError: none of them can be bound, or the link cannot be opened.
-        """
-        link, last = self._reactor.link, None
-        for candidate in candidates:
-            try:
-                self._listener = link.listen(candidate, self._admit)
-                break
-            except ConfigError as error:
-                last = error
-        else:
-            raise ConfigError(
-                f"no free port among {list(candidates)[:4]}… ({len(candidates)} tried); choose others with "
-                "ServerConfig(ports=…) or 0 for any free one",
-                errno=errno.EADDRINUSE,
-            ) from last
+    def start(self, port: int) -> int:
+        """Listen on a port, 0 being any free one; returns it. Errors as `Link.listen`, and of opening the link."""
+        self._listener = self._reactor.link.listen(port, self._admit)
         port = self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0
         self._reclaim_s = self._reactor.now()
@@ -190,11 +172,11 @@ class PortThread:
         ring: SharedRingBuffer,
         settings: ServerConfig,
         index: int,
-        candidates: Sequence[int],
+        port: int,
         link_factory: LinkFactory | None = None,
     ) -> None:
         self._settings = replace(settings, max_connections=_max_connections(settings))
-        self._candidates = candidates
+        self._wanted = port
         self._name = f"ucxx-port-{index}"
         self._reactor = Reactor(link_factory or _ucxx_links(settings), spin_s=settings.spin_s)
         self._port = Port(ring, self._settings, index, self._reactor)
@@ -238,7 +220,7 @@ class PortThread:
     def _serve(self) -> None:
         port, reactor = self._port, self._reactor
         try:
-            self.up.set_result(port.start(self._candidates))
+            self.up.set_result(port.start(self._wanted))
             while self._stop_by_s == math.inf:
                 reactor.run_once(math.inf)
                 if port.slots.is_clogged and self._settings.mode == "process":

@@ -204,8 +204,8 @@ class UCXXServer(RingSource, Running):
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
         self._running = self._sidecars or [
-            PortThread(self._ring, self._config, index, self._candidates(index), self._link_factory)
-            for index in range(len(self._counters))
+            PortThread(self._ring, self._config, index, port, self._link_factory)
+            for index, port in enumerate(self._config.numbered_ports)
         ]
         for port in self._running:
             port.start()
@@ -224,18 +224,6 @@ class UCXXServer(RingSource, Running):
             port.stop(until_s)
         self._clean_up(*self._counters)
 
-    def _candidates(self, index: int) -> list[int]:
-        """The ports that a port tries, in order; 0 is any free one.
-
-        Ports that start side by side begin at different ones from `base_port` on, and each takes the next that is free.
-        """
-        ports, base = self._config.ports, self._config.base_port
-        wanted = 0 if isinstance(ports, int) else ports[index]
-        if wanted or base is None:
-            return [wanted]
-        every = range(base, min(65536, base + self._config.port_attempts))
-        return [*every[index:], *every[:index]]
-
     def _sidecar_of(self, index: int) -> Sidecar:
         """A port's process; what it calls, it calls in its own thread."""
         counters = self._counters[index]
@@ -247,7 +235,7 @@ class UCXXServer(RingSource, Running):
                 "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
                 "index": index,
                 # after another's death the very port that it had
-                "candidates": [sidecar.up.result()] if sidecar.up.done() else self._candidates(index),
+                "port": sidecar.up.result() if sidecar.up.done() else self._config.numbered_ports[index],
                 "settings": self._config,
             }
 

@@ -118,7 +118,7 @@ class _Main:
         gc.freeze()  # what is loaded is no garbage: to look through all of it would halt the port for some 10 ms
         settings = ServerConfig(**order["settings"])  # all of them: this process's environment and files have no say
         self._stop_timeout_s = settings.stop_timeout_s
-        self._port = PortThread(self._ring, settings, order["index"], order["candidates"])
+        self._port = PortThread(self._ring, settings, order["index"], order["port"])
         self._port.start()
         return self._port.up.result()  # the worker knows when that takes too long
 

@@ -35,7 +35,7 @@ def main() -> None:
         "ring_folder": ring.folder,
         "descriptor": None,
         "index": 0,
-        "candidates": [0],
+        "port": 0,
         "settings": ServerConfig(host="127.0.0.1", ports=1),
     }
     assert sidecar.stdin is not None

@@ -83,11 +83,11 @@ def test_settings_of_ucx_are_shown_since_they_win(capsys: Capture, monkeypatch: 
 def test_ports_of_both_directions_are_named_with_those_that_are_set(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__BASE_PORT", "15001")
+    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__PORTS", "15001,15002")
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__DATA_PORTS", "15100-15131")
     answer = call(capsys, "doctor", "--no-loopback", "--json")
     (ports,) = (finding for finding in answer.document["findings"] if finding["name"] == "ports")
-    assert ports["value"] == "worker: listens on 2 from 15001 on, data on 15100-15131; trainer: data on any free"
+    assert ports["value"] == "worker: listens on 15001, 15002, data on 15100-15131; trainer: data on any free"
     assert "worker to trainer" in ports["remedy"]
 
 

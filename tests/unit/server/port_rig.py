@@ -54,7 +54,7 @@ class PortRig:
         self.counters = PortCounters(ring.server_words, 0)
         given: Any = ring_before or ring
         self.port = Port(given, settings, 0, self.reactor)
-        self.port.start([PORT])
+        self.port.start(PORT)
 
     def connect(self) -> RawPeer:
         """A connection that says nothing."""

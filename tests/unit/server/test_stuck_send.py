@@ -207,7 +207,7 @@ class Serving:
         self.reactor = Reactor(lambda _: cast(Any, OneListener()), spin_s=0.0, clock=self.clock)
         self.counters = PortCounters(ring.server_words, 0)
         self.port = Port(cast(Any, self.locked), ServerConfig(), 0, self.reactor)
-        self.port.start([PORT])
+        self.port.start(PORT)
         self.sequence = 0
         link: Any = self.reactor.link
         assert link.on_endpoint is not None
@@ -382,7 +382,7 @@ def test_a_port_s_process_ends_when_stuck_sends_hold_too_much_of_the_ring(
     """Its end gives them back, and it is started again; a thread of the worker's own process serves on."""
     with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=4096, prefault=False)) as ring:
         config = ServerConfig(mode=mode, send_timeout_s=0.01)
-        port = PortThread(ring, config, 0, [PORT], lambda _: cast(Any, PlayedLink(ring)))
+        port = PortThread(ring, config, 0, PORT, lambda _: cast(Any, PlayedLink(ring)))
         counters = PortCounters(ring.server_words, 0)
         port.start()
         try:

@@ -33,7 +33,7 @@ def order_of(ring_name: str, port: int = 0) -> Order:
         "ring_folder": segment_folder(),
         "descriptor": None,
         "index": 0,
-        "candidates": [port],
+        "port": port,
         "settings": config,
     }
 
