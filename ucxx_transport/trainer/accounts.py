@@ -69,7 +69,8 @@ class Accounts:
                 return
             sources, before = copy(self._sources), self._now
             if batch.in_time:
-                problem = sources.problem_in(fetch.records, batch.payloads, losses, alone=fetch.alone)
+                came = [fetch.records[place] for place in batch.payloads]
+                problem = sources.problem_in(came, losses, alone=fetch.alone)
             now = replace(
                 before,
                 batches=before.batches + batch.in_time,

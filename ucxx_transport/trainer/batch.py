@@ -1,9 +1,6 @@
-"""Batches of episodes: the rounds in which one is fetched under one deadline, and what drives them.
+"""Batches of episodes: the rounds in which one is fetched under one deadline.
 
-| driver        | a round is                            | the pause after it is  | runs in                    |
-|---------------|---------------------------------------|------------------------|----------------------------|
-| `BatchFetch`  | a job of a client's core              | a timer of its reactor | the thread of that reactor |
-| `fetch_batch` | `read_many` of an asynchronous client | a sleep                | the task that awaits it    |
+They are driven by a client's core and the timers of its reactor (`BatchFetch`), or by a task (`fetch_batch`).
 """
 
 from __future__ import annotations
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from ucxx_transport.trainer.unpacking import DeviceUploader
 
 _log = get_logger(__name__)
-
 
 MAX_FETCH_ROUNDS: Final = 3
 

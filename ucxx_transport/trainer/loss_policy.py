@@ -32,18 +32,15 @@ What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 from ucxx_transport import errors
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, ProtocolError, StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, form_of, reference_of
 from ucxx_transport.schema.wire_form import describe
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 MOST_SOURCES: Final = 4096
 """That are remembered: those heard of, or missed, last."""
@@ -240,25 +237,22 @@ class Sources:
         return "a firewall? both directions must be open: docs/operations.md#firewalls"
 
     def problem_in(
-        self, records: Mapping[int, AskedFor], came: Collection[int], losses: Sequence[Loss], *, alone: bool = False
+        self, came: Sequence[AskedFor], losses: Sequence[Loss], *, alone: bool = False
     ) -> TransportError | None:
         """Why the trainer should stop after a batch, an error of the kind that its episodes were lost by.
 
-        `came` are the places of those that came; `alone` is one episode that was asked for by itself.
+        `came` are those that came; `alone` is one episode that was asked for by itself.
         """
         if not came:
             for loss in losses:
                 if _cannot_heal(loss):
                     return _stop(loss, f"{len(losses)} of {len(losses)} episodes of a batch are lost", losses)
-        return self._silence_in([records[place] for place in came], losses, alone=alone)
-
-    def _silence_in(self, came: Sequence[AskedFor], losses: Sequence[Loss], *, alone: bool) -> TransportError | None:
-        self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Accounts.count`
         answered = {
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
         }
+        self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Accounts.count`
         for source in answered:
-            remember(self._answered, source, 0, MOST_SOURCES)
+            _remember(self._answered, source)
         silent: dict[_Source, Loss] = {}
         for loss in losses:
             if loss.record is not None and loss.error is not None and loss.reason is not LossReason.TOO_OLD:
@@ -270,12 +264,15 @@ class Sources:
         for source in [each for each in self._silent if each in answered or (came and each in self._answered)]:
             del self._silent[source]
         others_live = came or (alone and len(self._answered) > 1)
+        excused = {*answered, *self._answered} if others_live else answered
+        return self._count({source: loss for source, loss in silent.items() if source not in excused}, losses)
+
+    def _count(self, silent: Mapping[_Source, Loss], losses: Sequence[Loss]) -> TransportError | None:
+        """Count a batch in which these sources did not answer."""
         problem: TransportError | None = None
         for source, loss in silent.items():
-            if source in answered or (others_live and source in self._answered):
-                continue
             count = self._silent.get(source, 0) + 1
-            remember(self._silent, source, count, MOST_SOURCES)
+            _remember(self._silent, source, count)
             if self._most is not None and count >= self._most and problem is None:
                 del self._silent[source]  # it may have as many more
                 words = f"nothing came in {count} batches in a row"
@@ -283,11 +280,11 @@ class Sources:
         return problem
 
 
-def remember(memory: dict[K, V], key: K, value: V, most: int) -> None:
-    """Keep a value as the newest of at most so many."""
-    memory.pop(key, None)
-    memory[key] = value
-    while len(memory) > most:
+def _remember(memory: dict[_Source, int], source: _Source, count: int = 0) -> None:
+    """Keep a source as the newest of at most `MOST_SOURCES`."""
+    memory.pop(source, None)
+    memory[source] = count
+    if len(memory) > MOST_SOURCES:
         del memory[next(iter(memory))]
 
 

@@ -59,20 +59,19 @@ class _Rollouts(PendingBatch):
     def __init__(self, feed: RolloutFeed, rollouts: Sequence[object], policy_version: int | None) -> None:
         self.rollouts = tuple(several(rollouts, "rollouts"))
         outputs = enumerate(map(feed.output_of, self.rollouts))
-        self.ours = {place: output for place, output in outputs if is_ours(output)}
-        super().__init__(feed, self.ours, policy_version)
+        super().__init__(feed, {place: output for place, output in outputs if is_ours(output)}, policy_version)
 
     @cached_property
     def keys(self) -> dict[int, Hashable]:
         """By what each output is found again."""
-        return {place: key_of(output, self.records[place]) for place, output in self.ours.items()}
+        return {place: key_of(output, self.records[place]) for place, output in self.outputs.items()}
 
     @cached_property
     def found(self) -> dict[Hashable, Payload | None]:
         """What came of them, None for what is lost: by key, and by the outputs' own `id`; this keeps them alive."""
-        found: dict[Hashable, Payload | None] = dict.fromkeys([*self.keys.values(), *map(id, self.ours.values())])
+        found: dict[Hashable, Payload | None] = dict.fromkeys([*self.keys.values(), *map(id, self.outputs.values())])
         for place, payload in self.batch.payloads.items():
-            found[self.keys[place]] = found[id(self.ours[place])] = payload
+            found[self.keys[place]] = found[id(self.outputs[place])] = payload
         return found
 
     def is_for(self, other: _Rollouts) -> bool:
@@ -91,7 +90,7 @@ class _Rollouts(PendingBatch):
         return list(self._filled)
 
     def _filled_by(self, on_missing: OnMissing) -> Sequence[object]:
-        lost = self.ours.keys() - self.batch.payloads.keys()
+        lost = self.outputs.keys() - self.batch.payloads.keys()
         usable = [rollout for place, rollout in enumerate(self.rollouts) if place not in lost]
         if not lost or on_missing == "shrink":
             return usable

@@ -51,14 +51,8 @@ class Trainer:
         self.sources = Sources(HERE, unreachable_batches)
 
     def batch(self, *episodes: tuple[AskedFor, TransportError | None], alone: bool = False) -> TransportError | None:
-        records = dict(enumerate(record for record, _ in episodes))
-        came = [
-            place
-            for place, (record, error) in enumerate(episodes)
-            if error is None and isinstance(record, EpisodeRecord)
-        ]
-        losses = lost_of(episodes)
-        return self.sources.problem_in(records, came, losses, alone=alone)
+        came = [record for record, error in episodes if error is None and isinstance(record, EpisodeRecord)]
+        return self.sources.problem_in(came, lost_of(episodes), alone=alone)
 
 
 def lost_of(episodes: Sequence[tuple[AskedFor, TransportError | None]]) -> list[Loss]:
