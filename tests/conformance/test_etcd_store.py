@@ -218,23 +218,22 @@ def test_no_secret_is_in_a_log_a_repr_or_a_traceback(
         trace = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
         shown.extend([*trace.format(), str(caught.value), repr(caught.value.facts)])
 
-    def show_client(endpoint: str) -> str:
-        """What a client's calls and a watch show while etcd is silent; returns the client's token."""
+    def show_store(endpoint: str) -> str:
+        """What a store's calls and a watch show while etcd is silent; returns its token."""
         config = StoreConfig(namespace=namespace, user="worker", password=PASSWORD, timeout_s=0.2)
         store = EtcdStore((endpoint,), config)
-        client = store.client
-        token = client.as_user(lambda token: token.reveal().decode(), time.monotonic() + 5)
+        token = store.as_user(lambda token: token.reveal().decode(), time.monotonic() + 5)
         guarded.pause()
         try:
-            show(lambda: client.call("kv/range", {"key": ""}, until=time.monotonic() + 0.1))
+            show(lambda: store.get("a", timeout_s=0.1))
             with store.watch(after=0) as watch:
                 show(lambda: watch.next(DEADLINE_S))
         finally:
             guarded.resume()
-        shown.extend([repr(client), repr(vars(client))])
+        shown.extend([repr(store), repr(vars(store))])
         return token
 
-    token = show_client(f"{HOST}:{guarded.ports[0]}")
+    token = show_store(f"{HOST}:{guarded.ports[0]}")
     show(partial(opened(guarded.url, user="worker", password=f"{PASSWORD}!").get, "a"))
     show(partial(opened(guarded.url, user="stranger", password=PASSWORD).get, "a"))
     with stranger(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{") as url:

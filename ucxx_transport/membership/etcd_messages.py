@@ -41,11 +41,8 @@ _NOT_A_GATEWAY: Final = (400, 404, 405, 415, 426)
 AUTH_IS_OFF: Final = "authentication is not enabled"
 _ASKED_FOR: Final = "etcd asks for a user, and there is none: set store.user and store.password"
 _TOKEN: Final = "etcd does not know this user's token any more"  # noqa: S105 - words
-_LOST: Final = "the lease has ended: take another one and put its keys again"
-_NO_SPACE: Final = (
-    "etcd has no space left and takes no writes, though leases are renewed: compact and defragment it, or raise its "
-    "--quota-backend-bytes, then `etcdctl alarm disarm`"
-)
+NO_LOGIN: Final = (_ASKED_FOR, _TOKEN)
+"""A new token helps: the request had none, or one that etcd does not know any more."""
 _UNSETTLED: Final = (
     "etcd has no leader that answers: most of its members must run, reach each other, and have disks that keep up"
 )
@@ -59,7 +56,13 @@ _REFUSALS: Final[Mapping[str | int, tuple[type[TransportError], str]]] = {
         StorePermissionError,
         "etcd knows no such user with this password: see to store.user and store.password",
     ),
-    "database space exceeded": (StoreUnavailableError, _NO_SPACE),
+    "database space exceeded": (
+        StoreUnavailableError,
+        (
+            "etcd has no space left and takes no writes, though leases are renewed: compact and defragment it, or "
+            "raise its --quota-backend-bytes, then `etcdctl alarm disarm`"
+        ),
+    ),
     "too many requests": (
         StoreUnavailableError,
         "etcd has more to write than its disk takes: faster disks, or fewer writers; it is asked again",
@@ -81,7 +84,7 @@ _REFUSALS: Final[Mapping[str | int, tuple[type[TransportError], str]]] = {
     ),
     "server stopped": (StoreUnavailableError, "this member of etcd is being stopped"),
     "required revision has been compacted": (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
-    5: (LeaseLostError, _LOST),
+    5: (LeaseLostError, "the lease has ended: take another one and put its keys again"),
     16: (StorePermissionError, _TOKEN),
     7: (
         StorePermissionError,
@@ -98,6 +101,7 @@ _NO_GATEWAY: Final = (
     "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its client "
     "URL; etcds:// where it speaks TLS"
 )
+_IDENTITY: Final = "/identity"
 
 
 def answer_of(status: int, text: bytes, endpoint: str) -> Json:
@@ -127,33 +131,24 @@ def answer_of(status: int, text: bytes, endpoint: str) -> Json:
     raise kind(why, endpoint=endpoint, status=status, code=code, reason=reason)
 
 
-def has_no_login(error: StorePermissionError) -> bool:
-    """Whether a new token helps: the request had none, or one that etcd does not know any more."""
-    return error.message in {_ASKED_FOR, _TOKEN}
-
-
-def identity_key(namespace: Namespace) -> bytes:
-    """Where the store's identity lies."""
-    return namespace.root + b"/identity"
-
-
 def identity_of(ask: Callable[[str, Json], Json], namespace: Namespace) -> tuple[str, int]:
     """The store's identity, a random word that it is given now if it has none, and its revision when it was asked.
 
     "" where there is none, and this user may not give it one. `ask` takes a path below `/v3/` and a request.
     """
-    key = identity_key(namespace)
+    key = namespace.root + _IDENTITY.encode()
     found = ask("kv/range", range_request(key))
-    word, revision = value_of(kvs_of(found)), revision_of(found)
-    if not word:
+    kvs, revision = kvs_of(found), revision_of(found)
+    if not kvs:
         word = secrets.token_hex(16)
         try:
             given = ask("kv/txn", if_revision(key, 0, "request_put", put_request(key, word.encode())))
         except StorePermissionError:
             return "", revision
-        if not given.get("succeeded"):  # another was first
-            word = value_of(kvs_of(given))
-    return word, revision
+        if given.get("succeeded"):
+            return word, revision
+        kvs = kvs_of(given)  # another was first
+    return entry(kvs[0], namespace).value.decode(errors="replace") if kvs else "", revision
 
 
 def range_request(first: bytes, end: bytes | None = None) -> dict[str, object]:
@@ -200,11 +195,6 @@ def kvs_of(answer: Json) -> list[Json]:
     return answer.get("kvs") or []
 
 
-def value_of(kvs: list[Json]) -> str:
-    """The text of a range's one value; "" when it has found nothing."""
-    return _bytes(kvs[0], "value").decode(errors="replace") if kvs else ""
-
-
 def entry(kv: Json, namespace: Namespace) -> Entry:
     """A key as a range gives it."""
     return Entry(
@@ -217,22 +207,19 @@ def entry(kv: Json, namespace: Namespace) -> Entry:
 
 def entries(kvs: Iterable[Json], namespace: Namespace) -> tuple[Entry, ...]:
     """The callers' keys of a range."""
-    hidden = identity_key(namespace)
-    return tuple(entry(kv, namespace) for kv in kvs if _bytes(kv, "key") != hidden)
+    return tuple(found for kv in kvs if (found := entry(kv, namespace)).key != _IDENTITY)
 
 
 def batches(message: Json, namespace: Namespace) -> Iterator[Batch]:
     """The callers' changes in a message of a watch, by revision: each whole, as etcd keeps them together."""
-    hidden = identity_key(namespace)
     for revision, group in groupby(message.get("events") or [], key=lambda one: number(one["kv"], "mod_revision")):
-        shown = tuple(_event(event, namespace) for event in group if _bytes(event["kv"], "key") != hidden)
-        if shown:
+        # of a deleted key etcd leaves value and lease out
+        changes = [
+            Event(kind="delete" if one.get("type") == "DELETE" else "put", **asdict(entry(one["kv"], namespace)))
+            for one in group
+        ]
+        if shown := tuple(change for change in changes if change.key != _IDENTITY):
             yield Batch(revision=revision, events=shown)
-
-
-def _event(event: Json, namespace: Namespace) -> Event:
-    """A change; of a deleted key etcd leaves value and lease out."""
-    return Event(kind="delete" if event.get("type") == "DELETE" else "put", **asdict(entry(event["kv"], namespace)))
 
 
 def _text(raw: bytes) -> str:

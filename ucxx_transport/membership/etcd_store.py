@@ -13,30 +13,38 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, suppress
 from functools import partial
-from typing import Final
+from itertools import count
+from typing import Final, TypeVar
 
+from ucxx_transport.backoff import pause_s
 from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
     ConflictError,
     LeaseLostError,
+    StorePermissionError,
     StoreResetError,
     StoreUnavailableError,
     TransportError,
 )
 from ucxx_transport.membership import etcd_messages as messages
 from ucxx_transport.membership.entries import Entry, Lease, Namespace, Snapshot
-from ucxx_transport.membership.etcd_client import Connection, EtcdClient
+from ucxx_transport.membership.etcd_connection import NO_TOKEN, Connection, tls_context
 from ucxx_transport.membership.etcd_messages import Json
 from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
 from ucxx_transport.units import Secret
 
+T = TypeVar("T")
+
 PROBE_S: Final = 2.0
 _PAUSE_S: Final = 0.2
 """Between two tries to take a stream up."""
+_FIRST_PAUSE_S: Final = 0.05
+"""Between two tries with a new token."""
 
 
 class EtcdStore(Store):
@@ -50,30 +58,26 @@ class EtcdStore(Store):
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
         config = config or StoreConfig()
         self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
+        self._endpoints = endpoints
         self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
-        self._client = EtcdClient(endpoints, config, tls=tls)
-        self._closed = False
+        self.tls = tls_context(config, is_wanted=tls)
+        self._user, self._password = config.user or "", config.password or NO_TOKEN
+        self._token: Secret | None = None if self._user else NO_TOKEN
+        self._is_closed = False
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
 
     @property
     def url(self) -> str:
         return self._url
 
-    @property
-    def client(self) -> EtcdClient:
-        """What calls are made by; a ConfigError once the store is closed."""
-        if self._closed:
-            raise ConfigError("the store is closed: open another", url=self.url)
-        return self._client
-
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on
-        answer = self._call("lease/grant", {"TTL": str(whole)}, timeout_s)
+        answer = self._call("lease/grant", {"TTL": str(whole)}, self._until(timeout_s))
         return Lease(lease_id=messages.number(answer, "ID"), ttl_s=float(messages.number(answer, "TTL")))
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
         check_write(lease_id=lease_id)
-        answer = self._call("lease/keepalive", {"ID": str(lease_id)}, timeout_s)
+        answer = self._call("lease/keepalive", {"ID": str(lease_id)}, self._until(timeout_s))
         if not (ttl_s := messages.number(answer, "TTL")):
             raise lease_lost(lease_id)
         return float(ttl_s)
@@ -81,11 +85,11 @@ class EtcdStore(Store):
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         check_write(lease_id=lease_id)
         with suppress(LeaseLostError):
-            self._call("lease/revoke", {"ID": str(lease_id)}, timeout_s)
+            self._call("lease/revoke", {"ID": str(lease_id)}, self._until(timeout_s))
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
         request = messages.range_request(self.namespace.stored(key))
-        found = messages.kvs_of(self._call("kv/range", request, timeout_s))
+        found = messages.kvs_of(self._call("kv/range", request, self._until(timeout_s)))
         return messages.entry(found[0], self.namespace) if found else None
 
     def put(
@@ -100,27 +104,24 @@ class EtcdStore(Store):
         stored = self.namespace.stored(key)
         check_write(value=value, lease_id=lease_id, expected=expected)
         request = messages.put_request(stored, value, lease_id)
-        if expected is None:
-            return messages.revision_of(self._call("kv/put", request, timeout_s, repeatable=False))
-        return messages.revision_of(self._change_expecting(stored, expected, "request_put", request, timeout_s))
+        answer = self._change("kv/put", "request_put", stored, request, expected=expected, timeout_s=timeout_s)
+        return messages.revision_of(answer)
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
         stored = self.namespace.stored(key)
         check_write(expected=expected)
-        request = messages.range_request(stored)
-        if expected is None:
-            return bool(messages.number(self._call("kv/deleterange", request, timeout_s, repeatable=False), "deleted"))
+        path, operation, request = "kv/deleterange", "request_delete_range", messages.range_request(stored)
         try:
-            self._change_expecting(stored, expected, "request_delete_range", request, timeout_s)
+            answer = self._change(path, operation, stored, request, expected=expected, timeout_s=timeout_s)
         except ConflictError as error:
             if error.facts["revision"] == 0:
                 return False
             raise
-        return expected != 0
+        return bool(messages.number(answer, "deleted") if expected is None else expected)
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         first, end = self.namespace.bounds(prefix)
-        ask = partial(self.client.call, until=self._until(timeout_s))
+        ask = partial(self._call, until=self._until(timeout_s))
         # First, so that a watch which follows knows this store from one that is wiped before it begins.
         identity, _ = messages.identity_of(ask, self.namespace)
         answer = ask("kv/range", messages.range_request(first, end))
@@ -128,30 +129,115 @@ class EtcdStore(Store):
         return Snapshot(revision=messages.revision_of(answer), entries=found, identity=identity)
 
     def watch(self, prefix: str = "", *, after: int, identity: str = "") -> EtcdWatch:
+        self._check_open()
         watch = EtcdWatch(self, prefix, after=after, identity=identity)
         self._watches.add(watch)
         return watch
 
     def close(self) -> None:
-        self._closed = True
+        self._is_closed = True
         for watch in list(self._watches):
             watch.close()
 
-    def _change_expecting(
-        self, stored: bytes, expected: int, operation: str, request: Json, timeout_s: float | None
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("the store is closed: open another", url=self.url)
+
+    def _until(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s"))
+
+    def _change(
+        self, path: str, operation: str, stored: bytes, request: Json, *, expected: int | None, timeout_s: float | None
     ) -> Json:
-        wanted = messages.if_revision(stored, expected, operation, request)
-        answer = self._call("kv/txn", wanted, timeout_s, repeatable=False)
-        if not answer.get("succeeded"):
+        """The answer to a change of a key, alone or where that has the revision; sent once, if it may have arrived."""
+        if expected is not None:
+            path, request = "kv/txn", messages.if_revision(stored, expected, operation, request)
+        answer = self._call(path, request, self._until(timeout_s), is_repeatable=False)
+        if expected is not None and not answer.get("succeeded"):
             kvs = messages.kvs_of(answer)
             raise revision_conflict(stored, expected, messages.number(kvs[0], "mod_revision") if kvs else 0)
         return answer
 
-    def _call(self, path: str, body: Json, timeout_s: float | None, *, repeatable: bool = True) -> Json:
-        return self.client.call(path, body, until=self._until(timeout_s), repeatable=repeatable)
+    def _call(self, path: str, body: Json, until: float, *, is_repeatable: bool = True) -> Json:
+        """The answer of the first endpoint that gives one, until the deadline on the monotonic clock.
 
-    def _until(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s"))
+        One that is not repeatable is not sent again where it is not known whether it was carried out. Raises the errors
+        of `messages`, and those of a connection.
+        """
+        self._check_open()
+        return self.as_user(partial(self._ask, path, body, until, is_repeatable=is_repeatable), until)
+
+    def _ask(self, path: str, body: Json, until: float, token: Secret, *, is_repeatable: bool = True) -> Json:
+        def ask(endpoint: str, share: float) -> Json:
+            """One endpoint's answer, within its share, or, once connected, all of the time for what is sent once."""
+            end = min(until, time.monotonic() + share) if is_repeatable else until
+            with closing(Connection(endpoint, self.tls)) as connection:
+                return connection.ask(path, body, token, until=end, connect_s=share)
+
+        return self.first(ask, until, is_repeatable=is_repeatable)
+
+    def first(self, ask: Callable[[str, float], T], until: float, *, is_repeatable: bool = True) -> T:
+        """What `ask` returns for the first endpoint that does not fail, given its share of the time in seconds.
+
+        The one that answered last is asked first.
+        """
+        found: TransportError | None = None
+        for step, endpoint in enumerate(endpoints := self._endpoints):
+            try:
+                return ask(endpoint, max(0.0, until - time.monotonic()) / (len(endpoints) - step))
+            except (StoreUnavailableError, ConfigError) as error:
+                self.failed(endpoint)
+                if found is None or isinstance(error, StoreUnavailableError):
+                    found = error  # rather than one that is never tried again: the endpoint may come back
+                if not (is_repeatable or error.facts.get("sent") is False) or time.monotonic() >= until:
+                    break
+        assert found is not None  # there is an endpoint, and it has not answered
+        raise found
+
+    def failed(self, endpoint: str) -> None:
+        """Ask another one first from now on."""
+        first, *others = self._endpoints
+        if first == endpoint:
+            self._endpoints = (*others, first)
+
+    def as_user(self, work: Callable[[Secret], T], until: float) -> T:
+        """What `work` does with the user's token; done again with a new one while etcd does not know that any more.
+
+        A token ends when its time has run out, when etcd is started again or forgets it, and, in a JWT, with every
+        change of users and rights; nothing was carried out then. It is empty without a user, and where etcd asks for
+        none. A StorePermissionError: etcd does not know this user with this password.
+        """
+        facts: Mapping[str, object] = {}
+        for attempt in count():
+            token = self._token
+            if token is None:
+                token = self._token = self._logged_in(until)
+            try:
+                return work(token)
+            except StorePermissionError as error:
+                if not self._user or error.message not in messages.NO_LOGIN:
+                    raise
+                facts = error.facts
+            if self._token is token:
+                self._token = None
+            wait_s = pause_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=1.0) if attempt else 0.0
+            if time.monotonic() + wait_s >= until:
+                break
+            time.sleep(wait_s)
+        text = "etcd takes none of the tokens that it gives this user: its members need one key and one clock for JWT"
+        raise StoreUnavailableError(text, **facts)
+
+    def _logged_in(self, until: float) -> Secret:
+        try:
+            answer = self._ask("auth/authenticate", {"name": self._user, "password": self._password}, until, NO_TOKEN)
+        except StoreUnavailableError as error:
+            if messages.AUTH_IS_OFF in str(error.facts.get("reason")):
+                return NO_TOKEN
+            raise
+        token = str(answer.get("token", ""))
+        if not token.isascii() or not token.isprintable():  # no header can have it
+            raise StoreUnavailableError("the answer is not etcd's: no token")
+        return Secret(token.encode())
 
 
 class EtcdWatch(Watch):
@@ -162,7 +248,7 @@ class EtcdWatch(Watch):
 
     def __init__(self, store: EtcdStore, prefix: str, *, after: int, identity: str) -> None:
         super().__init__(store.url)
-        self._store, self._client = store, store.client
+        self._store = store
         self._first, self._last = store.namespace.bounds(prefix)
         self._after = self._revision = after
         self._identity = identity
@@ -200,12 +286,12 @@ class EtcdWatch(Watch):
             elif now < self._pause_until_s:
                 self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
             else:
-                self._client.first(self._begin_at, now + self._store.timeout_s)
+                self._store.first(self._begin_at, now + self._store.timeout_s)
         except TransportError as error:
             self._drop()
             if stream is None or not isinstance(error, StoreUnavailableError):
                 raise
-            self._client.failed(stream.endpoint)  # the stream was cut, or its endpoint is silent
+            self._store.failed(stream.endpoint)  # the stream was cut, or its endpoint is silent
 
     def _drop(self) -> None:
         """End the stream; another is asked for after a pause."""
@@ -226,7 +312,7 @@ class EtcdWatch(Watch):
                 self._stream = stream
                 failing.pop_all()
 
-        self._client.as_user(begin, until)
+        self._store.as_user(begin, until)
 
     def _ask(self, endpoint: str, path: str, body: Json) -> Json:
         until = time.monotonic() + self._store.timeout_s
@@ -235,11 +321,11 @@ class EtcdWatch(Watch):
             with closing(self._connect(endpoint)) as connection:
                 return connection.ask(path, body, token, until=until)
 
-        return self._client.as_user(ask, until)
+        return self._store.as_user(ask, until)
 
     def _connect(self, endpoint: str) -> Connection:
         """A connection that `close` ends, too: of two that are open the newest is the one that is waited for."""
-        self._newest = connection = Connection(endpoint, self._client.tls)
+        self._newest = connection = Connection(endpoint, self._store.tls)
         if self._closing.is_set():
             connection.abort()
         return connection

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import time
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from tests.support.rows import row
-from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import (
     CompactedError,
     ConfigError,
@@ -22,10 +19,9 @@ from ucxx_transport.errors import (
 )
 from ucxx_transport.membership import etcd_messages as messages
 from ucxx_transport.membership.entries import Entry, Event, Namespace
-from ucxx_transport.membership.etcd_client import EtcdClient
 
 JOB = Namespace("job")
-ONE, TWO, THREE = ("a:1", "b:1", "c:1")
+ONE = "a:1"
 
 
 def text(raw: bytes) -> str:
@@ -41,13 +37,11 @@ def test_what_is_left_out_is_zero() -> None:
     assert messages.entries([kv("a", 5, lease="7", value=text(b"v"))], JOB)[0].lease_id == 7
     assert messages.revision_of({}) == 0
     assert messages.kvs_of({}) == []
-    assert messages.value_of([]) == ""
 
 
 def test_the_identity_is_hidden_from_callers() -> None:
-    hidden = {"key": text(messages.identity_key(JOB)), "mod_revision": "2", "value": text(b"word")}
+    hidden = {"key": text(JOB.root + b"/identity"), "mod_revision": "2", "value": text(b"word")}
     assert [entry.key for entry in messages.entries([hidden, kv("a", 3)], JOB)] == ["a"]
-    assert messages.value_of([hidden]) == "word"
     events = [{"kv": hidden}, {"kv": kv("a", 3)}]
     assert [batch.revision for batch in messages.batches({"events": events}, JOB)] == [3]
 
@@ -57,7 +51,7 @@ def test_an_identity_is_given_once_and_only_by_a_user_who_may() -> None:
 
     def ask(path: str, request: Any) -> Any:
         if path == "kv/txn" and "kv" not in held:
-            held["kv"] = {"value": request["success"][0]["request_put"]["value"]}
+            held["kv"] = {"mod_revision": "3", **request["success"][0]["request_put"]}
             return {"succeeded": True}
         found = {"kvs": [held["kv"]] if "kv" in held else [], "header": {"revision": "4"}}
         return {"responses": [{"response_range": found}]} if path == "kv/txn" else found
@@ -177,46 +171,3 @@ def test_each_refusal_says_what_helps() -> None:
                 assert remedy in caught.value.message
                 assert caught.value.retryable is (error is StoreUnavailableError)
                 assert caught.value.facts["reason"] == said
-
-
-def asked(client: EtcdClient, *answering: str) -> list[str]:
-    """The endpoints that are asked, in order, while these answer."""
-    found: list[str] = []
-
-    def ask(endpoint: str, _share: float) -> None:
-        found.append(endpoint)
-        if endpoint not in answering:
-            raise StoreUnavailableError("away")
-
-    with suppress(StoreUnavailableError):
-        client.first(ask, time.monotonic() + 60.0)
-    return found
-
-
-def test_the_endpoint_that_answered_is_asked_first() -> None:
-    client = EtcdClient((ONE, TWO, THREE), StoreConfig(), tls=False)
-    assert asked(client, TWO) == [ONE, TWO]
-    assert asked(client, TWO, THREE) == [TWO]
-    client.failed(ONE)  # not the one in front
-    assert asked(client, ONE, THREE) == [TWO, THREE]
-    client.failed(THREE)
-    assert asked(client, ONE) == [ONE]
-    assert asked(client) == [ONE, TWO, THREE]
-
-
-def test_endpoints_share_the_time_that_is_left() -> None:
-    client = EtcdClient((ONE, TWO, THREE), StoreConfig(), tls=False)
-    until = time.monotonic() + 60.0
-    shares: list[float] = []
-
-    def ask(_endpoint: str, share: float) -> None:
-        shares.append(share)
-        raise StoreUnavailableError("away")
-
-    with pytest.raises(StoreUnavailableError):
-        client.first(ask, until)
-    assert all(0 < share <= 60.0 / others for share, others in zip(shares, (3, 2, 1), strict=True))
-    assert shares[0] < shares[1] < shares[2]
-    with pytest.raises(StoreUnavailableError):
-        client.first(ask, time.monotonic() - 1.0)
-    assert shares[3:] == [0.0]

@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from tests.support.rows import row
-from ucxx_transport.membership.etcd_client import NO_TOKEN, Connection
+from ucxx_transport.membership.etcd_connection import NO_TOKEN, Connection
 
 HEADERS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 MESSAGES = 2
