@@ -33,7 +33,7 @@ from bench.core.lineup import Lineup
 from bench.core.rounds import Plan
 from ucxx_transport import SourceWatcher, StoreConfig, open_store
 from ucxx_transport.membership import SourceRecord, SourceStatus, Store
-from ucxx_transport.membership.publication import Publication, next_epoch
+from ucxx_transport.membership.sources import Publication, next_epoch
 from ucxx_transport.ring.segment import sweep_orphans
 
 __all__ = ["measure"]
@@ -163,7 +163,7 @@ def _publish(store: Store, index: int) -> Publication:
         ports=(5000, 5001, 5002, 5003),
     )
     epoch = next_epoch(store, record.worker_id, known=0)
-    publication = Publication.begin(store, replace(record, epoch=epoch), ttl_s=TTL_S)
+    publication = Publication(store, replace(record, epoch=epoch), ttl_s=TTL_S)
     publication.update(SourceStatus.READY)
     return publication
 

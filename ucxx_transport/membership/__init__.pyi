@@ -3,11 +3,11 @@ from ucxx_transport.membership.entries import Entry as Entry
 from ucxx_transport.membership.entries import Event as Event
 from ucxx_transport.membership.entries import Lease as Lease
 from ucxx_transport.membership.entries import Snapshot as Snapshot
-from ucxx_transport.membership.publication import Publishable as Publishable
-from ucxx_transport.membership.publication import PublisherState as PublisherState
-from ucxx_transport.membership.publication import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatPublisher
+from ucxx_transport.membership.publisher import PublisherState as PublisherState
+from ucxx_transport.membership.publisher import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.sources import Offer as Offer
+from ucxx_transport.membership.sources import Publishable as Publishable
 from ucxx_transport.membership.sources import SourceRecord as SourceRecord
 from ucxx_transport.membership.sources import SourceStatus as SourceStatus
 from ucxx_transport.membership.store import Store as Store

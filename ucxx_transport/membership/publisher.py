@@ -1,4 +1,14 @@
-"""The publisher: a worker in the store, for as long as it lives."""
+"""The publisher: a worker in the store, for as long as it lives.
+
+```
+            start            visible             bound
+ NEW ──────► PUBLISHING ──────► STARTING ──────► LIVE ⇄ UNWELL
+                ▲  │ refused, a rival,             │
+                │  └────────► FAILED               │ lease lost, store wiped, record gone
+                └──────────────────────────────────┘
+ stop, from anywhere: STOPPED
+```
+"""
 
 from __future__ import annotations
 
@@ -9,7 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from typing import Any, Final
 
 from ucxx_transport import errors
@@ -18,15 +29,8 @@ from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import source_key
-from ucxx_transport.membership.publication import (
-    Publication,
-    Publishable,
-    PublisherState,
-    PublisherStatistics,
-    next_epoch,
-)
 from ucxx_transport.membership.renewal import RETRIES_AN_INTERVAL, Keeper
-from ucxx_transport.membership.sources import SourceRecord, SourceStatus
+from ucxx_transport.membership.sources import Publication, Publishable, SourceRecord, SourceStatus, next_epoch
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.settings import check_can, made_of
@@ -38,6 +42,43 @@ LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
 _LOSSES: Final = (errors.LeaseLostError, errors.ConflictError, errors.StoreResetError)
 _HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, errors.ConfigError, errors.ProtocolError)
+
+
+class PublisherState(Enum):
+    """Where a publisher is; see the module's picture."""
+
+    NEW = "new"
+    PUBLISHING = "publishing"
+    STARTING = "starting"
+    LIVE = "live"
+    UNWELL = "unwell"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherStatistics:
+    """What a publisher has done, as of one moment.
+
+    Attributes:
+        epoch: the last one, 0 before the first.
+        attempts: to publish, of which `publications` have succeeded.
+        losses: publications that ended unasked.
+        outages: times that the store stopped answering.
+        keeper_restarts: of the process that renews the lease.
+        keeper_keeps: whether it does; its start takes a second, and so long the publisher's thread renews.
+    """
+
+    state: PublisherState = PublisherState.NEW
+    epoch: int = 0
+    attempts: int = 0
+    publications: int = 0
+    losses: int = 0
+    outages: int = 0
+    keeper_restarts: int = 0
+    keeper_keeps: bool = False
+
+
 _PUBLIC: Final = {PublisherState.LIVE, PublisherState.UNWELL}
 
 
@@ -312,7 +353,7 @@ class HeartbeatPublisher(Running):
             return publication
         self._yield_to_rival()
         epoch = next_epoch(self._store, self.worker_id, known=self.epoch)
-        publication = Publication.begin(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
+        publication = Publication(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
         self._publication = publication  # from here on there is something to withdraw, whatever happens
         self._change(PublisherState.STARTING, epoch=epoch)
         self._keeper.keep(publication.lease.lease_id)

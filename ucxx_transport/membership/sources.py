@@ -1,4 +1,4 @@
-"""Sources: what a rollout worker publishes of itself, and the view of all of them that a watcher keeps.
+"""Sources: what a rollout worker publishes of itself, its life in the store, and a watcher's view of all of them.
 
 A record is JSON, which an operator can read in the store: the fields of `SourceRecord`, and the version of the form.
 
@@ -18,13 +18,16 @@ What a snapshot or a batch changes in a view:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from math import isfinite
-from typing import Final, Literal, NamedTuple, TypeGuard
+from typing import Final, Literal, NamedTuple, Protocol, TypeGuard
 
-from ucxx_transport.errors import ConfigError, ProtocolError
-from ucxx_transport.membership.entries import Batch, Snapshot, source_key
+from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, ProtocolError, TransportError
+from ucxx_transport.membership.entries import Batch, Snapshot, epoch_key, source_key
+from ucxx_transport.membership.renewal import renew
+from ucxx_transport.membership.store import Store
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS, are_ports
 from ucxx_transport.schema.wire_form import (
@@ -40,6 +43,7 @@ from ucxx_transport.schema.wire_form import (
     unpack_json,
     untrusted,
 )
+from ucxx_transport.sidecar.launch import Sidecar
 
 MAX_RECORD_BYTES: Final = 64 << 10
 
@@ -74,6 +78,32 @@ class Offer:
     host_id: str
     host: str | None = None
     ports: tuple[int, ...] = ()
+
+
+class Publishable(Protocol):
+    """What can be published: a ring with or without a server; `UCXXServer` is one."""
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """A process beside this one that may renew the lease of what is published, None where there is none."""
+
+    def offer(self) -> Offer:
+        """What can be read now."""
+
+    def hold(self) -> None:
+        """There is no epoch: answer NOT_READY until `bind`."""
+
+    def bind(self) -> None:
+        """There is an epoch: serve. Raises a `TransportError` when it cannot be done now; then it holds on."""
+
+    def discard_old(self) -> int:
+        """Drop what an ended epoch has left; returns how much of it is still in use."""
+
+    def release(self) -> None:
+        """Nothing is published any more, by wish: serve as if there were no store."""
+
+    def is_healthy(self, within_s: float) -> bool:
+        """Whether it has shown, within the last `within_s` seconds, that it serves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +204,80 @@ _KEYS: Final = tuple(spec.name for spec in fields(SourceRecord))
 
 def _is_hex(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) == 32 and set(value) <= _HEX
+
+
+class Publication:
+    """The record of one epoch, made visible: as it was written last, and its lease. For one thread.
+
+    Raises:
+        ConflictError: there is a record of this worker id already. Where this or another answer of the store is raised,
+            no lease is left behind as far as the store can be reached.
+    """
+
+    def __init__(self, store: Store, record: SourceRecord, *, ttl_s: float) -> None:
+        self._store, self._key = store, source_key(record.worker_id)
+        self.lease = lease = store.grant(ttl_s)
+        self._call_s = lease.ttl_s / 3  # a call that takes longer would keep the next renewal waiting too long
+        self.record = replace(record, status=SourceStatus.STARTING, ttl_s=float(lease.ttl_s))
+        try:
+            self._revision = store.put(self._key, self.record.to_bytes(), lease_id=lease.lease_id, expected=0)
+        except TransportError:
+            with suppress(TransportError):
+                store.revoke(lease.lease_id)  # it may have been written, the answer alone lost
+            raise
+
+    def renew(self) -> None:
+        """Renew the lease; a LeaseLostError: it has ended."""
+        renew(self._store, self.lease.lease_id, timeout_s=self._call_s)
+
+    def update(self, status: SourceStatus, offer: Offer | None = None, *, timeout_s: float | None = None) -> bool:
+        """Write the record again where it has changed; returns whether it had. Without an `offer`, that is as before.
+
+        A ConflictError or LeaseLostError: the record is not ours any more.
+        """
+        record = replace(self.record, status=status, **({} if offer is None else asdict(offer)))
+        if record == self.record:
+            return False
+        raw, lease_id, timeout_s = record.to_bytes(), self.lease.lease_id, timeout_s or self._call_s
+        try:
+            revision = self._store.put(self._key, raw, lease_id=lease_id, expected=self._revision, timeout_s=timeout_s)
+        except ConflictError:
+            entry = self._store.get(self._key, timeout_s=timeout_s)
+            if entry is None or entry.value != raw:
+                raise
+            revision = entry.revision  # an earlier try had arrived, its answer had not
+        self._revision, self.record = revision, record
+        return True
+
+    def require_there(self) -> None:
+        """Raise a LeaseLostError unless the store still has the record as it was written last."""
+        entry = self._store.get(self._key, timeout_s=self._call_s)
+        if entry is None or entry.value != self.record.to_bytes():
+            raise LeaseLostError("the record is not in the store any more", key=self._key)
+
+    def withdraw(self, timeout_s: float) -> None:
+        """Write "stale", then end the lease, and the record with it, also where no write is taken.
+
+        A TransportError: the store did not answer; then the lease runs out by itself.
+        """
+        try:
+            with suppress(ConflictError, LeaseLostError):
+                self.update(SourceStatus.STALE, timeout_s=timeout_s / 2)
+        finally:
+            self._store.revoke(self.lease.lease_id, timeout_s=timeout_s / 2)
+
+
+def next_epoch(store: Store, worker_id: str, *, known: int) -> int:
+    """A new epoch for a worker id, larger than any before, and than `known`: a wiped store has forgotten that.
+
+    A ConflictError: another publisher of this worker id was faster; look again.
+    """
+    key = epoch_key(worker_id)
+    entry = store.get(key)
+    last = int(entry.value) if entry is not None and entry.value.isdigit() else 0
+    epoch = max(last, known) + 1
+    store.put(key, str(epoch).encode(), expected=0 if entry is None else entry.revision)
+    return epoch
 
 
 class SourceChange(NamedTuple):

@@ -52,12 +52,12 @@ def checked_ttl_s(ttl_s: object) -> float:
 
 
 def lease_lost(lease_id: int) -> LeaseLostError:
-    """The error for a lease that is not there."""
+    """For a lease that is not there."""
     return LeaseLostError("the lease has ended: take another one and put its keys again", lease_id=lease_id)
 
 
 def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictError:
-    """The error for a key, as stored, with another revision than expected; 0: it does not exist."""
+    """For a key, as stored, with another revision than expected; 0: it does not exist."""
     return ConflictError(
         "the key has another revision than expected; nothing was changed",
         key=stored.decode(errors="replace"),
@@ -78,14 +78,11 @@ class Watch:
         self._closing = threading.Event()
 
     def next(self, timeout_s: float) -> Batch | None:
-        """The next batch.
-
-        Returns:
-            None when none came within `timeout_s`.
+        """The next batch; None when none came within `timeout_s`.
 
         Raises:
-            StoreUnavailableError: the store cannot be reached. Call again: the watch goes on after its last batch, as a
-                new one after that batch's revision would. Or it is closed, or another process's: then for good.
+            StoreUnavailableError: the store cannot be reached. Call again: the watch goes on after its last batch. Or
+                it is closed, or another process's: then for good.
             CompactedError, StoreResetError, StorePermissionError: see the module's table; for good. A wiped store is
                 noticed within about two seconds while `next` is being called, even when nothing changes in it.
         """
@@ -139,11 +136,7 @@ class Store(Protocol):
         """A new lease that lives at least `ttl_s` seconds unless it is renewed."""
 
     def keep_alive(self, lease_id: int, *, timeout_s: float | None = None) -> float:
-        """Renew a lease; returns the seconds that it now has.
-
-        Raises:
-            LeaseLostError: it has ended, or the store never knew it.
-        """
+        """Renew a lease; returns the seconds that it now has. A LeaseLostError: it has ended, or never was."""
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         """End a lease, and with it its keys, in one revision. One that has ended already is no error."""
@@ -162,42 +155,34 @@ class Store(Protocol):
     ) -> int:
         """Write a key; returns the revision of this change.
 
+        Nothing was written after a ConflictError or LeaseLostError; after a StoreUnavailableError it may have been:
+        read it.
+
         Args:
             key: below the store's namespace.
-            value: its bytes, 1 MiB at most.
+            value: 1 MiB at most.
             lease_id: the lease it dies with; None: it stays.
             expected: the revision the key must have now; 0: it must not exist; None: any.
-            timeout_s: see the class. After a `StoreUnavailableError` it may have been written or not: read it.
-
-        Raises:
-            ConflictError: the key has another revision; nothing was written.
-            LeaseLostError: the lease has ended; nothing was written.
+            timeout_s: see the class.
         """
 
     def delete(self, key: str, *, expected: int | None = None, timeout_s: float | None = None) -> bool:
-        """Remove a key; returns whether it was there.
-
-        Raises:
-            ConflictError: the key exists with another revision than `expected`.
-        """
+        """Remove a key; returns whether it was there. A ConflictError: with another revision than `expected`."""
 
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         """All keys that begin with `prefix`, at one revision."""
 
     def watch(self, prefix: str = "", *, after: int, identity: str = "") -> Watch:
-        """Changes below `prefix` whose revision is larger than `after`. Its `next` raises what is wrong with it.
+        """Changes below `prefix` after a revision: a snapshot's, or the last batch's. Its `next` raises what is wrong.
 
         Args:
             prefix: of the keys.
-            after: the revision of a snapshot or of the last batch. Larger than the store's own: the store was reset.
+            after: larger than the store's own: the store was reset.
             identity: of the snapshot; "": the store is taken as it is.
         """
 
     def close(self) -> None:
-        """Close connections and files, and end the watches. Leases live on. Idempotent.
-
-        Every later call is a `ConfigError`.
-        """
+        """Close connections and files, and end the watches; every later call is a ConfigError. Leases live on."""
 
     def __enter__(self) -> Self:
         return self

@@ -13,25 +13,21 @@ from __future__ import annotations
 import ipaddress
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import unquote
 
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.machine import NO_SQLITE, check_file_name
+from ucxx_transport.membership.store import Store
 from ucxx_transport.settings import made_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ucxx_transport.membership.store import Store
 
 ETCD_PORT: Final = 2379
 _HOST: Final = re.compile(r"(?=.{1,253}\.?$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 _ENDPOINT: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[0-9]{1,5}))?")
-_REMEDY: Final = "write local://, local:///abs/path or etcd://host:2379"
 
 
 def open_store(url: str | None = None, config: StoreConfig | Mapping[str, object] | None = None) -> Store:
@@ -66,7 +62,7 @@ def open_store(url: str | None = None, config: StoreConfig | Mapping[str, object
 
 
 def parse_store_url(url: object) -> tuple[str, Any]:
-    """The scheme, and a path (None: this user's own) or endpoints; a ConfigError where the URL cannot be a store's."""
+    """The scheme, and a path (None: this user's own) or each endpoint once; a ConfigError: it is no URL of a store."""
     scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
     if not isinstance(url, str) or not found or "@" in scheme:
         raise _wrong(url, "has no scheme")
@@ -74,17 +70,12 @@ def parse_store_url(url: object) -> tuple[str, Any]:
         return scheme, _path(url, rest) if rest else None
     if scheme not in {"etcd", "etcds"}:
         raise _wrong(url, f"has the unknown scheme {scheme!r}")
-    return scheme, _endpoints(url, rest)
-
-
-def _endpoints(url: str, rest: str) -> tuple[str, ...]:
-    """`host:port` of at least one, in the order in which they are tried; IPv6 in brackets."""
     if "@" in rest:
         raise _wrong(url, "has a user or a password in it: they go into the settings store.user and store.password")
     rest = rest.removesuffix("/")
     if any(mark in rest for mark in "/?#"):
         raise _wrong(url, "has more than endpoints: keys lie below the setting store.namespace")
-    return tuple(dict.fromkeys(_endpoint(url, text) for text in rest.split(",")))
+    return scheme, tuple(dict.fromkeys(_endpoint(url, text) for text in rest.split(",")))
 
 
 def _path(url: str, rest: str) -> Path:
@@ -103,8 +94,7 @@ def _path(url: str, rest: str) -> Path:
 
 def _endpoint(url: str, text: str) -> str:
     found = _ENDPOINT.fullmatch(text)
-    port = int(found["port"] or ETCD_PORT) if found is not None else 0
-    if found is None or not 0 < port < 65536:
+    if found is None or not 0 < (port := int(found["port"] or ETCD_PORT)) < 65536:
         problem = "host:port, with a port from 1 to 65535; IPv6 goes in brackets, as in [::1]:2379"
         raise _wrong(url, f"has the endpoint {text!r}, which is not {problem}")
     if found["six"] is not None:
@@ -123,4 +113,5 @@ def _wrong(url: object, problem: str) -> ConfigError:
     if isinstance(url, str):
         _, mark, rest = url.rpartition("@")  # what comes before it may be a password
         shown = repr(f"(hidden)@{rest}" if mark else rest)
-    return ConfigError(f"The store's address {shown} {problem}; {_REMEDY}", field="url")
+    remedy = "write local://, local:///abs/path or etcd://host:2379"
+    return ConfigError(f"The store's address {shown} {problem}; {remedy}", field="url")

@@ -18,7 +18,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.membership import Offer, SourceRecord, SourceStatus, Store
-from ucxx_transport.membership.publication import Publication, next_epoch
+from ucxx_transport.membership.sources import Publication, next_epoch
 
 KEY = "sources/w"
 RECORD = record("w", 3)
@@ -26,7 +26,7 @@ OFFER = Offer(ring_id=RECORD.ring_id, ring_name=RECORD.ring_name, host_id="x", h
 
 
 def begun(store: Store) -> Publication:
-    return Publication.begin(store, RECORD, ttl_s=6.0)
+    return Publication(store, RECORD, ttl_s=6.0)
 
 
 def stored(store: Store) -> SourceRecord | None:
@@ -211,7 +211,7 @@ def test_an_epoch_is_larger_than_those_of_a_store_that_was_wiped(store: Store) -
 
 
 def test_an_epoch_outlives_leases_and_records(store: Store) -> None:
-    publication = Publication.begin(store, record("w", next_epoch(store, "w", known=0)), ttl_s=6.0)
+    publication = Publication(store, record("w", next_epoch(store, "w", known=0)), ttl_s=6.0)
     publication.withdraw(1.0)
     assert next_epoch(store, "w", known=0) == 2
 
