@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
+from tests.support.interrupts import Interrupter
+from tests.support.rows import row
 from ucxx_transport.client import ClientStatistics, Payload
 from ucxx_transport.client.core import ClientCore
+from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import Call, Job
 from ucxx_transport.client.reads import Watcher
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
@@ -27,11 +31,14 @@ from ucxx_transport.server.counters import PortCounters, PortStatistics
 from ucxx_transport.server.port import Port
 from ucxx_transport.testing import Faults, MemoryLink, MemoryNetwork
 
-__all__ = ["HOST", "ExchangeRig", "RigClient", "SilentPeer", "open_rig"]
+__all__ = ["HOST", "ExchangeRig", "RigClient", "SilentPeer", "cut_in_two_anywhere", "open_rig"]
 
 HOST = "10.0.0.1"
 MANY_PORTS = 840  # divisible by any number of ports up to 8
 TURNS = 100_000
+OVER_A_LINK = ("client/errands.py", "client/dispatch.py", "client/connection.py", "client/reads.py")
+
+CallT = TypeVar("CallT", bound=Call)
 
 
 class SilentPeer:
@@ -91,10 +98,20 @@ class RigClient:
 
     def discard(self, refs: Sequence[SlotRef], *, deadline_s: float | None = None) -> int:
         """As `SyncUCXXClient.discard`, but for the count."""
-        call = self.core.discard_call(refs, deadline_s)
-        self.core.reads.go_on(call)
+        call = self.begin_discard(*refs, deadline_s=deadline_s)
         self._rig.run_until(lambda: call.done)
         return call.found
+
+    def begin_discard(self, *refs: SlotRef, deadline_s: float | None) -> Discard:
+        """Begin to discard; nothing has happened yet."""
+        call = self.core.discard_call(refs, deadline_s)
+        self.core.reads.go_on(call)
+        return call
+
+    def repair(self) -> None:
+        """As any call does behind one of another thread whose interrupt has cut a step in two."""
+        self.core.damaged = True
+        self.core.repair()
 
     def abandon(self, job: Job) -> None:
         """As a cancelled call does."""
@@ -298,3 +315,31 @@ def open_rig(
             yield rig
         finally:
             rig.close()
+
+
+def cut_in_two_anywhere(
+    begin: Callable[[ExchangeRig, RigClient], CallT], *, ring: RingConfig | None = None, refused: bool = False
+) -> Iterator[tuple[ExchangeRig, CallT, object]]:
+    """A call that is done although another call's interrupt has cut a step of its in two, at one point later each time.
+
+    Yields its rig, the call, and where the interrupt was: last None, for a call that has come through.
+
+    Args:
+        begin: what begins it, in a rig of one port.
+        ring: settings of the rig's ring.
+        refused: whether no connection is to be had after an interrupt.
+    """
+    for at in count():
+        interrupter = Interrupter(at, OVER_A_LINK)
+        with open_rig(ports=1, ring=ring) as rig:
+            client = rig.client()
+            call = begin(rig, client)
+            with suppress(KeyboardInterrupt), interrupter:
+                rig.settle()
+            with row(where=interrupter.where):
+                rig.faults.refuse = refused and interrupter.where is not None
+                client.repair()
+                rig.run_until(lambda: call.done)  # noqa: B023 - called before the next one
+            yield rig, call, interrupter.where
+        if interrupter.where is None:
+            return

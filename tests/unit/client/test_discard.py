@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.support.exchange_rig import open_rig
-from tests.support.interrupts import Interrupter
+from tests.support.exchange_rig import ExchangeRig, RigClient, cut_in_two_anywhere, open_rig
 from tests.support.local_worker import LocalWorker
 from tests.support.rows import row
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
-from ucxx_transport.client.errands import RingDiscard
+from ucxx_transport.client.errands import Discard, RingDiscard
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
-OVER_A_LINK = ("client/errands.py", "client/dispatch.py", "client/connection.py", "client/reads.py")
 
 
 def test_their_slots_are_free_and_none_of_their_bytes_moved() -> None:
@@ -94,52 +89,45 @@ def test_a_discard_goes_on_although_another_call_s_interrupt_has_cut_a_step_in_t
         refs = [rig.write(EPISODE) for _ in range(2)]
         client.consume(refs[0])
         rig.faults_of(1).drop = 1
-        call = client.core.discard_call(refs[1:], 600.0)
-        client.core.reads.go_on(call)
-        client.core.damaged = True
-        client.core.repair()
+        call = client.begin_discard(refs[1], deadline_s=600.0)
+        client.repair()
         rig.run_until(lambda: call.done)
         assert rig.states(refs[1]) == [SlotState.FREE]
 
 
 def test_a_discard_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_frees_its_slots() -> None:
-    for at in itertools.count():
-        with open_rig(ports=1) as rig, contextlib.ExitStack() as stack:
-            client, interrupter = rig.client(), Interrupter(at, OVER_A_LINK)
-            refs = [rig.write(EPISODE) for _ in range(2)]
-            call = client.core.discard_call(refs, 60.0)
-            client.core.reads.go_on(call)
-            with contextlib.suppress(KeyboardInterrupt), interrupter:
-                rig.settle()
-            stack.enter_context(row(where=interrupter.where))
-            client.core.damaged = True
-            client.core.repair()
-            rig.run_until(partial(getattr, call, "done"))
-            assert rig.states(*refs) == [SlotState.FREE] * 2
-            if interrupter.where is None:
-                assert call.found == 2
-                break
-    assert at > 20
+    def discard_two(rig: ExchangeRig, client: RigClient) -> Discard:
+        return client.begin_discard(*(rig.write(EPISODE) for _ in range(2)), deadline_s=60.0)
+
+    points = []
+    for rig, call, where in cut_in_two_anywhere(discard_two):
+        with row(where=where):
+            assert rig.ring.statistics().free == rig.ring.slots
+            assert where or call.found == 2
+        points.append(where)
+    assert len(points) > 20
 
 
-def test_what_a_discard_could_not_say_is_said_later_although_its_end_was_interrupted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def interrupt_in(owner: object, method: str, rig: ExchangeRig, client: RigClient, call: Discard) -> None:
+    """Interrupt the discard in that method of the owner, as another thread's call is, and repair."""
+
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rig.run_until(lambda: call.done)
+    client.repair()
+
+
+def test_what_a_discard_could_not_say_is_said_later_although_its_end_was_interrupted() -> None:
     with open_rig(ports=1) as rig:
         client = rig.client()
         refs = [rig.write(EPISODE) for _ in range(2)]
         rig.stop_port(1)
-        call = client.core.discard_call(refs[:1], 1.0)
-        client.core.reads.go_on(call)
-        with monkeypatch.context() as patch:
-            patch.setattr(RingDiscard, "finish", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                rig.run_until(lambda: call.done)
-        client.core.damaged = True
-        client.core.repair()
+        call = client.begin_discard(refs[0], deadline_s=1.0)
+        interrupt_in(RingDiscard, "finish", rig, client, call)
         assert (call.done, call.found) == (True, 0)
         rig.start_port(1)
         client.consume(refs[1])
@@ -147,21 +135,12 @@ def test_what_a_discard_could_not_say_is_said_later_although_its_end_was_interru
         assert rig.states(refs[0]) == [SlotState.FREE]
 
 
-def test_a_discard_whose_last_part_is_interrupted_is_over_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
+def test_a_discard_whose_last_part_is_interrupted_is_over_all_the_same() -> None:
     with open_rig(ports=1) as rig:
         client = rig.client()
         ref = rig.write(EPISODE)
-        call = client.core.discard_call([ref], 60.0)
-        client.core.reads.go_on(call)
-        with monkeypatch.context() as patch:
-            patch.setattr(call, "part_over", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                rig.run_until(lambda: call.done)
-        client.core.damaged = True
-        client.core.repair()
+        call = client.begin_discard(ref, deadline_s=60.0)
+        interrupt_in(call, "part_over", rig, client, call)
         rig.run_until(lambda: call.done)
         assert (call.found, rig.states(ref)) == (1, [SlotState.FREE])
 

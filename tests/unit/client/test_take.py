@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.exchange_rig import ExchangeRig, RigClient, open_rig
-from tests.support.interrupts import Interrupter
+from tests.support.exchange_rig import ExchangeRig, RigClient, cut_in_two_anywhere, open_rig
 from tests.support.port_beside import port_beside
 from tests.support.rows import row
 from tests.support.source_records import record
@@ -26,7 +23,6 @@ from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.testing import Hold
 
 RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
-OVER_A_LINK = ("client/errands.py", "client/dispatch.py", "client/connection.py", "client/reads.py")
 
 
 def begin(client: RigClient, source: Takeable, wait_s: Any = 0.0, **asked: Any) -> Take:
@@ -283,8 +279,7 @@ def test_what_was_picked_for_a_take_comes_although_another_call_s_interrupt_has_
     with open_rig(ports=1, ring=RING) as rig:
         client = rig.client()
         take = offered(rig, client, 3)
-        client.core.damaged = True
-        client.core.repair()
+        client.repair()
         rig.run_until(lambda: take.done)
         assert contents(take.result()) == [b"\1", b"\2", b"\3"]
         rig.settle()
@@ -296,9 +291,8 @@ def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next()
     with open_rig(ports=1, ring=RING) as rig:
         client = rig.client()
         take = offered(rig, client, 3)
-        client.core.damaged = True
         take.done = True
-        client.core.repair()
+        client.repair()
         rig.advance(30.0)
         assert rig.ring.statistics().ready == 3
         gc.collect()
@@ -307,43 +301,30 @@ def test_what_was_picked_for_a_take_that_was_interrupted_is_there_for_the_next()
 
 
 def test_a_take_that_another_call_s_interrupt_has_cut_in_two_anywhere_still_ends_as_what_becomes_of_it() -> None:
-    for at in itertools.count():
-        with open_rig(ports=1, ring=RING) as rig, contextlib.ExitStack() as stack:
-            client, interrupter = rig.client(), Interrupter(at, OVER_A_LINK)
-            take = begin(client, write(rig, 1)[0])
-            with contextlib.suppress(KeyboardInterrupt), interrupter:
-                rig.settle()
-            stack.enter_context(row(where=interrupter.where))
-            rig.faults.refuse = interrupter.where is not None
-            client.core.damaged = True
-            client.core.repair()
-            rig.run_until(partial(getattr, take, "done"))
-            if interrupter.where is None:
-                assert contents(take.result()) == [b"\0"]
-                break
-            with contextlib.suppress(PeerLostError):
-                assert contents(take.result()) == [b"\0"]
-    assert at > 50
+    def take_one(rig: ExchangeRig, client: RigClient) -> Take:
+        return begin(client, write(rig, 1)[0])
+
+    points = []
+    for _, take, where in cut_in_two_anywhere(take_one, ring=RING, refused=True):
+        with row(where=where), contextlib.suppress(*([PeerLostError] if where else [])):
+            assert contents(take.result()) == [b"\0"]
+        points.append(where)
+    assert len(points) > 50
 
 
 def test_a_take_of_what_is_not_there_ends_although_another_call_s_interrupt_has_cut_it_in_two_anywhere() -> None:
-    for at in itertools.count():
-        with open_rig(ports=1, ring=RING) as rig, contextlib.ExitStack() as stack:
-            client, interrupter = rig.client(), Interrupter(at, OVER_A_LINK)
-            gone = write(rig, 1)[0]
-            client.consume(gone)
-            rig.settle()
-            take = begin(client, gone)
-            with contextlib.suppress(KeyboardInterrupt), interrupter:
-                rig.settle()
-            stack.enter_context(row(where=interrupter.where))
-            client.core.damaged = True
-            client.core.repair()
-            rig.run_until(partial(getattr, take, "done"))
+    def take_what_is_gone(rig: ExchangeRig, client: RigClient) -> Take:
+        gone = write(rig, 1)[0]
+        client.consume(gone)
+        rig.settle()
+        return begin(client, gone)
+
+    points = []
+    for _, take, where in cut_in_two_anywhere(take_what_is_gone, ring=RING):
+        with row(where=where):
             assert take.result() == []
-            if interrupter.where is None:
-                break
-    assert at > 10
+        points.append(where)
+    assert len(points) > 10
 
 
 def test_a_duplicate_that_a_lost_end_allows_is_not_delivered_again() -> None:
