@@ -28,11 +28,13 @@ STREAM, MIXINS = (parameter.values for parameter in PROGRAMS[:2])  # the README'
 
 
 def printed_by(program: str, folder: Path) -> str:
+    """What it prints on standard output; with a log that is shown, it says nothing else."""
     (folder / "example.py").write_text(program)
+    (folder / "sitecustomize.py").write_text("import logging\nlogging.basicConfig()\n")
     with subprocess.Popen(
         [sys.executable, "-W", "error", "example.py"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -43,7 +45,7 @@ def printed_by(program: str, folder: Path) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with its worker, which waits for a trainer that failed
             out, err = process.communicate()
-    assert process.returncode == 0, err
+    assert (process.returncode, err) == (0, ""), err
     return out
 
 
