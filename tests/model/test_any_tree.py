@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.support.exhaustive import exhaustive
 from tests.support.payloads import pack_into
 from ucxx_transport import ClientConfig, ConfigError, Schema, SyncUCXXClient, TrajectoryWriter
-from ucxx_transport.schema.tensor_spec import DTYPES
+from ucxx_transport.schema.fields import DTYPES
 
 T = TypeVar("T")
 

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from tests.model.ring_model import ModelSlot, RingModel
 from tests.support.exhaustive import exhaustive
 from tests.support.machines import CountedMachine, run_steps
+from tests.support.ring_owners import acting_for
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import BusyError, ConfigError, RingFullError, SlotError, StaleSlotError
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, WriteLease
@@ -96,7 +97,7 @@ class RingMachine(CountedMachine):
         self.dead: set[Owner] = set()
         self.readers = readers
         owner = self.born()
-        ring = SharedRingBuffer.create(config, owner=owner, alive=self.alive)
+        ring = acting_for(SharedRingBuffer.create(config), owner, self.alive)
         self.handles = [(ring, owner)]
         for _ in range(HANDLES - 1):
             self.attach()
@@ -120,7 +121,7 @@ class RingMachine(CountedMachine):
 
     def attach(self) -> None:
         owner = self.born()
-        ring = SharedRingBuffer.attach(self.handles[0][0].name, owner=owner, alive=self.alive)
+        ring = acting_for(SharedRingBuffer.attach(self.handles[0][0].name), owner, self.alive)
         self.handles.append((ring, owner))
 
     def alive(self, pid: int, start: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload
-from ucxx_transport.schema.tensor_spec import DType
+from ucxx_transport.schema.fields import DType
 from ucxx_transport.schema.tensors import Array
 
 __all__ = ["POISON", "FakeArray", "FakeGpu", "FakeReceiver", "FakeRuntime", "FakeUpload"]

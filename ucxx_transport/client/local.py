@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
-import xxhash
 
 from ucxx_transport import errors
 from ucxx_transport.client.jobs import ClientBase, Job, Takeable, clear_traceback
@@ -21,6 +20,7 @@ from ucxx_transport.link.base import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import HOLD_NBYTES
 from ucxx_transport.ring.owner import host_id, segment_folder
+from ucxx_transport.ring.reading import verify_checksum
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,21 +42,6 @@ _LISTENING: Final = "0A"  # in /proc/net/tcp (proc(5))
 
 PRUNE_INTERVAL_S: Final = 5.0
 """Rings whose worker died are closed this often: their memory is freed only when no process maps it any more."""
-
-
-def verify_checksum(content: Bytes, ref: SlotRef) -> None:
-    """Compare the payload with the checksum its reference may carry; a ChecksumError where they differ."""
-    if ref.checksum is None:
-        return
-    found = xxhash.xxh3_64_intdigest(content.data)
-    if found != ref.checksum:
-        raise errors.ChecksumError(
-            "the payload's bytes are not those that were written",
-            slot=ref.slot,
-            generation=ref.generation,
-            expected=f"{ref.checksum:#018x}",
-            found=f"{found:#018x}",
-        )
 
 
 class LocalReader:

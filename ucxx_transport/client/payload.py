@@ -13,7 +13,7 @@ from typing_extensions import Buffer
 
 from ucxx_transport.errors import ConfigError, SlotError, StaleSlotError
 from ucxx_transport.schema import Schema, SlotRef
-from ucxx_transport.schema.tree import ArrayTree
+from ucxx_transport.schema.fields import ArrayTree
 from ucxx_transport.schema.wire_form import refuse
 
 Transport = Literal["view", "copy", "ucx"]

@@ -27,10 +27,10 @@ from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
 from ucxx_transport.client.errands import Discard, Request, RingDiscard
 from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Outcome, Read, copy_of, removed, too_late
-from ucxx_transport.client.local import verify_checksum
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
 from ucxx_transport.errors import ConfigError, StaleSlotError, TransportError
+from ucxx_transport.ring.reading import verify_checksum
 from ucxx_transport.settings import check_can
 from ucxx_transport.wire.frames import HEADER_BYTES
 

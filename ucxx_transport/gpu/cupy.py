@@ -24,7 +24,7 @@ import numpy as np
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index
-from ucxx_transport.schema.tensor_spec import DType, canonical_dtype
+from ucxx_transport.schema.fields import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema.tensor_spec import DType
+from ucxx_transport.schema.fields import DType
 from ucxx_transport.schema.tensors import Array
 from ucxx_transport.schema.wire_form import describe
 

@@ -24,7 +24,7 @@ from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, SlotError
 from ucxx_transport.ring import layout, leases
 from ucxx_transport.ring.layout import RingStatistics
-from ucxx_transport.ring.owner import Owner, host_id, owner_alive
+from ucxx_transport.ring.owner import host_id, owner_alive
 from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
 from ucxx_transport.schema.slot_ref import Common, SlotRef, common_of
@@ -36,13 +36,8 @@ MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
 """Number of ports, bytes of the host, the ports, the host."""
 
-_NAMED: Final = 3
-"""Holders of slots in a message; of the others it says how many there are."""
-
-
-_SIDECAR: Final = b"ucxx_transport/sidecar/boot.py\0"
-"""In the command line of a process that serves a port."""
-
+_NAMED: Final = 3  # holders of slots in a message; of the others it says how many there are
+_SIDECAR: Final = b"ucxx_transport/sidecar/boot.py\0"  # in the command line of a process that serves a port
 _SnapshotWords = ctypes.c_uint64 * (len(layout.COUNTERS) + len(SlotState))
 
 
@@ -61,19 +56,11 @@ class Holder(NamedTuple):
 
 
 class RingHandle(Closing):
-    """The part of `SharedRingBuffer` that moves no payload.
+    """The part of `SharedRingBuffer` that moves no payload."""
 
-    `owner` takes its holds, None for this process; `alive` says whether a process (pid, start time) lives.
-    """
-
-    def __init__(
-        self,
-        transitions: Transitions,
-        *,
-        owner: Owner | None = None,
-        alive: Callable[[int, int], bool] = owner_alive,
-    ) -> None:
-        self._transitions = transitions
+    def __init__(self, transitions: Transitions) -> None:
+        self.transitions = transitions
+        self.alive: Callable[[int, int], bool] = owner_alive
         self._creation, self._words = transitions.creation, transitions.words
         self._identity = identity = transitions.identity
         self.name, self.folder = self._creation.name, self._creation.path.parent
@@ -82,24 +69,20 @@ class RingHandle(Closing):
         self.mapping = np.frombuffer(transitions.memory, np.uint8)
         self.server_words = self._words[layout.SERVER_WORD : layout.SERVER_WORD + layout.SERVER_WORDS]
         self.closed = False
-        self._alive = alive
-        if owner is not None:
-            transitions.owner = lambda: owner
         self._host_id = host_id(self.folder)
         self._addressed: tuple[int, Common] = -1, (b"", "", "", None, (), 0)  # of no version
 
     @classmethod
-    def create(cls, config: RingConfig | Mapping[str, object], **seams: Any) -> Self:
+    def create(cls, config: RingConfig | Mapping[str, object]) -> Self:
         """Make a ring, after removing those of dead creators on this host.
 
         Args:
             config: sizes and policies, a dict or a `RingConfig`.
-            **seams: `owner` and `alive` of `RingHandle`.
 
         Raises:
             ConfigError: a setting is wrong, the name is in use by a live creator, or the ring does not fit its folder.
         """
-        return cls(create_ring(made_of(RingConfig, config, "config")), **seams)
+        return cls(create_ring(made_of(RingConfig, config, "config")))
 
     @classmethod
     def attach(
@@ -109,7 +92,6 @@ class RingHandle(Closing):
         folder: Path | str | None = None,
         descriptor: int | None = None,
         populate: bool = True,
-        **seams: Any,
     ) -> Self:
         """Open a ring that another process, or another handle, made.
 
@@ -118,14 +100,13 @@ class RingHandle(Closing):
             folder: where its segment is; None for the setting `ring.folder` of this process.
             descriptor: of its segment (`duplicate`), whose name may be gone; stays the caller's.
             populate: map all its pages now; the first read of each is half as fast otherwise.
-            **seams: as for `create`.
 
         Raises:
             ConfigError: no such ring on this host (`facts["reason"]` "missing"), or it is of another pid namespace.
             NotReadyError: it is still being made.
             ProtocolError: no ring, another layout version, or damaged; says what was found.
         """
-        return cls(open_ring(name, folder, descriptor, populates=populate), **seams)
+        return cls(open_ring(name, folder, descriptor, populates=populate))
 
     @property
     def schema_bytes(self) -> bytes:
@@ -144,7 +125,9 @@ class RingHandle(Closing):
         None where this handle did not make the ring, in this process.
         """
         self._require_open()
-        return self._creation.duplicate()
+        fd = self._creation.descriptor()
+        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
+        return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
     def slot_state(self, slot: int) -> SlotState:
         """What a slot holds now; a SlotError where the ring has no such slot."""
@@ -181,7 +164,7 @@ class RingHandle(Closing):
         if len(ports) > MAX_PORTS or (name and not ports) or not all(1 <= port <= 65535 for port in ports):
             raise ConfigError(f"1 to {MAX_PORTS} ports from 1 to 65535", field="ports", value=tuple(ports))
         bank = _BANK.pack(len(ports), len(name), *ports, *[0] * (MAX_PORTS - len(ports)), name)
-        self._transitions.call("publish", bank)
+        self.transitions.call("publish", bank)
 
     def address(self) -> tuple[str | None, tuple[int, ...]]:
         """Host and ports as published last; (None, ()) before, and after a withdrawal."""
@@ -193,13 +176,13 @@ class RingHandle(Closing):
         """What has happened since the ring was made, and what its slots hold now, of one moment."""
         self._require_open()
         found = _SnapshotWords()
-        self._transitions.call("snapshot", found)
+        self.transitions.call("snapshot", found)
         return RingStatistics(self.slots, *found)
 
     def holders(self) -> list[Holder]:
         """Whose read attempts hold slots now, and for how long; the one with the most first."""
         self._require_open()
-        return _holders(*_headers(self._transitions))
+        return _holders(*_headers(self.transitions))
 
     def reclaim_dead(self) -> int:
         """Give back the slots that dead processes hold. Writes do so by themselves when the ring is full.
@@ -233,8 +216,8 @@ class RingHandle(Closing):
 
     def _reclaim(self) -> int:
         leases.settle()
-        transitions = self._transitions
-        mine, alive = transitions.owner(), cache(self._alive)
+        transitions = self.transitions
+        mine, alive = transitions.owner(), cache(self.alive)
         reclaimed = 0
         # Looking at a process takes 20 µs (/proc): done between two critical sections, the second compares again.
         for words in transitions.holds(SlotState.WRITING, SlotState.READING):

@@ -111,11 +111,8 @@ TAKE_SLOT, TAKE_SEQUENCE, TAKE_RETURNS = range(3, 6)
 TAKE_NUMBER, TAKE_LARGE, TAKE_SEEN, TAKE_NEXT, TAKE_NEXT_SEQUENCE, TAKE_FOLLOWS = range(6, 12)
 TAKE_FIRST, TAKE_FIRST_SEQUENCE, TAKE_STEPS, TAKE_WORDS = range(12, 16)
 
-RAW_FIELD: Final = "data"
-"""The one array of a raw ring's payload: its bytes as uint8."""
-
+RAW_FIELD: Final = "data"  # the one array of a raw ring's payload: its bytes as uint8
 POLICIES: Final = ("overwrite", "block", "raise")
-
 
 # What becomes of a transition. LOCKED: the lock was not to be had in time. DAMAGED: the lock, a list of slots, or the
 # slot is unusable. FULL: no slot can be written. STALE: another generation, or no payload. HAD: this reader, or every
@@ -177,8 +174,7 @@ class RingStatistics:
     reading: int
 
 
-COUNTERS: Final = tuple(counter.name for counter in fields(RingStatistics))[1:-4]
-"""The counters of a segment in the order of their words; each counts one reason."""
+COUNTERS: Final = tuple(counter.name for counter in fields(RingStatistics))[1:-4]  # in the order of their words
 ABORTED: Final = COUNTERS.index("aborted")
 CONSUMED: Final = COUNTERS.index("consumed")
 RELEASED: Final = COUNTERS.index("released")

@@ -29,11 +29,9 @@ from ucxx_transport.schema.wire_form import record_and_meta
 
 _log = get_logger(__name__)
 
+# How long a finaliser waits for the lock, which runs wherever a reference goes. While others are to be settled it does
+# not wait: a thousand arrays that go while the lock's holder is stopped cost their thread this once.
 _LOST_WAIT_S: Final = 0.05
-"""How long a finaliser waits for the lock, which runs wherever a reference goes. While others are to be settled it does
-not wait: a thousand arrays that go while the lock's holder is stopped cost their thread this once, and later calls on
-other rings nothing."""
-
 _fill: Final = struct.Struct("<7Q").pack_into  # a third of the time that the type takes with values
 _name: Final = struct.Struct("<2Q").pack_into
 _BYTE: Final = np.dtype(np.uint8)

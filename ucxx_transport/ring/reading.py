@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, Final, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from ucxx_transport.config import checked_seconds
@@ -22,7 +23,7 @@ from ucxx_transport.ring.handle import RingHandle
 from ucxx_transport.ring.layout import RELEASED
 from ucxx_transport.ring.leases import ReadLease, settle, unsettled
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords, Words
+from ucxx_transport.ring.transitions import LOOK_EVERY_S, TakeWords, Transitions, Words
 from ucxx_transport.schema.episode_record import Referring, slot_ref_of
 from ucxx_transport.schema.slot_ref import SlotRef, renumbered
 from ucxx_transport.schema.wire_form import record_and_meta
@@ -32,18 +33,28 @@ _READY: Final = layout.STATE_COUNT_WORD + SlotState.READY
 _READING: Final = layout.STATE_COUNT_WORD + SlotState.READING
 _U32: Final = (1 << 32) - 1
 _NO_LIMIT: Final = (1 << 64) - 1
-
 _REMEMBERED_READERS: Final = 1024
-
+# Where a reader's last take ended: TAKE_SLOT, TAKE_SEQUENCE, TAKE_RETURNS, and, where nothing was left, TAKE_SEEN.
 _NOWHERE: Final[tuple[int, int, int, int | None]] = (0, 0, 0, None)
-"""Where a reader's last take ended: `TAKE_SLOT`, `_SEQUENCE`, `_RETURNS`, and, where nothing was left, `TAKE_SEEN`."""
+
+
+def verify_checksum(content: npt.NDArray[np.uint8], ref: SlotRef) -> None:
+    """Compare a payload with the checksum that its reference may carry; a ChecksumError where they differ."""
+    if ref.checksum is not None and (found := xxhash.xxh3_64_intdigest(content.data)) != ref.checksum:
+        raise ChecksumError(
+            "the payload's bytes are not those that were written",
+            slot=ref.slot,
+            generation=ref.generation,
+            expected=f"{ref.checksum:#018x}",
+            found=f"{found:#018x}",
+        )
 
 
 class ReadableRing(RingHandle):
     """The reading half of `SharedRingBuffer`."""
 
-    def __init__(self, *parts: Any, **seams: Any) -> None:
-        super().__init__(*parts, **seams)
+    def __init__(self, transitions: Transitions) -> None:
+        super().__init__(transitions)
         self._places: dict[int, tuple[int, int, int, int | None]] = {}
         self.again: list[ReadLease] = []  # that have ended, and that no caller has
 
@@ -66,7 +77,7 @@ class ReadableRing(RingHandle):
             ref = slot_ref_of(ref)
         if ref.ring_id != self.ring_id:
             self._require_open()
-            self._transitions.count("stale")
+            self.transitions.count("stale")
             raise StaleSlotError(
                 "stale slot: the reference names another ring, or an earlier one of that name",
                 slot=ref.slot,
@@ -112,11 +123,11 @@ class ReadableRing(RingHandle):
         except IndexError:  # another thread was faster
             lease = None
         if lease is None:
-            lease = ReadLease(self._transitions, slot, generation, reader, RELEASED)
+            lease = ReadLease(self.transitions, slot, generation, reader, RELEASED)
         else:
             lease.begin(slot, generation, reader)
         try:
-            self._transitions.acquire(lease.words, deadline_s)
+            self.transitions.acquire(lease.words, deadline_s)
         except TransportError:
             lease.forget()
             raise
@@ -161,7 +172,7 @@ class ReadableRing(RingHandle):
         limit = _NO_LIMIT if max_bytes is None else min(max_bytes, _NO_LIMIT)
         asked = TakeWords(room, limit, newest, *self._places.get(reader, _NOWHERE)[:3])
         # registered before their attempts begin, as every hold is
-        leases = [ReadLease(self._transitions, 0, 0, reader, RELEASED) for _ in range(room)]
+        leases = [ReadLease(self.transitions, 0, 0, reader, RELEASED) for _ in range(room)]
         holds = (ctypes.c_void_p * room)(*[ctypes.addressof(lease.words) for lease in leases])
         try:
             self._walk(holds, asked, deadline_s)
@@ -191,7 +202,7 @@ class ReadableRing(RingHandle):
         walked, began_s, left_s = 0, monotonic(), limit_s
         # A place that is gone when the walk goes on costs it its beginning again: not without end.
         while walked <= 2 * self.slots:
-            self._transitions.call("take", holds, asked, wait_s=left_s)
+            self.transitions.call("take", holds, asked, wait_s=left_s)
             if not asked[layout.TAKE_NEXT]:
                 break
             walked += asked[layout.TAKE_STEPS]
@@ -210,7 +221,7 @@ class ReadableRing(RingHandle):
         """
         self._require_open()
         wait_s = checked_seconds(wait_s, "wait_s")
-        words, transitions = self._words, self._transitions
+        words, transitions = self._words, self.transitions
         started = monotonic()
         seen = self._places.get(reader, _NOWHERE)[3]
         if seen is None:
@@ -248,13 +259,7 @@ class ReadableRing(RingHandle):
         """
         with self.acquire(ref, reader=reader) as lease:
             copy = np.array(lease)
-            if lease.checksum is not None and xxhash.xxh3_64_intdigest(copy.data) != lease.checksum:
-                raise ChecksumError(
-                    "the payload in the ring is not the one that was written",
-                    slot=lease.slot,
-                    generation=lease.generation,
-                    expected=lease.checksum,
-                )
+            verify_checksum(copy, self._named(lease.words))
             arrays = {layout.RAW_FIELD: copy} if self.schema is None else self.schema.views(copy.data, writable=True)
             lease.mark_consumed()
         return arrays
@@ -262,14 +267,14 @@ class ReadableRing(RingHandle):
     def ready_refs(self) -> list[SlotRef]:
         """References of the payloads that wait to be read, oldest first; without `meta` (see `take`, `reference`)."""
         self._require_open()
-        ready = sorted(self._transitions.holds(SlotState.READY), key=itemgetter(layout.HOLD_SEQUENCE))
+        ready = sorted(self.transitions.holds(SlotState.READY), key=itemgetter(layout.HOLD_SEQUENCE))
         return [self._named(words) for words in ready]
 
     def discard(self, ref: Referring) -> bool:
         """Drop an unread payload; False: it is being read, or not in the ring any more."""
         self._require_open()
         ref = slot_ref_of(ref)
-        return ref.ring_id == self.ring_id and not self._transitions.call("discard", ref.slot, ref.generation)
+        return ref.ring_id == self.ring_id and not self.transitions.call("discard", ref.slot, ref.generation)
 
     def discard_until(self, sequence: int) -> int:
         """Drop the unread payloads of all writes up to one, a `write_sequence`: no reference to them is to be read.
@@ -283,9 +288,9 @@ class ReadableRing(RingHandle):
         """
         self._require_open()
         in_use = set()
-        for words in self._transitions.holds(SlotState.READY, SlotState.READING):
+        for words in self.transitions.holds(SlotState.READY, SlotState.READING):
             slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
-            if words[layout.HOLD_SEQUENCE] <= sequence and self._transitions.call("discard", slot, generation):
+            if words[layout.HOLD_SEQUENCE] <= sequence and self.transitions.call("discard", slot, generation):
                 in_use.add(slot)
         return len(in_use)
 

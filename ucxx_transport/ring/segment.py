@@ -28,15 +28,10 @@ from ucxx_transport.units import format_bytes
 
 NAME_PREFIX: Final = "ucxx_transport-"
 
-_LOCK_WAIT_S: Final = 0.1
-"""The kernel releases a killed process's flock 0.2 to 2 ms after the kill (measured), so it is waited for."""
-
-_CHUNK_BYTES: Final = 256 << 20
-"""Allocated and touched at a time, so that signals are seen in between (the kernel restarts an interrupted call)."""
-
+_LOCK_WAIT_S: Final = 0.1  # the kernel releases a killed process's flock 0.2 to 2 ms after the kill (measured)
+_CHUNK_BYTES: Final = 256 << 20  # at a time, so that signals are seen in between: the kernel restarts its calls
 _CREATE_ATTEMPTS: Final = 16
-_MADV_POPULATE_READ: Final = 22
-"""<linux/mman.h>, since Linux 5.14; `mmap` has no name for it."""
+_MADV_POPULATE_READ: Final = 22  # <linux/mman.h>, since Linux 5.14; `mmap` has no name for it
 
 
 class Creation:
@@ -90,17 +85,6 @@ class Creation:
     def descriptor(self) -> int | None:
         """Of the file, whose lock it holds; None where this process did not make it, or has removed it."""
         return self._fd if self._process_id == os.getpid() else None
-
-    def duplicate(self) -> int | None:
-        """See `RingHandle.duplicate`."""
-        fd = self.descriptor()
-        # opened again, not dup: flock's lock goes with the open file, and would outlive this process in the other
-        return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-
-    def lost_name(self) -> bool:
-        """Whether another program removed the file's name."""
-        fd = self.descriptor()
-        return fd is not None and os.fstat(fd).st_nlink == 0
 
     def __call__(self) -> bool:
         fd = self.descriptor()

@@ -5,6 +5,7 @@ Here its writing half: a slot is found under the ring's policy, filled, and comm
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,7 +26,7 @@ from ucxx_transport.ring.layout import ABORTED
 from ucxx_transport.ring.leases import Hold, WriteLease, live, settle, unsettled
 from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
-from ucxx_transport.ring.transitions import LOOK_EVERY_S, Words
+from ucxx_transport.ring.transitions import LOOK_EVERY_S, Transitions, Words
 from ucxx_transport.schema.slot_ref import SlotRef, renumbered
 from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
 from ucxx_transport.schema.wire_form import checked_meta
@@ -35,14 +36,9 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-_WRITES_A_LOOK: Final = 1024
-"""Writes, about, from one look whether the ring still has its name to the next: one takes 0.8 µs."""
-
-_SMALL_BYTES: Final = 16 << 10
-"""Copied with the interpreter's lock held, which takes less than releasing it."""
-
-_REMEMBERED_SLOTS: Final = 1024
-"""Slots whose arrays are kept from write to write, some 150 bytes each: making 8 costs 2.5 µs."""
+_WRITES_A_LOOK: Final = 1024  # about, from one look whether the ring still has its name to the next: 0.8 µs each
+_SMALL_BYTES: Final = 16 << 10  # copied with the interpreter's lock held, which takes less than releasing it
+_REMEMBERED_SLOTS: Final = 1024  # whose arrays are kept from write to write, some 150 bytes each: making 8 costs 2.5 µs
 
 
 class SharedRingBuffer(ReadableRing):
@@ -71,9 +67,9 @@ class SharedRingBuffer(ReadableRing):
     (b'an episode', True)
     """
 
-    def __init__(self, *parts: Any, **seams: Any) -> None:
-        super().__init__(*parts, **seams)
-        self._bytes = self._transitions.memory
+    def __init__(self, transitions: Transitions) -> None:
+        super().__init__(transitions)
+        self._bytes = transitions.memory
         self._overwrites = self._identity.on_full == "overwrite"
         self._targets: dict[int, tuple[Placement, list[Array]]] = {}
         self._spare: list[Hold] = []  # of writes that are over, to be used again: no caller has had them
@@ -167,7 +163,7 @@ class SharedRingBuffer(ReadableRing):
             size = placement.nbytes
         most, meta, envelope = self._agreed(readers, meta, envelope)
         commit = partial(self._commit, readers=most, meta=meta, envelope=envelope)
-        lease = WriteLease(self._transitions, commit)
+        lease = WriteLease(self.transitions, commit)
         self._reserve(lease, size, deadline_s)
         if placement is not None:
             self._write_lengths(lease, placement)
@@ -179,7 +175,7 @@ class SharedRingBuffer(ReadableRing):
         A write under way counts as one. What dead processes hold is given back meanwhile.
         """
         self._require_open()
-        words, transitions = self._words, self._transitions
+        words, transitions = self._words, self.transitions
         until_s = monotonic() + checked_seconds(wait_s, "wait_s")
         while True:
             freed = words[layout.FREED_WORD] & 0xFFFFFFFF
@@ -208,10 +204,10 @@ class SharedRingBuffer(ReadableRing):
         try:
             hold = self._spare.pop()
         except IndexError:
-            hold = Hold(self._transitions)
+            hold = Hold(self.transitions)
         else:
             if hold.lease_id not in live:  # a parent's
-                hold = Hold(self._transitions)
+                hold = Hold(self.transitions)
         self._reserve(hold, nbytes, deadline_s)
         slot = hold.words[layout.HOLD_SLOT]
         try:
@@ -222,14 +218,14 @@ class SharedRingBuffer(ReadableRing):
                 targets = kept[1] if kept and kept[0] is placement else self._targets_in(hold, placement)
                 copy_fields(targets, content)
             elif nbytes <= _SMALL_BYTES:
-                start = self._transitions.first_byte + slot * self._transitions.stride
+                start = self.transitions.first_byte + slot * self.transitions.stride
                 self._bytes[start : start + nbytes] = content
             else:  # releases the interpreter's lock
-                np.copyto(self._transitions.payload(hold.words), np.frombuffer(content, np.uint8))
+                np.copyto(self.transitions.payload(hold.words), np.frombuffer(content, np.uint8))
             ref = self._commit(hold, readers or self.readers, meta, envelope)
         except BaseException:  # anywhere: no payload of it remains
             if not hold.end(ABORTED):
-                self._transitions.call("discard", hold.slot, hold.generation)
+                self.transitions.call("discard", hold.slot, hold.generation)
             raise
         if envelope:
             hold.words[layout.HOLD_ENVELOPE_BYTES] = 0
@@ -257,21 +253,22 @@ class SharedRingBuffer(ReadableRing):
         words = hold.words
         checksum = None
         if self._identity.checksum:
-            checksum = words[layout.HOLD_CHECKSUM] = xxhash.xxh3_64_intdigest(self._transitions.payload(words).data)
+            checksum = words[layout.HOLD_CHECKSUM] = xxhash.xxh3_64_intdigest(self.transitions.payload(words).data)
             words[layout.HOLD_HAS_CHECKSUM] = 1
         slot, generation = words[layout.HOLD_SLOT], words[layout.HOLD_GENERATION]
         # made first: what can go wrong with it must not leave a payload that has no reference
         ref = renumbered(self._common(), slot, generation, words[layout.HOLD_NBYTES], checksum, meta)
         if envelope:
             self._write_envelope(hold, envelope)
-        self._transitions.commit(words, readers)
+        self.transitions.commit(words, readers)
         if not slot and generation % self._look_every == 0 and not self._warned_name:
             self._look_for_name()
         return ref
 
     def _look_for_name(self) -> None:
         """Say once when another program removed the ring's name: readers on this host then go over the network."""
-        self._warned_name = self._creation.lost_name()
+        fd = self._creation.descriptor()
+        self._warned_name = fd is not None and os.fstat(fd).st_nlink == 0
         if self._warned_name:
             _log.warning(
                 "ring_name_removed",
@@ -292,7 +289,7 @@ class SharedRingBuffer(ReadableRing):
         try:
             if deadline_s is not None:
                 deadline_s = checked_seconds(deadline_s, "deadline_s")
-            if not self._transitions.reserve(words, overwrites=self._overwrites, wait_s=deadline_s):
+            if not self.transitions.reserve(words, overwrites=self._overwrites, wait_s=deadline_s):
                 self._wait_for_slot(words, deadline_s)
         except TransportError:
             hold.forget()  # no slot was given
@@ -300,7 +297,7 @@ class SharedRingBuffer(ReadableRing):
 
     def _wait_for_slot(self, words: Words, deadline_s: float | None) -> None:
         """Reserve a slot for a write that found none, by the ring's policy; errors as `write`."""
-        transitions, blocks = self._transitions, self._identity.on_full == "block"
+        transitions, blocks = self.transitions, self._identity.on_full == "block"
         block_s = self._identity.block_timeout_ns / 1e9 if deadline_s is None else deadline_s
         reclaim_at = started = monotonic()
         has_waited = False
@@ -329,20 +326,20 @@ class SharedRingBuffer(ReadableRing):
     def _targets_in(self, hold: Hold, placement: Placement) -> list[Array]:
         """The arrays of a slot for this layout, made, and kept for the next write to it."""
         slot = hold.words[layout.HOLD_SLOT]
-        targets = view_fields(self._transitions.payload(hold.words).data, placement)
+        targets = view_fields(self.transitions.payload(hold.words).data, placement)
         if len(self._targets) < _REMEMBERED_SLOTS or slot in self._targets:
             self._targets[slot] = (placement, targets)
         return targets
 
     def _write_lengths(self, hold: Hold, placement: Placement) -> None:
-        start = self._transitions.first_byte + hold.words[layout.HOLD_SLOT] * self._transitions.stride
+        start = self.transitions.first_byte + hold.words[layout.HOLD_SLOT] * self.transitions.stride
         struct.pack_into(f"<{len(placement.lengths)}Q", self._bytes, start, *placement.lengths)
 
     def _write_envelope(self, hold: Hold, envelope: bytes) -> None:
         nbytes = hold.words[layout.HOLD_ENVELOPE_BYTES] = len(envelope)
         room = self._identity.envelope_bytes
         if nbytes <= room:
-            start = self._transitions.first_envelope + hold.slot * self._transitions.stride
+            start = self.transitions.first_envelope + hold.slot * self.transitions.stride
             self._bytes[start : start + nbytes] = envelope
         elif not self._warned_envelope:  # counted by the commit
             self._warned_envelope = True

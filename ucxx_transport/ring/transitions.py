@@ -44,14 +44,9 @@ TakeWords = ctypes.c_uint64 * layout.TAKE_WORDS
 Words = ctypes.Array[ctypes.c_uint64]
 _RingWords = ctypes.c_uint64 * 10  # `struct ring` of ring.c
 
-_HOLDS_A_CALL: Final = 1024
-"""Holds listed in one critical section."""
-
-LOOK_EVERY_S: Final = 0.1
-"""While waiting for a slot: how often signals are looked for, and processes that died with slots."""
-
-_THREAD_ID_MASK: Final = 0x3FFFFFFF
-"""Of a robust mutex's first word (<linux/futex.h>): who holds it."""
+_HOLDS_A_CALL: Final = 1024  # listed in one critical section
+LOOK_EVERY_S: Final = 0.1  # while waiting for a slot: for signals, and for processes that died with slots
+_THREAD_ID_MASK: Final = 0x3FFFFFFF  # of a robust mutex's first word (<linux/futex.h>): who holds it
 
 
 class Transitions:
@@ -60,10 +55,9 @@ class Transitions:
     Each waits for the lock as long as the segment says, or less if it is asked to. The memory stays mapped as long as
     this object or any view of it is referenced.
 
-    `memory` is its bytes, `readable` the same read-only, `words` the same as unsigned 64-bit words, for single aligned
-    loads and stores. `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given.
-    Slot 0's payload is at `first_payload` in this process's memory, at `first_byte` in the segment, its envelope at
-    `first_envelope`; the next slot's are `stride` bytes further. `owner` takes the holds.
+    `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given. Slot 0's payload
+    is at `first_payload` in this process's memory, at `first_byte` in the segment; the next slot's is `stride` bytes
+    further. `owner` takes the holds.
     """
 
     def __init__(

@@ -23,8 +23,7 @@ from ucxx_transport.schema.wire_form import MARK, WIRE_VERSION, checked_meta, is
 MAX_WORKER_ID_CHARS = 128
 MAX_REASON_CHARS = 1000
 
-_SIGNS = (0, -1)
-"""What is left of an int of 64 bits but its sign."""
+_SIGNS = (0, -1)  # what is left of an int of 64 bits but its sign
 _MAX_DOUBLE: Final = sys.float_info.max
 
 

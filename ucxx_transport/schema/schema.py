@@ -7,31 +7,23 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import xxhash
 
 from ucxx_transport.errors import ConfigError, ProtocolError, nearest_remedy
 from ucxx_transport.schema import wire_form
-from ucxx_transport.schema.tensor_spec import TensorSpec
+from ucxx_transport.schema.fields import ArrayTree, TensorSpec, collect, flatten, grown, listed, nesting_of
 from ucxx_transport.schema.tensors import Array, Memory, Placement, as_array, byte_view, fit, make_placer, view_fields
-from ucxx_transport.schema.tree import ArrayTree, collect, flatten, grown, listed, nesting_of
 from ucxx_transport.schema.wire_form import describe, is_unsigned, misfit, refuse, untrusted
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 Lengths: TypeAlias = Literal["equal", "any"]
 
 MAX_FIELDS = 4096
-MAX_SCHEMA_BYTES = 1 << 20
-"""Bound on the msgpack form; 4096 fields with names of 150 characters stay below it."""
-
+MAX_SCHEMA_BYTES = 1 << 20  # of the msgpack form; 4096 fields with names of 150 characters stay below it
 MAX_PAYLOAD_BYTES = 1 << 48
-
-_COMPARED = 20
-"""Names, at most, that are looked at for the one that was meant: each takes some µs."""
+_COMPARED = 20  # names, at most, that are looked at for the one that was meant: each takes some µs
 
 
 class Schema:
@@ -196,7 +188,7 @@ class Schema:
             return cls([TensorSpec.from_dict(field) for field in fields])
 
     @classmethod
-    def from_bytes(cls, raw: Buffer) -> Schema:
+    def from_bytes(cls, raw: bytes | bytearray | memoryview) -> Schema:
         """Rebuild a schema from `to_bytes`'s form, which is not trusted.
 
         Raises:

@@ -11,15 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.wire_form import NO_META, WIRE_VERSION, checked_meta, pack, refuse
 from ucxx_transport.units import MAX_PORTS
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 RING_ID_BYTES = 16
 MAX_RING_NAME_CHARS = 200
@@ -144,7 +141,7 @@ class SlotRef:
         return _rebuilt(values, True)  # noqa: FBT003
 
     @classmethod
-    def from_bytes(cls, raw: Buffer) -> SlotRef:
+    def from_bytes(cls, raw: bytes | bytearray | memoryview) -> SlotRef:
         """Rebuild a reference from `to_bytes`'s form, which is not trusted.
 
         Raises:
@@ -172,16 +169,16 @@ _FIELDS: Final = 1 + len(SlotRef.__slots__)
 
 _digits: Final = lru_cache(maxsize=1024)("{:016x}".format)
 
+# What references to one ring have in common, checked.
 Common: TypeAlias = tuple[bytes, str, str, str | None, tuple[int, ...], int]
-"""What references to one ring have in common, checked."""
 common_of: Final[Callable[[SlotRef], Common]] = attrgetter(
     "ring_id", "ring_name", "host_id", "host", "ports", "fingerprint"
 )
 
 _MOST_RINGS: Final = 1024
+# Of each ring that was heard of, by its id as the form has it: what its references have in common, as the form has it
+# and as it is.
 _rings: dict[object, tuple[object, Common]] = {}
-"""Of each ring that was heard of, by its id as the form has it: what its references have in common, as the form has it
-and as it is."""
 _UNKNOWN: Final[tuple[None, Any]] = (None, None)
 
 

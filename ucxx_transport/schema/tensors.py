@@ -37,8 +37,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ucxx_transport.errors import FOREIGN_ERRORS, ConfigError
-from ucxx_transport.schema.tensor_spec import DTYPES, MAX_DIMENSIONS, DType, TensorSpec, casts_exactly, remedy_for
-from ucxx_transport.schema.tree import are_numbers
+from ucxx_transport.schema.fields import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    NUMBERS,
+    DType,
+    TensorSpec,
+    are_numbers,
+    casts_exactly,
+    remedy_for,
+)
 from ucxx_transport.schema.wire_form import describe, misfit
 
 if TYPE_CHECKING:
@@ -46,8 +54,6 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = np.ndarray[Any, DType]
 Memory: TypeAlias = "Buffer | Array"  # numpy tells type checkers of its buffers from Python 3.12 on
-
-_NUMBERS = (bool, int, float, complex)
 
 # DLDeviceType, <dlpack/dlpack.h>: kDLCUDA and kDLCUDAManaged. kDLCUDAHost is page-locked memory of the host.
 _DLPACK_GPUS = (2, 13)
@@ -144,7 +150,7 @@ def _unwrapped(value: Any, field: str, leaves: list[object]) -> Any:
     """The same lists with numpy's scalars for tensors of 0 dimensions, and arrays for others."""
     if isinstance(value, (list, tuple)):
         return [_unwrapped(item, field, leaves) for item in value]
-    leaf = value if isinstance(value, (*_NUMBERS, np.generic)) else as_array(value, field)[()]
+    leaf = value if isinstance(value, (*NUMBERS, np.generic)) else as_array(value, field)[()]
     leaves.append(leaf)
     return leaf
 
@@ -197,7 +203,7 @@ def fit(value: object, spec: TensorSpec) -> Array:
     array = value if type(value) is np.ndarray else as_array(value, spec.name)
     if array.dtype is not spec.dtype and not casts_exactly(array.dtype, spec.dtype):
         # Python's numbers, and lists of only numbers, carry no dtype of their own
-        is_weak = all(are_numbers(value)) if isinstance(value, (list, tuple)) else type(value) in _NUMBERS
+        is_weak = all(are_numbers(value)) if isinstance(value, (list, tuple)) else type(value) in NUMBERS
         if array.dtype.kind not in "biufc" or not is_weak:
             raise too_narrow(array.dtype, spec)
         array = _cast_numbers(array, spec)
@@ -275,9 +281,7 @@ def _kind_order(dtype: DType) -> int:
     return {"b": 0, "u": 1, "i": 1, "c": 3}.get(dtype.kind, 2)
 
 
-ALIGNMENT_BYTES = 64
-"""A cache line and the widest vector register; also what an aligned device copy wants."""
-
+ALIGNMENT_BYTES = 64  # a cache line and the widest vector register; also what an aligned device copy wants
 LENGTH_BYTES = 8
 _CACHED_PLACEMENTS = 256
 

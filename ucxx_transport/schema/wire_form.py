@@ -17,27 +17,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeGuard
+from typing import Any, Final, NoReturn, TypeGuard
 
 import msgpack
 import numpy as np
 
 from ucxx_transport.errors import ConfigError, ProtocolError, article
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-WIRE_VERSION = 1
-"""Version of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply."""
-
+WIRE_VERSION = 1  # of the dict and msgpack forms of `Schema` and `SlotRef`, and of the payload layout they imply
 MAX_ENVELOPE_BYTES: Final = 1024
 MAX_META_BYTES: Final = 64 << 10
 MAX_META_DEPTH: Final = 16
-MARK: Final = "ucxx_transport"
-"""The key by which a record is known among other mappings."""
-
+MARK: Final = "ucxx_transport"  # the key by which a record is known among other mappings
 NO_META: Final[Mapping[str, object]] = MappingProxyType({})
-
 _LARGEST_WHOLE = 1 << 53
 _QUOTED_CHARS = 80
 _QUOTED_INT_BITS = 256
@@ -165,9 +157,9 @@ def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
     return decoded
 
 
-def record_and_meta(raw: Buffer) -> tuple[dict[str, object] | None, Mapping[str, object]]:
+def record_and_meta(raw: bytes | memoryview) -> tuple[dict[str, object] | None, Mapping[str, object]]:
     """What an envelope says, None for an empty one, and the read-only `meta` of its reference, or a ProtocolError."""
-    if not memoryview(raw):
+    if not raw:
         return None, NO_META
     form = unpack(raw, "envelope", max_bytes=MAX_ENVELOPE_BYTES)
     if not isinstance(form, dict):

@@ -19,7 +19,7 @@ from ucxx_transport.trainer.unpacking import checked_device
 
 if TYPE_CHECKING:
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.schema.tree import ArrayTree
+    from ucxx_transport.schema.fields import ArrayTree
 
 
 @dataclass(frozen=True, slots=True)

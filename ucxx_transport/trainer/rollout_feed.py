@@ -32,7 +32,7 @@ from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.schema.tree import ArrayTree
+    from ucxx_transport.schema.fields import ArrayTree
 
 OnMissing: TypeAlias = "Literal['shrink', 'refill'] | Callable[[list[object], tuple[Loss, ...]], Iterable[object]]"
 """What to do about a batch of which episodes are lost: a word, or what makes rollouts of those left and the losses."""

@@ -44,8 +44,8 @@ from ucxx_transport.machine import start_thread
 if TYPE_CHECKING:
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.schema.fields import ArrayTree
     from ucxx_transport.schema.tensors import Placement
-    from ucxx_transport.schema.tree import ArrayTree
 
 FIRST_LOOK_S: Final = 0.25e-3
 LONGEST_LOOK_S: Final = 4e-3

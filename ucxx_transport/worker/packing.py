@@ -33,9 +33,8 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.schema.episode_record import RewardSummary
-from ucxx_transport.schema.tensor_spec import DTYPES, DType, casts_exactly
+from ucxx_transport.schema.fields import DTYPES, DType, casts_exactly, flatten, listed
 from ucxx_transport.schema.tensors import Array, DeviceArrayError, as_array, copy_fields, is_on_device, too_narrow
-from ucxx_transport.schema.tree import flatten, listed
 from ucxx_transport.schema.wire_form import describe, misfit
 
 _log = get_logger(__name__)

@@ -12,7 +12,7 @@ from ucxx_transport import ConfigError
 from ucxx_transport.gpu import on_host, runtime_of
 from ucxx_transport.gpu.runtime import DeviceArray
 from ucxx_transport.gpu.torch import dtype_of, flat_bytes, host_tensor, view_of_bytes
-from ucxx_transport.schema.tensor_spec import DTYPES
+from ucxx_transport.schema.fields import DTYPES
 from ucxx_transport.schema.tensors import as_array
 
 torch: Any = pytest.importorskip("torch", exc_type=ImportError)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.ring_owners import acting_for
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import SlotError
@@ -34,10 +35,10 @@ class Cast:
 
     def create(self, owner: Owner, **settings: Any) -> SharedRingBuffer:
         config = RingConfig(**{"slots": 4, "slot_bytes": 64, **settings})
-        return self._stack.enter_context(SharedRingBuffer.create(config, owner=owner, alive=self.alive))
+        return self._stack.enter_context(acting_for(SharedRingBuffer.create(config), owner, self.alive))
 
     def attach(self, ring: SharedRingBuffer, owner: Owner) -> SharedRingBuffer:
-        return self._stack.enter_context(SharedRingBuffer.attach(ring.name, owner=owner, alive=self.alive))
+        return self._stack.enter_context(acting_for(SharedRingBuffer.attach(ring.name), owner, self.alive))
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_a_writer_gets_the_slot_that_another_process_took_back_from_the_dead_fir
         ring.reclaim_dead()
         return False
 
-    with SharedRingBuffer.attach(ring.name, owner=A, alive=alive) as slower:
+    with acting_for(SharedRingBuffer.attach(ring.name), A, alive) as slower:
         assert slower.write_raw(b"fine", deadline_s=30).slot == held.slot
     assert ring.statistics().full == 0
 
@@ -129,7 +130,7 @@ def test_a_waiting_writer_notices_a_death_while_it_waits(cast_of: Cast) -> None:
         del pid, start
         return next(looks, False)
 
-    with SharedRingBuffer.attach(ring.name, owner=A, alive=alive) as waiting:
+    with acting_for(SharedRingBuffer.attach(ring.name), A, alive) as waiting:
         assert waiting.write_raw(b"fine", deadline_s=30).slot == held.slot
 
 

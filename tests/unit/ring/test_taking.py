@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.interrupts import signalled_when
+from tests.support.ring_owners import acting_for
 from tests.support.rows import row
 from tests.support.waiting import is_asleep, wait_until
 from tests.unit.ring.conftest import MakeRing
@@ -408,7 +409,7 @@ def test_payloads_of_a_dead_taker_end_the_wait_of_another(make_ring: MakeRing) -
     ring = make_ring()
     write(ring, 1, 2)
     dead = Owner(2**22 + 1, 1)
-    with SharedRingBuffer.attach(ring.name, owner=dead) as other:
+    with acting_for(SharedRingBuffer.attach(ring.name), dead) as other:
         held = other.take(2)
         assert len(held) == 2
         assert ring.take(2) == []

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from tests.support.payloads import pack_into
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
-from ucxx_transport.schema.tensor_spec import DTYPES
+from ucxx_transport.schema.fields import DTYPES
 
 Form = TypeVar("Form")
 

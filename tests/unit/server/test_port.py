@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.raw_peer import NONCE, READER, RawPeer
+from tests.support.ring_owners import acting_for
 from tests.support.rows import row
 from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.ring import SharedRingBuffer, SlotState
@@ -54,7 +55,7 @@ def test_garbage_is_answered_bad_request_and_closed() -> None:
 
 def test_a_port_gives_back_what_a_dead_reader_of_this_host_held_though_nobody_asks_for_it(rig: PortRig) -> None:
     nobody = Owner(2**22 + 1, 1)  # above every real pid
-    dead = SharedRingBuffer.attach(rig.ring.name, folder=rig.ring.folder, owner=nobody)
+    dead = acting_for(SharedRingBuffer.attach(rig.ring.name, folder=rig.ring.folder), nobody)
     ref = rig.write(EPISODE)
     lease = dead.acquire(ref)
     assert rig.states(ref) == [SlotState.READING]
