@@ -164,34 +164,6 @@ class Timers(Protocol):
         """Call this in a turn, not before `when_s`, unless what is returned is cancelled by then."""
 
 
-def byte_view(buffer: object, *, writable: bool) -> memoryview:
-    """A view of the buffer that pins it until released: a bytearray cannot be resized, an mmap not closed.
-
-    Raises:
-        ConfigError: it has no buffer protocol, is not contiguous, or is read-only where it must be written.
-    """
-    try:
-        view = memoryview(buffer)  # type: ignore[arg-type]  # the failure is the check
-    except (TypeError, ValueError) as exc:
-        # ml_dtypes arrays land here too: numpy exports no buffer for them, but does for `.view(np.uint8)`.
-        raise ConfigError(
-            "buffer has no usable buffer protocol; pass its bytes, such as array.view(numpy.uint8)",
-            type=type(buffer).__name__,
-        ) from exc
-    if writable and view.readonly:
-        raise ConfigError("buffer is read-only; a receive needs a writable one", type=type(buffer).__name__)
-    if not view.c_contiguous:
-        raise ConfigError("buffer is not C-contiguous; pass a contiguous copy", type=type(buffer).__name__)
-    return view
-
-
-def checked_port(port: int, *, lowest: int) -> int:
-    """The port; a ConfigError below `lowest` (0 to listen on any, 1 to connect to), or above 65535."""
-    if not lowest <= port <= 65535:
-        raise ConfigError(f"port is not between {lowest} and 65535", port=port)
-    return port
-
-
 FORKED: Final = "UCX does not survive a fork; start the process by spawn, or fork before the first link"
 
 _usables: weakref.WeakSet[Usable] = weakref.WeakSet()

@@ -26,7 +26,7 @@ from copy import copy
 from typing import Final, Protocol, TypeAlias, cast
 
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
-from ucxx_transport.link.base import EndpointEvents, Message, OnDone, Operation, Posted, byte_view, keep_for_good, lost
+from ucxx_transport.link.base import EndpointEvents, Message, OnDone, Operation, Posted, keep_for_good, lost
 from ucxx_transport.link.flight import CANCELLED, CHANNEL_BITS, CLOSE_TIMEOUT_S, TRUNCATED, LinkCore
 from ucxx_transport.link.ucx_api import UcxEndpoint, listener_has_answered, status_error
 
@@ -57,6 +57,7 @@ class Endpoint(Posted):
         peer: `host:port` of the other end where it is known, for messages and logs.
         events: of its owner; a listener sets it later.
         alive: neither lost nor closed; may still be connecting. usable: UCX, too, has it alive.
+        deferred: what waits for the peer's hello, or for its end.
         handle: UCX's, once the peer's hello has come; 0 before.
         channels: receives are posted on this many, 65536 unless the owner says so: messages of others are discarded,
             which would pile up otherwise.
@@ -87,7 +88,7 @@ class Endpoint(Posted):
         self._receive_base = self.base << CHANNEL_BITS
         self._flight = link.flight
         self._send_base, self.handle = -1, 0  # not known before the hello
-        self._deferred: deque[Operation] = deque()
+        self.deferred: deque[Operation] = deque()
         self._error = error
         self._closed = False
         self._clean: bool | None = None
@@ -101,7 +102,7 @@ class Endpoint(Posted):
         # It ends as an operation does, without Python code inside UCX's callback: an interrupt in such would be lost,
         # and the loss with it.
         ucx.set_close_callback(link.flight.ended.append, (loss,))
-        flight, handle, hello = link.flight, ucx.handle, encode_hello(self.base)
+        flight, handle, hello = link.flight, ucx.handle, _HELLO.pack(MAGIC, VERSION, 0, self.base)
         flight.post(Operation.of(self, hello, HELLO_BYTES), flight.stream_send, handle, hello, 0)
         self._hello = bytearray(HELLO_BYTES)
         place = link.message(self._hello)
@@ -115,15 +116,14 @@ class Endpoint(Posted):
         """
         operation, flight = Operation(), self._flight  # as `Operation.of`
         operation.owner, operation.on_done = self, on_done
-        if type(buffer) is Message:
-            if not buffer.writable:
-                raise ConfigError("buffer is read-only; a receive needs a writable one")
-            operation.buffer, operation.nbytes, address = buffer, buffer.nbytes, buffer.address
-        else:
-            if type(buffer) is not memoryview or buffer.readonly or not buffer.c_contiguous:
-                buffer = byte_view(buffer, writable=True)
+        if type(buffer) is memoryview and buffer.c_contiguous and not buffer.readonly:
             operation.buffer, operation.nbytes = array, _ = self._link.make_array(buffer), buffer.nbytes
             address = array.ptr
+        else:
+            message = buffer if type(buffer) is Message else self._link.message(buffer)
+            if not message.writable:
+                raise ConfigError("buffer is read-only; a receive needs a writable one")
+            operation.buffer, operation.nbytes, address = message, message.nbytes, message.address
         if not self.usable:
             self._defer(operation)
             return operation
@@ -188,14 +188,6 @@ class Endpoint(Posted):
         if self.events is not None:
             self.events.lost(error)
 
-    def disown(self) -> None:
-        """This process is a fork of the one whose endpoint it is."""
-        self.alive = self.usable = False
-
-    def ended(self) -> bool:
-        """Whether nothing is in flight any more."""
-        return not (self.posted or self._deferred)
-
     def end_close(self) -> None:
         """Release UCX's endpoint; buffers of what has not ended are leaked."""
         link = self._link
@@ -252,7 +244,7 @@ class Endpoint(Posted):
         """
         if not (self.usable or self.alive or self._link.closing):
             raise self._why_lost()
-        self._deferred.append(operation)
+        self.deferred.append(operation)
         if (
             not self.usable
         ):  # in the next turn: an owner that posts again whenever one ends would hold this one for ever
@@ -260,11 +252,11 @@ class Endpoint(Posted):
 
     def _end_deferred(self) -> None:
         """What waits for a hello that never comes ends as if UCX had had it."""
-        while self._deferred:
-            operation = self._deferred[0]
+        while self.deferred:
+            operation = self.deferred[0]
             operation.status = CANCELLED
             self._flight.ended.append(operation)
-            self._deferred.popleft()
+            self.deferred.popleft()
 
     def note_failure(self, operation: Operation) -> None:
         status = operation.status
@@ -313,8 +305,8 @@ class Endpoint(Posted):
 
     def _send_deferred(self) -> None:
         flight = self._flight
-        while self._deferred:
-            operation = self._deferred.popleft()
+        while self.deferred:
+            operation = self.deferred.popleft()
             buffer, tag = operation.buffer, self._send_base | operation.channel
             address = buffer.address if isinstance(buffer, Message) else cast("bytes", buffer)
             flight.post(operation, flight.send_large, self.handle, address, tag)
@@ -341,8 +333,8 @@ class Link(LinkCore):
         """Open a connection to a numeric address; see `Reactor.resolve` for names.
 
         Returns at once; then it gets its `handle`, or `events.lost` is called. With UCX, where nothing listens, neither
-        may be: the caller bounds it in time, and closes the endpoint. A ConfigError: the port is none, or the link is
-        closed or of another process.
+        may be: the caller bounds it in time, and closes the endpoint. A ConfigError: the link is closed or
+        of another process.
         """
 
     @abstractmethod
@@ -372,11 +364,6 @@ def raisable(error: TransportError) -> TransportError:
     fresh = copy(error)
     fresh.__cause__ = error.__cause__
     return fresh
-
-
-def encode_hello(base: int) -> bytes:
-    """The hello of an end that receives by tags of this base (48 bits)."""
-    return _HELLO.pack(MAGIC, VERSION, 0, base)
 
 
 def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from typing import Any, Final
 
-from ucxx_transport.errors import TransportError
-from ucxx_transport.link.base import Message, Operation, Posted, Timers, Usable, byte_view, keep_for_good
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.link.base import Message, Operation, Posted, Timers, Usable, keep_for_good
 from ucxx_transport.native import load
 
 CHANNEL_BITS: Final = 16  # channel `n` of an endpoint is the tag `base << 16 | n`
@@ -215,38 +215,46 @@ class LinkCore(Usable, Posted):
         self.ending: dict[Any, Any] = {}
         self.listeners: set[Any] = set()
         self.thread = get_ident()
-        self._turn: Callable[[int], bool] = flight.turn
         self._descriptor = descriptor
         self._busy = self._moves = 0
         super().__init__()  # last: another thread may fork, and the child forgets what it finds
 
-    def message(self, buffer: object, *, writable: bool = False) -> Message:
-        """The buffer, prepared for posts. It must live, and stay where it is, as long as the message does."""
+    def message(self, buffer: object) -> Message:
+        """The buffer, prepared for posts, which pins it: a bytearray cannot be resized, an mmap not closed.
+
+        A ConfigError: it is not contiguous.
+        """
         self.check_usable()
-        view = byte_view(buffer, writable=writable)
+        view = memoryview(buffer)  # type: ignore[arg-type]  # else a TypeError
+        if not view.c_contiguous:
+            raise ConfigError("buffer is not C-contiguous; pass a contiguous copy", type=type(buffer).__name__)
         return Message(view, self.make_array(view))
 
     def in_turn_after(self, delay_s: float, action: Callable[[], object]) -> Any:
         """Call this in a turn, after a while."""
         return self.timers.call_at(self.timers.now() + delay_s, lambda: self.ready.append(action))
 
-    @abstractmethod
     def why_failed(
         self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
     ) -> TransportError:
         """Our error for one of `root`, of a connection to the address that had been up or not."""
+        del peer, address, connected
+        assert isinstance(exc, TransportError)
+        return exc.with_traceback(None)
 
     def progress(self, spin_s: float = 0.0) -> bool:
         """Take in what has arrived, and call back; bounded, some milliseconds at most. Whether anything moved.
 
         It polls for `spin_s` while nothing moves.
         """
+        if self.forked or self.closed:
+            self.check_usable()
         self.thread = get_ident()
         left_ns = 0 if self.ready or self.broken else int(spin_s * 1e9)
-        moved = self._turn(min(left_ns, SPIN_NS))
+        moved = self.flight.turn(min(left_ns, SPIN_NS))
         while not moved and left_ns > SPIN_NS and not self.ready:
             left_ns -= SPIN_NS
-            moved = self._turn(min(left_ns, SPIN_NS))
+            moved = self.flight.turn(min(left_ns, SPIN_NS))
         if moved:
             self._busy += 1
             self._moves += 1
@@ -285,7 +293,6 @@ class LinkCore(Usable, Posted):
                 failure = failure or exc
         self.closed = True
         self.closing = False
-        self._turn = self._refused
         self.release()
         self.flight.release()
         if failure is not None:
@@ -297,9 +304,8 @@ class LinkCore(Usable, Posted):
 
     def forget(self) -> None:
         super().forget()
-        self._turn = self._refused
         for endpoint in self.endpoints.values():
-            endpoint.disown()
+            endpoint.alive = endpoint.usable = False
 
     def discard_unexpected(self) -> None:
         """Drop messages that no endpoint waits for: UCX would keep them until the worker's end.
@@ -318,10 +324,6 @@ class LinkCore(Usable, Posted):
             self.unexpected_messages += 1
             self.flight.post(Operation.of(self, nowhere, 1), self.flight.receive, 0, nowhere.address, tag)
 
-    def _refused(self, _: int) -> bool:
-        self.check_usable()
-        raise AssertionError
-
     def _call_back(self) -> bool:
         """Call what is ready, those who have lost their peer, and who is closed; whether anything was called."""
         called = bool(self.ready)
@@ -333,7 +335,7 @@ class LinkCore(Usable, Posted):
             self.broken.update(dict.fromkeys(cut_off, self.flight.cancel(cut_off)))
             called = self.flight.turn(0) or called
         for endpoint in tuple(self.ending):
-            if endpoint.ended():
+            if not (endpoint.posted or endpoint.deferred):
                 called = True
                 endpoint.end_close()
         for endpoint, handled in tuple(self.broken.items()):

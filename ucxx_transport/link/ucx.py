@@ -78,7 +78,7 @@ class UCXXLink(Link):
 
     def connect(self, host: str, port: int, events: base.EndpointEvents) -> Endpoint:
         self.check_usable()
-        peer = f"{host}:{base.checked_port(port, lowest=1)}"
+        peer = f"{host}:{port}"
         ucx: ucx_api.UcxEndpoint | None = None
         error: TransportError | None = base.shortage(sum(not endpoint.handle for endpoint in self.endpoints.values()))
         if error is None and not self.rdma:
@@ -93,7 +93,6 @@ class UCXXLink(Link):
     def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
         """See `Link.listen`. Binds 0.0.0.0, as ucxx's API takes no address, and `ipv6`."""
         self.check_usable()
-        base.checked_port(port, lowest=0)
         try:
             listener = UCXXListener(self, port, on_endpoint)
         except self.binding.lib.UCXBusyError as exc:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from ucxx_transport.errors import ConfigError, PeerLostError, TransportError
+from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link import base
 from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
 from ucxx_transport.link.flight import CANCELLED, ENDS, ENDS_AT_ONCE, SPIN, TRUNCATED, Flight
@@ -313,7 +313,7 @@ class MemoryLink(Link):
     def connect(self, host: str, port: int, events: base.EndpointEvents) -> Endpoint:
         """See `Link.connect`; the host is only a name."""
         self.check_usable()
-        peer = f"{host}:{base.checked_port(port, lowest=1)}"
+        peer = f"{host}:{port}"
         near, faults = MemoryConnection(self.flight, peer), self.network.faults
         listener = self.network.listeners.get(port)
         if not faults.hang_connect:
@@ -325,7 +325,6 @@ class MemoryLink(Link):
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
         self.check_usable()
-        base.checked_port(port, lowest=0)
         used = self.network.listeners
         chosen = port or next(number for number in self.network.free_ports if number not in used)
         listener = MemoryListener(self, chosen, on_endpoint)
@@ -337,13 +336,6 @@ class MemoryLink(Link):
     def transports(self) -> tuple[str, ...]:
         """Always `("memory",)`."""
         return ("memory",)
-
-    def why_failed(
-        self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
-    ) -> TransportError:
-        del peer, address, connected
-        assert isinstance(exc, PeerLostError)
-        return exc.with_traceback(None)
 
     def release(self) -> None:
         while self.flight.run_inbox():  # who has connected meanwhile is refused

@@ -26,7 +26,7 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ucxx_transport.errors import AuthenticationError, BusyError, ProtocolError, TransportError
 from ucxx_transport.wire import codec, frames
@@ -74,13 +74,6 @@ class SessionSource:
     ring_id: bytes
     fingerprint: int
     schema_bytes: bytes
-
-
-class Limit(NamedTuple):
-    """When a connection is to be closed, and the counter of what it did too slowly ("" for none)."""
-
-    when_s: float
-    counter: str
 
 
 class ServerSession:
@@ -246,10 +239,7 @@ class ServerSession:
             newest, until_s = frame.flags == frames.FLAG_NEWEST, now + frame.wait_ms / 1000
             take = self.takes[attempt] = Take(attempt, frame.max_payloads, frame.word, newest, until_s)
             return take
-        schema = self._source.schema_bytes
-        if len(schema) > frames.MAX_SCHEMA_BYTES:
-            return self._error(Status.INTERNAL, "the schema is larger than the wire allows", attempt)
-        return self._ok(attempt, schema)
+        return self._ok(attempt, self._source.schema_bytes)
 
     def sent(self, attempt: Attempt, now: float) -> bool:
         """The attempt's message has left. True: its end is known, finalise it now."""
@@ -301,13 +291,13 @@ class ServerSession:
         """The ring's word for each name: OK, consumed now; STALE, nothing left to confirm; BUSY, it cannot say now."""
         return self._ok(settle.attempt, bytes(statuses))
 
-    def limit(self) -> Limit:
-        """When the connection's time is up, as things are."""
+    def limit(self) -> tuple[float, str]:
+        """When the connection's time is up, as things are, and the counter of what it did too slowly ("" for none)."""
         settings = self._settings
         if self.phase is _CLOSING:
-            return Limit(self._since_s + LINGER_S, "")
+            return (self._since_s + LINGER_S, "")
         if self.phase is not _OPEN:
-            return Limit(self._since_s + settings.first_frame_timeout_s, "handshake_timeouts")
+            return (self._since_s + settings.first_frame_timeout_s, "handshake_timeouts")
         due = [
             max(attempt.since_s, self.moved_s) + settings.send_timeout_s
             if attempt.sent_s is None
@@ -316,9 +306,9 @@ class ServerSession:
             for attempt in several.values()
         ]
         if due:
-            return Limit(min(due), "delivery_timeouts")
+            return (min(due), "delivery_timeouts")
         idle_since_s = max((take.until_s for take in self.takes.values()), default=self._since_s)
-        return Limit(max(self._since_s, idle_since_s) + settings.idle_timeout_s, "idle_evictions")
+        return (max(self._since_s, idle_since_s) + settings.idle_timeout_s, "idle_evictions")
 
     def _greet(self, frame: Frame, now: float) -> Reply:
         kind, attempt, token = frame.kind, frame.attempt, self._settings.token_bytes

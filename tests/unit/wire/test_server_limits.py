@@ -9,7 +9,7 @@ from tests.unit.wire.session_rig import LIMITS, RING_ID, TOKEN, Pair, offered, r
 from ucxx_transport.wire.actions import Reply, Serve, Take
 from ucxx_transport.wire.codec import encode_frame
 from ucxx_transport.wire.frames import FLAG_PACKED, MAX_NAMES, Frame, Kind, Status
-from ucxx_transport.wire.server_side import LINGER_S, MAX_UNSENT, Limit, Phase
+from ucxx_transport.wire.server_side import LINGER_S, MAX_UNSENT, Phase
 
 START = 1000.0
 IDLE = "idle_evictions"
@@ -18,14 +18,14 @@ DELIVERY = "delivery_timeouts"
 
 def test_the_first_frame_limit_covers_the_whole_handshake() -> None:
     pair = Pair(token=TOKEN)
-    limit = Limit(START + LIMITS.first_frame_timeout_s, "handshake_timeouts")
+    limit = (START + LIMITS.first_frame_timeout_s, "handshake_timeouts")
     assert pair.server.limit() == limit
     pair.now += 4.0
     auth = pair.client.on_welcome(pair.reply(pair.client.hello()))
     assert auth is not None
     assert pair.server.limit() == limit
     pair.reply(auth)
-    assert pair.server.limit() == Limit(START + 4.0 + LIMITS.idle_timeout_s, IDLE)
+    assert pair.server.limit() == (START + 4.0 + LIMITS.idle_timeout_s, IDLE)
 
 
 def test_every_frame_of_an_idle_connection_renews_its_limit() -> None:
@@ -41,16 +41,16 @@ def test_every_frame_of_an_idle_connection_renews_its_limit() -> None:
         pair.now += 100.0
         pair.actions(frame())
         with row(number=number):
-            assert pair.server.limit() == Limit(pair.now + LIMITS.idle_timeout_s, IDLE)
+            assert pair.server.limit() == (pair.now + LIMITS.idle_timeout_s, IDLE)
 
 
 def test_a_payload_has_the_send_limit_and_then_that_of_its_end() -> None:
     pair = Pair().open()
     _, [attempt] = pair.fetch(ref())
-    assert pair.server.limit() == Limit(START + LIMITS.send_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + LIMITS.send_timeout_s, DELIVERY)
     pair.now += 3.0
     pair.server.sent(attempt, pair.now)
-    assert pair.server.limit() == Limit(START + 3.0 + LIMITS.ack_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + 3.0 + LIMITS.ack_timeout_s, DELIVERY)
 
 
 def test_the_earliest_limit_of_all_attempts_counts() -> None:
@@ -58,12 +58,12 @@ def test_the_earliest_limit_of_all_attempts_counts() -> None:
     _, [first, second] = pair.fetch(ref(0), ref(1))
     pair.now += 1.0
     pair.server.sent(second, pair.now)
-    assert pair.server.limit() == Limit(START + 1.0 + LIMITS.ack_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + 1.0 + LIMITS.ack_timeout_s, DELIVERY)
     pair.actions(encode_frame(Frame(Kind.FETCH, 3, ends=(second.number << 1,))))
-    assert pair.server.limit() == Limit(START + 1.0 + LIMITS.send_timeout_s, DELIVERY), "something moved at 1.0"
+    assert pair.server.limit() == (START + 1.0 + LIMITS.send_timeout_s, DELIVERY), "something moved at 1.0"
     pair.now += 5.0
     pair.server.sent(first, pair.now)
-    assert pair.server.limit() == Limit(START + 6.0 + LIMITS.ack_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + 6.0 + LIMITS.ack_timeout_s, DELIVERY)
 
 
 def test_new_frames_do_not_extend_the_limit_of_an_attempt() -> None:
@@ -71,11 +71,11 @@ def test_new_frames_do_not_extend_the_limit_of_an_attempt() -> None:
     _, [attempt] = pair.fetch(ref())
     pair.now += 30.0
     pair.actions(pair.client.describe(RING_ID).frame)
-    assert pair.server.limit() == Limit(START + LIMITS.send_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + LIMITS.send_timeout_s, DELIVERY)
     pair.server.sent(attempt, pair.now)
     pair.now += 5.0
     pair.actions(pair.client.describe(RING_ID).frame)
-    assert pair.server.limit() == Limit(START + 30.0 + LIMITS.ack_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + 30.0 + LIMITS.ack_timeout_s, DELIVERY)
 
 
 def test_an_ended_attempt_whose_message_does_not_leave_keeps_the_send_limit() -> None:
@@ -83,17 +83,17 @@ def test_an_ended_attempt_whose_message_does_not_leave_keeps_the_send_limit() ->
     _, [attempt] = pair.fetch(ref())
     pair.now += 3.0
     pair.actions(encode_frame(Frame(Kind.FETCH, 3, ends=(attempt.number << 1,))))
-    assert pair.server.limit() == Limit(START + LIMITS.send_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + LIMITS.send_timeout_s, DELIVERY)
     pair.server.sent(attempt, pair.now)
-    assert pair.server.limit() == Limit(START + 3.0 + LIMITS.idle_timeout_s, IDLE)
+    assert pair.server.limit() == (START + 3.0 + LIMITS.idle_timeout_s, IDLE)
 
 
 def test_a_take_that_waits_is_not_idle() -> None:
     pair = Pair().open()
     take = pair.action(pair.client.take(1, 1, wait_ms=60_000), Take)
-    assert pair.server.limit() == Limit(START + 60.0 + LIMITS.idle_timeout_s, IDLE)
+    assert pair.server.limit() == (START + 60.0 + LIMITS.idle_timeout_s, IDLE)
     pair.server.taken(take, [offered(ref(nbytes=1))], START + 50.0)
-    assert pair.server.limit() == Limit(START + 50.0 + LIMITS.send_timeout_s, DELIVERY)
+    assert pair.server.limit() == (START + 50.0 + LIMITS.send_timeout_s, DELIVERY)
 
 
 def test_the_last_reply_lingers_for_a_moment_only() -> None:
@@ -103,7 +103,7 @@ def test_the_last_reply_lingers_for_a_moment_only() -> None:
         pair.actions(encode_frame(frame))
         with row(frame=frame):
             assert pair.server.phase is Phase.CLOSING
-            assert pair.server.limit() == Limit(pair.now + LINGER_S, "")
+            assert pair.server.limit() == (pair.now + LINGER_S, "")
 
 
 # --- A peer that reads nothing ---
