@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from ucxx_transport.ring.owner import segment_folder
+from ucxx_transport.ring.segment import segment_folder
 
 __all__ = ["call_ns", "host_facts"]
 

@@ -25,8 +25,7 @@ from ucxx_transport import (
     TrajectoryWriter,
     UCXXRolloutMixin,
 )
-from ucxx_transport.ring.owner import segment_folder
-from ucxx_transport.ring.segment import NAME_PREFIX, segment_path
+from ucxx_transport.ring.segment import NAME_PREFIX, segment_folder, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord
 
 MINUTE = 60

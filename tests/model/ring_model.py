@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ucxx_transport.machine import Owner
 from ucxx_transport.ring import SlotState
-from ucxx_transport.ring.owner import Owner
 
 
 @dataclass

@@ -30,8 +30,8 @@ from tests.support.machines import CountedMachine, run_steps
 from tests.support.ring_owners import acting_for
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import BusyError, ConfigError, RingFullError, SlotError, StaleSlotError
+from ucxx_transport.machine import Owner
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, WriteLease
-from ucxx_transport.ring.owner import Owner
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.codec import check_trailer, decode_header
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from time import monotonic_ns
 
 from ucxx_transport.config import RingConfig
+from ucxx_transport.machine import Owner
 from ucxx_transport.native import Library
 from ucxx_transport.ring import SlotState
 from ucxx_transport.ring.layout import (
@@ -45,7 +46,6 @@ from ucxx_transport.ring.layout import (
     TAKE_NUMBER,
     message_bytes,
 )
-from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.states import generation_of, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words, create_ring
 from ucxx_transport.wire import codec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ucxx_transport.machine import Owner, owner_alive
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.owner import Owner, owner_alive
 
 
 def acting_for(

@@ -139,7 +139,7 @@ for make in (
 def test_a_machine_without_proc_is_said_and_no_live_ring_is_taken_for_dead() -> None:
     program = """
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SyncUCXXClient
-from ucxx_transport.ring.owner import owner_alive
+from ucxx_transport.machine import owner_alive
 from ucxx_transport.cli.doctor import doctor
 try:
     SharedRingBuffer.create(RingConfig(slots=2, slot_bytes=1000))

@@ -24,10 +24,9 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces
 from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
 from ucxx_transport.link.ucx_api import PREFER_SYSTEM, library_in_use, load_binding
-from ucxx_transport.machine import Finding, MemoryLimit, Verdict, has_proc, memory_limit, parts
+from ucxx_transport.machine import Finding, MemoryLimit, Verdict, has_proc, memory_limit, parts, pid_namespace
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.owner import host_id, pid_namespace, segment_folder
-from ucxx_transport.ring.segment import SegmentInfo, list_segments
+from ucxx_transport.ring.segment import SegmentInfo, host_id, list_segments, segment_folder
 from ucxx_transport.server import UCXXServer
 from ucxx_transport.units import format_bytes, format_duration
 

@@ -19,8 +19,8 @@ from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.link.base import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.layout import HOLD_NBYTES
-from ucxx_transport.ring.owner import host_id, segment_folder
 from ucxx_transport.ring.reading import verify_checksum
+from ucxx_transport.ring.segment import host_id, segment_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

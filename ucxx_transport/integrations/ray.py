@@ -14,8 +14,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ucxx_transport.config import checked_count, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, PeerLostError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.owner import host_id
-from ucxx_transport.ring.segment import remove_orphan, segment_path
+from ucxx_transport.ring.segment import host_id, remove_orphan, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import Closing

@@ -34,7 +34,8 @@ from urllib.parse import quote
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
 from ucxx_transport.logs import get_logger
-from ucxx_transport.ring.owner import file_system, segment_folder
+from ucxx_transport.machine import file_system
+from ucxx_transport.ring.segment import segment_folder
 
 ResultT = TypeVar("ResultT")
 _Identity = tuple[int, int]

@@ -23,12 +23,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from ucxx_transport import machine
 from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import CompactedError, StoreResetError
 from ucxx_transport.membership.entries import Batch, Entry, Event, Lease, Namespace, Snapshot
 from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
 from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
-from ucxx_transport.ring import owner
 
 ResultT = TypeVar("ResultT")
 _Row = tuple[bytes, bytes | None, int, int | None]
@@ -77,7 +77,7 @@ class LocalStore(Store):
         config = config or StoreConfig()
         self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
         self._clock = clock
-        self._boot_id = owner.boot_id().hex() if boot_id is None else boot_id
+        self._boot_id = machine.boot_id().hex() if boot_id is None else boot_id
         self.file = StoreFile(checked_path(path or default_path()), _TABLES)
 
     @property

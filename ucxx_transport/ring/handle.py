@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.machine import owner_alive
 from ucxx_transport.ring import layout, leases
 from ucxx_transport.ring.layout import RingStatistics
-from ucxx_transport.ring.owner import host_id, owner_alive
+from ucxx_transport.ring.segment import host_id
 from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
 from ucxx_transport.schema.slot_ref import Common, SlotRef, common_of

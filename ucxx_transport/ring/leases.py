@@ -332,9 +332,5 @@ def settle() -> None:
         hold.settle(0.0)
 
 
-def _forget_inherited() -> None:
-    live.clear()
-    unsettled.clear()
-
-
-os.register_at_fork(after_in_child=_forget_inherited)
+os.register_at_fork(after_in_child=live.clear)
+os.register_at_fork(after_in_child=unsettled.clear)

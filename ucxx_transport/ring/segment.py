@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import stat
+import struct
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
+from ucxx_transport import machine
+from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
-from ucxx_transport.machine import check_file_name, memory_limit, open_standard_streams
 from ucxx_transport.ring.layout import COMPLETE_WORD, IDENTITY_BYTES, PAGE_BYTES, WORD_BYTES, Identity
-from ucxx_transport.ring.owner import boot_id, file_system, owner_alive, pid_namespace, segment_folder
 from ucxx_transport.units import format_bytes
 
 NAME_PREFIX: Final = "ucxx_transport-"
@@ -56,7 +59,7 @@ class Creation:
 
     def _open(self) -> int:
         """Make a new empty file, and lock it; returns its descriptor."""
-        open_standard_streams()
+        machine.open_standard_streams()
         for _ in range(_CREATE_ATTEMPTS):
             try:
                 fd = self._fd = os.open(
@@ -115,19 +118,44 @@ def populate(mapping: mmap.mmap) -> None:
             bytes(memoryview(mapping)[start : start + length : PAGE_BYTES])
 
 
+def segment_folder() -> Path:
+    """The folder of segments where a caller names none: the setting `ring.folder`, a ConfigError if it is wrong."""
+    return Path(RingConfig(slot_bytes=1).folder)
+
+
+def host_id(folder: Path | None = None) -> str:
+    """32 hex digits that are equal exactly where the segments of a folder (None: `segment_folder()`) can be attached.
+
+    Made of the boot id, the pid namespace, and the device and inode of the folder: two containers on one machine differ
+    unless they share namespace and folder. A ConfigError: the folder is not there.
+    """
+    folder = folder or segment_folder()
+    machine.check_file_name(str(folder))
+    try:
+        facts = os.stat(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder of the rings cannot be used: {error.strerror}; make it, or set ring.folder to another",
+            field="folder",
+            value=str(folder),
+        ) from error
+    numbers = struct.pack("<3Q", machine.pid_namespace(), facts.st_dev, facts.st_ino)
+    return xxhash.xxh3_128_hexdigest(machine.boot_id() + numbers)
+
+
 def segment_path(name: str, folder: Path | str | None = None) -> Path:
     """The file of a segment, named with or without the common prefix; a ConfigError for no plain file name."""
     plain = name.removeprefix(NAME_PREFIX)
     if not plain or len(plain) > 200 or "/" in plain or "\0" in plain:
         raise ConfigError(f"name must be a file name, without a slash, not {name!r}", field="name", value=name)
     path = Path(folder or segment_folder(), NAME_PREFIX + plain)
-    check_file_name(str(path))
+    machine.check_file_name(str(path))
     return path
 
 
 def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
     """The memory of a file, or of its descriptor, which stays the caller's; errors as `RingHandle.attach`."""
-    open_standard_streams()
+    machine.open_standard_streams()
     fd = descriptor
     try:
         if fd is None:
@@ -155,8 +183,8 @@ def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
 def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     """Give the file all its memory now: what is not there is an error here, and never SIGBUS or SIGKILL later."""
     # the pages of a file in memory stay charged to the cgroup: one that does not fit is no error, but SIGKILL
-    in_memory = file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
-    if in_memory and (limit := memory_limit()) is not None and nbytes > limit.room_bytes:
+    in_memory = machine.file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
+    if in_memory and (limit := machine.memory_limit()) is not None and nbytes > limit.room_bytes:
         raise ConfigError(
             f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
             f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size "
@@ -242,7 +270,7 @@ def remove_orphan(path: Path) -> bool:
 
 def _segment_paths(folder: Path | None) -> list[Path]:
     folder = folder or segment_folder()
-    check_file_name(str(folder))  # else an error of Python's, since 3.13
+    machine.check_file_name(str(folder))  # else an error of Python's, since 3.13
     return sorted(folder.glob(NAME_PREFIX + "*"))
 
 
@@ -261,9 +289,9 @@ def _inspect(fd: int, path: Path) -> SegmentInfo:
             identity, problem = Identity.from_bytes(head, nbytes), ""
         except ProtocolError as exc:
             problem = exc.message
-    alive = True
-    if identity is not None and identity.boot_id == boot_id() and identity.pid_namespace == pid_namespace():
-        alive = owner_alive(identity.creator_pid, identity.creator_start)
+    alive, here = True, (machine.boot_id(), machine.pid_namespace())
+    if identity is not None and (identity.boot_id, identity.pid_namespace) == here:
+        alive = machine.owner_alive(identity.creator_pid, identity.creator_start)
     if alive and _lock(fd, 0.0):
         # a pid of elsewhere says nothing, and a process may have become another program: who made it has the lock
         fcntl.flock(fd, fcntl.LOCK_UN)

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from ucxx_transport.config import checked_seconds
@@ -28,11 +27,8 @@ from ucxx_transport.ring.reading import ReadableRing
 from ucxx_transport.ring.states import SlotState
 from ucxx_transport.ring.transitions import LOOK_EVERY_S, Transitions, Words
 from ucxx_transport.schema.slot_ref import SlotRef, renumbered
-from ucxx_transport.schema.tensors import Array, Placement, byte_view, copy_fields, view_fields
+from ucxx_transport.schema.tensors import Array, Memory, Placement, byte_view, copy_fields, view_fields
 from ucxx_transport.schema.wire_form import checked_meta
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _log = get_logger(__name__)
 
@@ -108,7 +104,7 @@ class SharedRingBuffer(ReadableRing):
 
     def write_raw(
         self,
-        buffer: Buffer | npt.NDArray[Any],
+        buffer: Memory,
         *,
         readers: int | None = None,
         meta: Mapping[str, object] | None = None,
@@ -118,8 +114,7 @@ class SharedRingBuffer(ReadableRing):
         """Copy bytes into a slot of a raw ring: any contiguous buffer, whatever its elements. Else as `write`."""
         if self.schema is not None:
             raise ConfigError("this ring has a schema: write(data) takes its arrays", field="buffer")
-        # an array says so by `data`: up to Python 3.11 the type of an array is no Buffer to a type checker
-        source = byte_view(buffer.data if isinstance(buffer, np.ndarray) else buffer, writable=False)
+        source = byte_view(buffer, writable=False)
         nbytes = source.nbytes
         if nbytes > self.slot_bytes:
             self._check_size(nbytes)

@@ -21,20 +21,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from ucxx_transport import errors
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import (
-    BusyError,
-    ConfigError,
-    DeadlineExceededError,
-    NotReadyError,
-    ProtocolError,
-    SlotError,
-    StaleSlotError,
-)
+from ucxx_transport.errors import BusyError, ConfigError, SlotError, StaleSlotError
+from ucxx_transport.machine import Owner, boot_id, current_owner, pid_namespace
 from ucxx_transport.native import Library, load
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.layout import Identity, round_up
-from ucxx_transport.ring.owner import Owner, boot_id, current_owner, pid_namespace
 from ucxx_transport.ring.segment import Creation, map_segment, populate, remove_orphan, segment_path, sweep_orphans
 from ucxx_transport.ring.states import SlotState, generation_of, state_of
 from ucxx_transport.schema import Schema
@@ -199,7 +192,7 @@ class Transitions:
             while (code := call(max(1, int(left_s * 1e9)))) == layout.LOCKED:
                 left_s = until_s - monotonic()
                 if left_s <= 0:
-                    raise DeadlineExceededError(
+                    raise errors.DeadlineExceededError(
                         "the ring's lock is held by a thread that does not get on (stopped?)",
                         waited_s=bound_s,
                         holder_thread_id=self.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK,
@@ -261,7 +254,7 @@ def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, p
     words = memory.cast("Q")[: layout.COMPLETE_WORD + 1].tolist()
     of_ours = words[layout.MAGIC_WORD] == layout.MAGIC and words[layout.VERSION_WORD] == layout.LAYOUT_VERSION
     if not any(words) or (of_ours and not words[layout.COMPLETE_WORD]):  # its sizes may not be there yet
-        raise NotReadyError("the ring is still being made; try again", name=creation.name)
+        raise errors.NotReadyError("the ring is still being made; try again", name=creation.name)
     identity = Identity.from_bytes(memory[: layout.IDENTITY_BYTES].tobytes(), len(mapping))
     if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
         raise ConfigError(
@@ -277,7 +270,9 @@ def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, p
     if identity.schema_bytes:
         schema = Schema.from_bytes(memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())
         if schema.fingerprint != identity.fingerprint or schema.nbytes > identity.slot_bytes:
-            raise ProtocolError("a ring whose schema is not the one it names", field="schema", name=creation.name)
+            raise errors.ProtocolError(
+                "a ring whose schema is not the one it names", field="schema", name=creation.name
+            )
     if populates:
         populate(mapping)
     return Transitions(creation, mapping, identity, schema)

@@ -330,7 +330,8 @@ def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
             memory = memory.cast("B")
     except (TypeError, ValueError, BufferError) as exc:
         raise ConfigError(
-            f"{describe(buffer)} is no contiguous buffer ({exc}); give a copy in C order", field="buffer"
+            f"{describe(buffer)} is no contiguous buffer ({exc}); give a copy in C order, or array.view('uint8')",
+            field="buffer",
         ) from exc
     if not writable:
         return memory.toreadonly()

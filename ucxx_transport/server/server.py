@@ -17,7 +17,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import in_thread
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.owner import host_id
+from ucxx_transport.ring.segment import host_id
 from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
 from ucxx_transport.settings import check_can, made_of

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
-from ucxx_transport.ring.owner import Owner, is_stopped, owner_alive, process_start
+from ucxx_transport.machine import Owner, is_stopped, owner_alive, process_start
 from ucxx_transport.sidecar.launch import AS_HEX
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.membership import HeartbeatPublisher
 from ucxx_transport.membership.store_url import parse_store_url
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.owner import host_id
+from ucxx_transport.ring.segment import host_id
 from ucxx_transport.schema.episode_record import MAX_REASON_CHARS, EpisodeRecord, as_policy_version, record_envelope
 from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import checked_meta, finite_meta, refuse

@@ -10,8 +10,7 @@ import pytest
 from tests.support.command_line import call
 from ucxx_transport.cli.doctor import memory_limit_finding, segments_finding, transport_findings
 from ucxx_transport.machine import Finding, MemoryLimit
-from ucxx_transport.ring.owner import segment_folder
-from ucxx_transport.ring.segment import SegmentInfo, segment_path
+from ucxx_transport.ring.segment import SegmentInfo, segment_folder, segment_path
 
 Capture = pytest.CaptureFixture[str]
 

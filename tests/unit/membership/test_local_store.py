@@ -43,7 +43,7 @@ from ucxx_transport.errors import (
 from ucxx_transport.membership import local_file, open_store
 from ucxx_transport.membership.local_file import FORMAT
 from ucxx_transport.membership.local_store import KEPT_REVISIONS, LocalStore
-from ucxx_transport.ring.owner import segment_folder
+from ucxx_transport.ring.segment import segment_folder
 
 
 @pytest.fixture

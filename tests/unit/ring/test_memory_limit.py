@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.ring.conftest import MakeRing
+from ucxx_transport import machine
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.machine import MemoryLimit, memory_limit
-from ucxx_transport.ring import segment
 from ucxx_transport.ring.segment import list_segments
 
 MIB = 1 << 20
@@ -78,7 +78,7 @@ def test_a_ring_beyond_the_limit_is_refused_with_both_numbers_and_leaves_nothing
 ) -> None:
     group(tmp_path, str(8 * MIB), 5 * MIB)
     (tmp_path / "membership").write_text("0::/\n")
-    monkeypatch.setattr(segment, "memory_limit", lambda: memory_limit(tmp_path / "membership", tmp_path))
+    monkeypatch.setattr(machine, "memory_limit", lambda: memory_limit(tmp_path / "membership", tmp_path))
     make_ring(slots=2, slot_bytes=MIB)
     before = len(list_segments())
     with pytest.raises(ConfigError, match=r"\d bytes \(4\.03 MiB\).*3145728 bytes.*8 MiB.*raise the limit") as caught:
@@ -90,8 +90,8 @@ def test_a_ring_beyond_the_limit_is_refused_with_both_numbers_and_leaves_nothing
 def test_a_ring_on_a_disk_is_no_matter_of_the_limit(
     make_ring: MakeRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment, "memory_limit", lambda: MemoryLimit(tmp_path, MIB, 0))
-    monkeypatch.setattr(segment, "file_system", lambda _: "ext4")
+    monkeypatch.setattr(machine, "memory_limit", lambda: MemoryLimit(tmp_path, MIB, 0))
+    monkeypatch.setattr(machine, "file_system", lambda _: "ext4")
     make_ring(slots=2, slot_bytes=MIB)
 
 

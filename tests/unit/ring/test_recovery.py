@@ -14,9 +14,9 @@ from tests.support.ring_owners import acting_for
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import SlotError
+from ucxx_transport.machine import Owner
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.ring.layout import MUTEX_BYTE
-from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.transitions import Transitions, Words
 
 A, B = Owner(2**22 + 1, 1), Owner(2**22 + 2, 1)

@@ -20,8 +20,7 @@ from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import ConfigError, NotReadyError, ProtocolError
 from ucxx_transport.ring import SharedRingBuffer, SlotState, layout
-from ucxx_transport.ring.owner import host_id, segment_folder
-from ucxx_transport.ring.segment import NAME_PREFIX, list_segments, segment_path, sweep_orphans
+from ucxx_transport.ring.segment import NAME_PREFIX, host_id, list_segments, segment_folder, segment_path, sweep_orphans
 from ucxx_transport.schema import Schema, TensorSpec
 
 

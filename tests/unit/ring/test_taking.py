@@ -18,9 +18,9 @@ from tests.support.rows import row
 from tests.support.waiting import is_asleep, wait_until
 from tests.unit.ring.conftest import MakeRing
 from ucxx_transport.errors import ConfigError, ProtocolError, SlotError
+from ucxx_transport.machine import Owner
 from ucxx_transport.ring import ReadLease, SharedRingBuffer, SlotState, transitions
 from ucxx_transport.ring.layout import TAKERS_WORD
-from ucxx_transport.ring.owner import Owner
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary, record_envelope
 from ucxx_transport.schema.wire_form import pack
 

@@ -9,6 +9,7 @@ import pytest
 from tests.support.ring_bench import DYING, LIVING, RingBench
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, SlotError, StaleSlotError
+from ucxx_transport.machine import Owner
 from ucxx_transport.ring.layout import (
     CONSUMED,
     HOLD_GENERATION,
@@ -28,7 +29,6 @@ from ucxx_transport.ring.layout import (
     TAKE_SLOT,
     TAKE_STEPS,
 )
-from ucxx_transport.ring.owner import Owner
 from ucxx_transport.ring.states import SlotState, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words
 

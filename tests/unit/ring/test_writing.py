@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from tests.support.rows import row
 from tests.unit.ring.conftest import MakeRing
@@ -107,6 +108,7 @@ def test_what_does_not_fit_is_refused_and_costs_no_unread_payload(make_ring: Mak
         lambda: raw.write({"data": b"x"}),
         lambda: raw.write_raw("no buffer"),  # type: ignore[arg-type]
         lambda: raw.write_raw(np.zeros((4, 4))[:, 1]),
+        lambda: raw.write_raw(np.zeros(4, bfloat16)),
         lambda: raw.reserve(65),
         lambda: raw.reserve(lengths={"a": 1}),
         lambda: shaped.write({"obs": {}}),

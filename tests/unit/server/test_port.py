@@ -10,8 +10,8 @@ from tests.support.raw_peer import NONCE, READER, RawPeer
 from tests.support.ring_owners import acting_for
 from tests.support.rows import row
 from tests.unit.server.port_rig import PortRig, open_rig
+from ucxx_transport.machine import Owner
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.ring.owner import Owner
 from ucxx_transport.server.connection import FRAMES_POSTED, MAX_FRAMES
 from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S
 from ucxx_transport.wire.codec import decode_header, encode_frame

@@ -9,7 +9,7 @@ import pytest
 from ucxx_transport.config import RingConfig
 from ucxx_transport.membership import Publishable
 from ucxx_transport.ring import SharedRingBuffer, SlotState
-from ucxx_transport.ring.owner import host_id
+from ucxx_transport.ring.segment import host_id
 from ucxx_transport.server import RingSource
 from ucxx_transport.server.counters import AWAITED
 

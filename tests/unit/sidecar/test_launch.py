@@ -15,7 +15,7 @@ from ucxx_transport.config import RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.membership import open_store
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.owner import segment_folder
+from ucxx_transport.ring.segment import segment_folder
 from ucxx_transport.sidecar.launch import Order, Sidecar
 
 MINUTE = 60.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.waiting import wait_until
-from ucxx_transport.ring.owner import is_stopped, owner_alive, process_start
+from ucxx_transport.machine import is_stopped, owner_alive, process_start
 from ucxx_transport.sidecar.main import worker_of
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from tests.support.stopping import stop_process
 from tests.support.waiting import wait_until
+from ucxx_transport.machine import Owner, current_owner, owner_alive, process_start
 from ucxx_transport.ring.handle import process_name
-from ucxx_transport.ring.owner import Owner, current_owner, host_id, owner_alive, process_start
+from ucxx_transport.ring.segment import host_id
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_nobody_is_dead() -> None:
 
 
 def test_a_host_has_one_id_in_all_its_processes() -> None:
-    program = "from ucxx_transport.ring.owner import host_id; print(host_id())"
+    program = "from ucxx_transport.ring.segment import host_id; print(host_id())"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     assert found == host_id()
     assert len(found) == 32
