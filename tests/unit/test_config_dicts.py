@@ -129,4 +129,4 @@ def test_the_settings_of_a_dict_are_in_force(tmp_path: Path) -> None:
     assert _create(tmp_path, {"slots": 3, "slot_bytes": 64}) == 3
     with open_store(f"local://{tmp_path}/store", {"namespace": "one"}) as store:
         assert isinstance(store, LocalStore)
-        assert store.namespace.name == "one"
+        assert store.namespace.root == b"/ucxx_transport/one/"

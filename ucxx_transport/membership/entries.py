@@ -22,9 +22,6 @@ from urllib.parse import quote
 from ucxx_transport.errors import ConfigError
 
 SOURCES: Final = "sources/"
-EPOCHS: Final = "epochs/"
-GROUPS: Final = "groups/"
-ROOT: Final = "/ucxx_transport/"
 MAX_KEY_BYTES: Final = 4096
 MAX_VALUE_BYTES: Final = 1 << 20
 
@@ -36,12 +33,12 @@ def source_key(worker_id: str) -> str:
 
 def epoch_key(worker_id: str) -> str:
     """The key of a worker id's last epoch."""
-    return EPOCHS + quote(worker_id, safe="")
+    return f"epochs/{quote(worker_id, safe='')}"
 
 
 def group_prefix(group: str) -> str:
     """What the keys of a group begin with."""
-    return f"{GROUPS}{quote(group, safe='')}/"
+    return f"groups/{quote(group, safe='')}/"
 
 
 def view_key(group: str) -> str:
@@ -65,19 +62,14 @@ def rank_of(key: str, group: str) -> int | None:
     return int(rank) if rank != key and rank.isascii() and rank.isdecimal() else None
 
 
-@dataclass(frozen=True, slots=True)
 class Namespace:
-    """The keys below one namespace, named as `StoreConfig.namespace`."""
+    """The keys below one namespace, `StoreConfig.namespace`: as stored, they all begin with `root`."""
 
-    name: str
-
-    @property
-    def root(self) -> bytes:
-        """What all stored keys of the namespace begin with."""
-        return f"{ROOT}{self.name}/".encode()
+    def __init__(self, name: str) -> None:
+        self.root = f"/ucxx_transport/{name}/".encode()
 
     def stored(self, key: str) -> bytes:
-        """The bytes that a store knows `key` by, or a ConfigError: empty, too long, not text, or with a leading "/"."""
+        """The bytes that a store knows a key by; a ConfigError: empty, too long, not text, or with a leading "/"."""
         if key == "":
             raise ConfigError("key = '': a key has at least one character", field="key")
         return self.root + _encoded(key, "key")
@@ -88,7 +80,7 @@ class Namespace:
         return first, first[:-1] + bytes([first[-1] + 1])  # it ends with a byte of UTF-8, and so below 0xFF
 
     def key(self, stored: bytes) -> str:
-        """The key that a store knows by these bytes, which begin with `root`."""
+        """The key that a store knows by these bytes."""
         return stored[len(self.root) :].decode(errors="surrogateescape")
 
 
@@ -130,7 +122,6 @@ class Snapshot:
 
     Attributes:
         revision: the store's, then: a watch after it misses nothing and repeats nothing.
-        entries: the keys.
         identity: a random word that the store's data keep: another one later means that the data were wiped. "" in a
             store that has none yet, and to which this user may give none.
     """

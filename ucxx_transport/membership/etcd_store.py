@@ -337,17 +337,14 @@ class EtcdWatch(Watch):
                 if batch.revision > self._after:
                     self._batches.append(batch)
                     self._after = batch.revision
-            if message.get("canceled"):
-                self._raise_end(stream.endpoint, message)
+            if compacted := messages.number(message, "compact_revision"):
+                text = "etcd no longer keeps what followed this revision; take a snapshot"
+                raise CompactedError(text, after=self._after, compacted=compacted)
+            if message.get("canceled"):  # its reason is text for people: what was watched is asked for once
+                request = {**messages.range_request(self._first, self._last), "count_only": True}
+                self._ask(stream.endpoint, "kv/range", request)
+                raise StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
         return bool(found)
-
-    def _raise_end(self, endpoint: str, message: Json) -> None:
-        """Raise why etcd has ended the watch: its text is for people, so what was watched is asked for once."""
-        if compacted := messages.number(message, "compact_revision"):
-            text = "etcd no longer keeps what followed this revision; take a snapshot"
-            raise CompactedError(text, after=self._after, compacted=compacted)
-        self._ask(endpoint, "kv/range", {**messages.range_request(self._first, self._last), "count_only": True})
-        raise StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
 
     def _probe(self, endpoint: str) -> None:
         """See that the store is the one it was."""

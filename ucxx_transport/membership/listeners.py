@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.logs import get_logger
@@ -49,8 +49,6 @@ class _Subscription(Generic[T]):
 
     def __init__(self, callbacks: Callbacks, limit: int) -> None:
         self.callbacks, self.limit = callbacks, limit
-        self.kinds = {kind for kind, callback in callbacks.items() if callback is not None}
-        self.kinds |= _STATE if self.kinds & _STATE else set()
         self.queue: deque[tuple[str, T]] = deque()
         self.is_called = True  # first by who subscribes; then by a thread, or one is being started
         self.is_waiting = False  # for a thread, which could not be started
@@ -60,13 +58,13 @@ class Listeners(Generic[T]):
     """All listeners of one feed, and what is known of it by its changes. Thread-safe; see the module.
 
     Args:
-        identify: of a record: its name, and its life, in which two records of that name may differ.
+        identify: of a record: its name, which sorts, and its life, in which two records of that name may differ.
         count: called with "errors", "overflows" or "waits" (for a thread) at each of them.
     """
 
     def __init__(
         self,
-        identify: Callable[[T], tuple[Hashable, Hashable]],
+        identify: Callable[[T], tuple[Any, Hashable]],
         count: Callable[[str], object],
         *,
         keys: Mapping[str, object],
@@ -74,7 +72,7 @@ class Listeners(Generic[T]):
     ) -> None:
         self._identify, self._count, self._keys, self._limit = identify, count, keys, limit
         self._lock = threading.Condition()
-        self._known: dict[Hashable, T] = {}
+        self._known: dict[Any, T] = {}
         self._subscriptions: tuple[_Subscription[T], ...] = ()
         self._callers: set[int] = set()  # threads inside a callback
 
@@ -94,8 +92,8 @@ class Listeners(Generic[T]):
 
         try:
             with self._lock:
-                known = sorted(self._known.items(), key=lambda item: item[0])  # type: ignore[arg-type,return-value]  # names of one kind
-                subscription.queue.extend((ADD, record) for _, record in known)
+                known = [self._known[name] for name in sorted(self._known)]
+                subscription.queue.extend((ADD, record) for record in known)
                 self._subscriptions += (subscription,)
             for _ in known:
                 self._step(subscription)
@@ -116,17 +114,15 @@ class Listeners(Generic[T]):
                 elif kind in _STATE:
                     self._known[name] = record
                 for one in self._subscriptions:
-                    if kind in one.kinds:
-                        if len(one.queue) >= one.limit:
-                            overflows.append(one.limit)
-                            one.queue = deque(self._shortened(one.queue))
-                            one.limit = max(self._limit, 2 * len(one.queue))
-                        one.queue.append((kind, record))
-            idle = [one for one in self._subscriptions if one.queue and not one.is_called]
+                    if len(one.queue) >= one.limit:
+                        overflows.append(one.limit)
+                        one.queue = deque(self._shortened(one.queue))
+                        one.limit = max(self._limit, 2 * len(one.queue))
+                    one.queue.append((kind, record))
         for limit in overflows:
             self._count("overflows")
             _log.warning("listener_behind", limit=limit, **self._keys)
-        for one in idle:
+        for one in self._subscriptions:
             self._start(one)
 
     def retry(self) -> bool:

@@ -1,8 +1,8 @@
 """The store's file: where it lies, how it is made, and the connection that threads share and no fork inherits.
 
 A file is known by its device and inode: one that was deleted, and made again by the next call, is another store. It is
-made under another name and then renamed, so that it is whole when it is first seen. SQLite knows the log beside a file
-(`-wal`, `-shm`) by its name alone: what a deleted file has left there is removed before another is made.
+made under another name and then renamed: whole when it is first seen. SQLite knows the log beside it (`-wal`, `-shm`)
+by its name alone: what a deleted file has left there is removed before another is made.
 
 SQLite keeps one table of locks a process and file. A forked child inherits the table but none of the locks: what it
 opens would take for held what is not (https://www.sqlite.org/howtocorrupt.html, 2.6). So a process makes one call at a
@@ -165,26 +165,21 @@ class StoreFile:
     def close(self, timeout_s: float) -> None:
         """Refuse from now on. Calls under way are waited for. Idempotent."""
         self.is_closed = True
-        begun: list[bool] = []
-        try:
-            with suppress(StoreUnavailableError):
-                _calls.begin(self.path, time.monotonic() + timeout_s, begun)
-                self.disconnect()
-        finally:
-            if True in begun:
-                _calls.caller = None
-                _calls.lock.release()
+        with suppress(TransportError):  # the next call, which is this one, disconnects
+            self.transact("DEFERRED", lambda _: None, time.monotonic() + timeout_s)
 
     def disconnect(self) -> None:
-        """Close the connection; the next call opens another."""
+        """Close the connection, for the next call to open another."""
         if self._connection is not None:
             with suppress(sqlite3.Error):
                 self._connection.close()
             self._connection = None
 
     def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], pid: int) -> ResultT:
-        self.check_open()
         _calls.check(self.path)
+        if self.is_closed:
+            self.disconnect()
+        self.check_open()
         db = self._connection
         if db is None or _identity(self.path) != self._file:  # it was deleted
             db = self._reconnect()
@@ -287,7 +282,6 @@ def _identity(path: Path) -> _Identity | None:
 
 
 def _make(path: Path, tables: str) -> None:
-    """Put an empty store at `path`."""
     fresh = path.with_name(f".{path.name}.fresh")
     _remove(path, *_BESIDE)
     try:

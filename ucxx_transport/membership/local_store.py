@@ -31,8 +31,7 @@ from ucxx_transport.membership.local_file import StoreFile, checked_path, defaul
 from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
 
 ResultT = TypeVar("ResultT")
-_Row = tuple[bytes, bytes | None, int, int | None]
-"""Of `entries` or `log`: key, value, revision, lease."""
+_Row = tuple[bytes, bytes | None, int, int | None]  # of `entries` or `log`: key, value, revision, lease
 
 KEPT_REVISIONS: Final = 10_000
 KEPT_BYTES: Final = 16 << 20
@@ -199,16 +198,13 @@ class LocalStore(Store):
         return self.file.transact(mode, body, time.monotonic() + limit_s)
 
     def entry(self, row: _Row) -> Entry:
-        """A row of `entries` or `log`, as callers know it."""
+        """A row, as callers know it."""
         key, value, revision, lease_id = row
         return Entry(key=self.namespace.key(key), value=value or b"", revision=revision, lease_id=lease_id)
 
 
 class LocalWatch(Watch):
-    """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over.
-
-    Where a lease is to be ended, a locked file is waited for like by any call.
-    """
+    """Changes below a prefix: reads the log 20 times a second, and ends leases when they are over."""
 
     def __init__(self, store: LocalStore, prefix: str, *, after: int, identity: str) -> None:
         super().__init__(store.url)
@@ -249,13 +245,11 @@ class LocalWatch(Watch):
 
 
 def _state(db: sqlite3.Connection) -> tuple[str, str, int, int]:
-    """The row of `state`: identity, boot, revision, bytes in the log."""
     found: tuple[str, str, int, int] = db.execute("SELECT * FROM state").fetchone()
     return found
 
 
 def _row(db: sqlite3.Connection, key: bytes) -> Any:
-    """A row of `entries`, or None."""
     return db.execute("SELECT * FROM entries WHERE key = ?", (key,)).fetchone()
 
 

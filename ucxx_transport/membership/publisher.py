@@ -136,8 +136,7 @@ class HeartbeatPublisher(Running):
         self._owns_store = store is None or isinstance(store, str)
         self._store = open_store(store, self._store_config) if store is None or isinstance(store, str) else store
         check_can(self._store, "grant", "store", "a store or its URL")
-        # The lease of another worker of this id, and since when it is seen.
-        self._rival: tuple[int | None, float] | None = None
+        self._rival: tuple[int | None, float] | None = None  # another's lease, and since when it is seen
         self._publication: Publication | None = None
         self._keeper = Keeper(self._store, self._store_config, self._config)
         # Both reentrant: a signal handler may stop what is just being stopped.
@@ -271,11 +270,14 @@ class HeartbeatPublisher(Running):
                     pause_s, self._is_away = self._config.interval_s, False
                 except errors.TransportError as error:
                     pause_s = self._take_failure(error)
-        except errors.TransportError as error:
-            self._fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait must hear of it
-            _log.exception("publisher_died", worker=self.worker_id)
-            self._fail(errors.TransportError(f"{type(error).__name__}: {error}"))
+            reason = error
+            if not isinstance(reason, errors.TransportError):
+                _log.exception("publisher_died", worker=self.worker_id)
+                reason = errors.TransportError(f"{type(error).__name__}: {error}")
+            _log.error("publisher_failed", worker=self.worker_id, store=self._store.url, reason=str(reason))
+            self._revoke()
+            self._change(PublisherState.FAILED, reason)
         if (publication := self._publication) is not None:
             try:
                 publication.withdraw(self._config.stop_timeout_s)
@@ -337,10 +339,9 @@ class HeartbeatPublisher(Running):
         if isinstance(error, errors.StoreUnavailableError):
             self._rival = None  # its lease may have been given more time
         self._change(error=error)
-        if left_s <= 0:
-            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
-        elif self._turn == 1:
-            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
+        if left_s <= 0 or self._turn == 1:
+            log = _log.warning if left_s > 0 else _log.error
+            log("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
         # a rival's record ends any moment
         longest_s = config.max_backoff_s if self._rival is None else min(config.max_backoff_s, config.interval_s / 4)
         pause_s = random_pause_s(self._turn, first_s=config.backoff_s, longest_s=longest_s)
@@ -360,10 +361,9 @@ class HeartbeatPublisher(Running):
         return publication
 
     def _yield_to_rival(self) -> None:
-        """Check that no other worker of this id is in the store.
+        """Raise a ConflictError while another worker of this id is in the store: it may be about to end.
 
-        A ConflictError: there is one, which may be about to end. A DuplicateSourceError: there is one for longer than
-        a dead one's record could live.
+        A DuplicateSourceError: it is there for longer than a dead one's record could live.
         """
         key = source_key(self.worker_id)
         entry = self._store.get(key)
@@ -384,11 +384,6 @@ class HeartbeatPublisher(Running):
             text = f"another live worker is published as {self.worker_id!r}; give each worker an id of its own"
             raise errors.DuplicateSourceError(text, worker_id=self.worker_id)
         raise errors.ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
-
-    def _fail(self, error: errors.TransportError) -> None:
-        _log.error("publisher_failed", worker=self.worker_id, store=self._store.url, reason=str(error))
-        self._revoke()
-        self._change(PublisherState.FAILED, error)
 
     def _revoke(self) -> None:
         self._keeper.keep(None)

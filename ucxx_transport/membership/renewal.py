@@ -28,10 +28,7 @@ RETRIES_AN_INTERVAL: Final = 4
 
 
 def renew(store: Store, lease_id: int, *, timeout_s: float) -> float:
-    """Renew a lease; returns the seconds that it now has.
-
-    A LeaseLostError: the store answered twice that there is none; once is evidence, no verdict.
-    """
+    """Renew a lease; returns the seconds it now has. A LeaseLostError: the store says twice that there is none."""
     try:
         return store.keep_alive(lease_id, timeout_s=timeout_s)
     except LeaseLostError:
@@ -42,9 +39,8 @@ def renew(store: Store, lease_id: int, *, timeout_s: float) -> float:
 class LeaseRenewer:
     """Renews one lease in a daemon thread, until it is stopped, or the store says that the lease has ended.
 
-    A store that does not answer says nothing: it is asked again, for as long as it takes. A call has a third of the
-    lease's time. All callables are called in that thread: `store` opens it, `is_held` is asked each time whether to
-    leave the renewal out.
+    A store that does not answer is asked again, for as long as it takes; a call has a third of the lease's time. All
+    callables are called in that thread: `store` opens it, `is_held` is asked whether to leave a renewal out.
     """
 
     store: Callable[[], Store]

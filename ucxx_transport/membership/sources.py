@@ -1,8 +1,6 @@
 """Sources: what a rollout worker publishes of itself, its life in the store, and a watcher's view of all of them.
 
-A record is JSON, which an operator can read in the store: the fields of `SourceRecord`, and the version of the form.
-
-What a snapshot or a batch changes in a view:
+A record is JSON: the fields of `SourceRecord`, and the version of the form. What the store changes in a view:
 
 | known before | the store has                | change                                     |
 |--------------|------------------------------|--------------------------------------------|
@@ -91,7 +89,7 @@ class Publishable(Protocol):
         """What can be read now."""
 
     def hold(self) -> None:
-        """There is no epoch: answer NOT_READY until `bind`."""
+        """There is no epoch: answer NOT_READY."""
 
     def bind(self) -> None:
         """There is an epoch: serve. Raises a `TransportError` when it cannot be done now; then it holds on."""
@@ -288,7 +286,7 @@ class SourceChange(NamedTuple):
 
 
 class SourceView:
-    """What is known of the sources of a store, by their keys below `SOURCES`."""
+    """What is known of the sources of a store: see the module."""
 
     def __init__(self) -> None:
         self._known: dict[str, SourceRecord] = {}
@@ -303,8 +301,8 @@ class SourceView:
     def take_snapshot(self, snapshot: Snapshot, *, now: float, grace_s: float = 0.0) -> list[SourceChange]:
         """What a whole picture of the store changes.
 
-        For `grace_s` a source that is not in it is still taken for known: after a reset the store is empty, though its
-        sources live and are about to say so again. One that has a grace already keeps that.
+        For `grace_s` a source that is not in it stays known: after a reset the store is empty, though its sources live
+        and are about to say so again. One that has a grace already keeps that.
         """
         changes = [change for entry in snapshot for change in self._put(entry.key, entry.value)]
         for key in sorted(self._known.keys() - {entry.key for entry in snapshot}):

@@ -24,6 +24,7 @@ from typing import Final, Protocol, Self
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Entry, Lease, Snapshot
+from ucxx_transport.teardown import Closing
 
 MAX_TTL_S: Final = 1e9
 """Thirty years; etcd refuses more than 9e9 s."""
@@ -66,7 +67,7 @@ def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictEr
     )
 
 
-class Watch:
+class Watch(Closing):
     """Changes below a prefix, in order, none left out. Used by one thread; close it, or use `with`.
 
     A kind of store takes them by `_fetch`, in the thread of `next`: several at once, which are given one by one.
@@ -104,12 +105,6 @@ class Watch:
     def close(self) -> None:
         """End the watch. Idempotent; callable from another thread, whose `next` then raises `StoreUnavailableError`."""
         self._closing.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._closing.is_set():

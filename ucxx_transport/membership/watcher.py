@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -127,7 +127,9 @@ class SourceWatcher(Running):
         self._clock = clock
         self._changed = threading.Condition()
         self._view = SourceView()
-        self._listeners = Listeners(_identity, self._count_listener, keys={"store": self._store.url})
+        self._listeners: Listeners[SourceRecord] = Listeners(
+            lambda record: (record.worker_id, record.life), self._count_listener, keys={"store": self._store.url}
+        )
         self._reports: tuple[Callable[[SourceChange], object], ...] = ()
         self._counts: Counter[str] = Counter()
         self._revision: int | None = None
@@ -316,7 +318,3 @@ class SourceWatcher(Running):
             self._counts.update(counts)
         if type(known) is not type(new):
             _log.warning("store_not_followed", store=self._store.url, reason=str(error))
-
-
-def _identity(record: SourceRecord) -> tuple[str, Hashable]:
-    return record.worker_id, record.life
