@@ -148,7 +148,6 @@ class GroupStatistics:
         outages: times that the store could not be reached.
         callback_errors: exceptions of callbacks.
         callback_overflows: full queues of slow callbacks, shortened to the changes that last.
-        callback_waits: callbacks that had to wait, because no thread could be started for them.
     """
 
     admitted: int = 0
@@ -159,7 +158,6 @@ class GroupStatistics:
     outages: int = 0
     callback_errors: int = 0
     callback_overflows: int = 0
-    callback_waits: int = 0
 
     def plus(self, **more: int) -> GroupStatistics:
         """With these added."""

@@ -19,18 +19,9 @@ from functools import partial
 from itertools import count
 from typing import Final, TypeVar
 
+from ucxx_transport import errors
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.config import StoreConfig, checked_seconds
-from ucxx_transport.errors import (
-    CompactedError,
-    ConfigError,
-    ConflictError,
-    LeaseLostError,
-    StorePermissionError,
-    StoreResetError,
-    StoreUnavailableError,
-    TransportError,
-)
 from ucxx_transport.membership import etcd_messages as messages
 from ucxx_transport.membership.entries import Entry, Lease, Namespace, Snapshot
 from ucxx_transport.membership.etcd_connection import NO_TOKEN, Connection, tls_context
@@ -84,7 +75,7 @@ class EtcdStore(Store):
 
     def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         check_write(lease_id=lease_id)
-        with suppress(LeaseLostError):
+        with suppress(errors.LeaseLostError):
             self._call("lease/revoke", {"ID": str(lease_id)}, self._until(timeout_s))
 
     def get(self, key: str, *, timeout_s: float | None = None) -> Entry | None:
@@ -113,7 +104,7 @@ class EtcdStore(Store):
         path, operation, request = "kv/deleterange", "request_delete_range", messages.range_request(stored)
         try:
             answer = self._change(path, operation, stored, request, expected=expected, timeout_s=timeout_s)
-        except ConflictError as error:
+        except errors.ConflictError as error:
             if error.facts["revision"] == 0:
                 return False
             raise
@@ -141,7 +132,7 @@ class EtcdStore(Store):
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise ConfigError("the store is closed: open another", url=self.url)
+            raise errors.ConfigError("the store is closed: open another", url=self.url)
 
     def _until(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s"))
@@ -181,13 +172,13 @@ class EtcdStore(Store):
 
         The one that answered last is asked first.
         """
-        found: TransportError | None = None
+        found: errors.TransportError | None = None
         for step, endpoint in enumerate(endpoints := self._endpoints):
             try:
                 return ask(endpoint, max(0.0, until - time.monotonic()) / (len(endpoints) - step))
-            except (StoreUnavailableError, ConfigError) as error:
+            except (errors.StoreUnavailableError, errors.ConfigError) as error:
                 self.failed(endpoint)
-                if found is None or isinstance(error, StoreUnavailableError):
+                if found is None or isinstance(error, errors.StoreUnavailableError):
                     found = error  # rather than one that is never tried again: the endpoint may come back
                 if not (is_repeatable or error.facts.get("sent") is False) or time.monotonic() >= until:
                     break
@@ -214,7 +205,7 @@ class EtcdStore(Store):
                 token = self._token = self._logged_in(until)
             try:
                 return work(token)
-            except StorePermissionError as error:
+            except errors.StorePermissionError as error:
                 if not self._user or error.message not in messages.NO_LOGIN:
                     raise
                 facts = error.facts
@@ -225,18 +216,18 @@ class EtcdStore(Store):
                 break
             time.sleep(wait_s)
         text = "etcd takes none of the tokens that it gives this user: its members need one key and one clock for JWT"
-        raise StoreUnavailableError(text, **facts)
+        raise errors.StoreUnavailableError(text, **facts)
 
     def _logged_in(self, until: float) -> Secret:
         try:
             answer = self._ask("auth/authenticate", {"name": self._user, "password": self._password}, until, NO_TOKEN)
-        except StoreUnavailableError as error:
+        except errors.StoreUnavailableError as error:
             if messages.AUTH_IS_OFF in str(error.facts.get("reason")):
                 return NO_TOKEN
             raise
         token = str(answer.get("token", ""))
         if not token.isascii() or not token.isprintable():  # no header can have it
-            raise StoreUnavailableError("the answer is not etcd's: no token")
+            raise errors.StoreUnavailableError("the answer is not etcd's: no token")
         return Secret(token.encode())
 
 
@@ -287,9 +278,9 @@ class EtcdWatch(Watch):
                 self._closing.wait(max(0.0, min(until, self._pause_until_s) - now))
             else:
                 self._store.first(self._begin_at, now + self._store.timeout_s)
-        except TransportError as error:
+        except errors.TransportError as error:
             self._drop()
-            if stream is None or not isinstance(error, StoreUnavailableError):
+            if stream is None or not isinstance(error, errors.StoreUnavailableError):
                 raise
             self._store.failed(stream.endpoint)  # the stream was cut, or its endpoint is silent
 
@@ -339,11 +330,11 @@ class EtcdWatch(Watch):
                     self._after = batch.revision
             if compacted := messages.number(message, "compact_revision"):
                 text = "etcd no longer keeps what followed this revision; take a snapshot"
-                raise CompactedError(text, after=self._after, compacted=compacted)
+                raise errors.CompactedError(text, after=self._after, compacted=compacted)
             if message.get("canceled"):  # its reason is text for people: what was watched is asked for once
                 request = {**messages.range_request(self._first, self._last), "count_only": True}
                 self._ask(stream.endpoint, "kv/range", request)
-                raise StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
+                raise errors.StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
         return bool(found)
 
     def _probe(self, endpoint: str) -> None:
@@ -351,6 +342,6 @@ class EtcdWatch(Watch):
         identity, revision = messages.identity_of(partial(self._ask, endpoint), self._store.namespace)
         if revision < self._revision or (self._identity and identity != self._identity):
             text = "etcd's data are others than before: they were wiped or restored; start over"
-            raise StoreResetError(text, revision=revision, seen=self._revision)
+            raise errors.StoreResetError(text, revision=revision, seen=self._revision)
         self._revision, self._identity = revision, identity
         self._probe_s = time.monotonic() + PROBE_S

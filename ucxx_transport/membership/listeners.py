@@ -6,7 +6,7 @@
 | a queue is no longer empty | a daemon thread calls back, in order, one at a time, and ends when it is empty      |
 | a listener subscribes      | it is called for what is known, in the subscriber's thread, before it has returned  |
 | a callback raises          | logged and counted; the next one is called                                          |
-| a thread cannot be started | logged and counted; tried again with the next news, and at each `retry`             |
+| a thread cannot be started | logged; tried again with the next news, and at each `retry`                         |
 | a queue is full            | what came and went meanwhile is left out of it, and each source's last news stay,   |
 |                            | so nothing that lasts is missed; logged and counted                                 |
 | a subscription is ended    | no further callback begins; one under way is not waited for                         |
@@ -59,7 +59,7 @@ class Listeners(Generic[T]):
 
     Args:
         identify: of a record: its name, which sorts, and its life, in which two records of that name may differ.
-        count: called with "errors", "overflows" or "waits" (for a thread) at each of them.
+        count: called with "errors" or "overflows" at each of them.
     """
 
     def __init__(
@@ -191,7 +191,6 @@ class Listeners(Generic[T]):
                 is_new = isinstance(error, BusyError) and not subscription.is_waiting  # else the interpreter exits
                 subscription.is_waiting = True
             if is_new:
-                self._count("waits")
                 _log.warning("listener_waits", reason=str(error), **self._keys)
         else:
             subscription.is_waiting = False

@@ -53,14 +53,12 @@ INSERT INTO state VALUES (lower(hex(randomblob(16))), '', 0, 0)
 
 
 class LocalStore(Store):
-    """A store for the processes of one machine, embedded: no server, no port.
+    """A store for the processes of one machine, embedded: no server, no port. Its file: `path`, or this user's own.
 
     The first call of any process makes it. A lease that has run out is ended by the next call or watch of any process.
     A ConfigError or StorePermissionError: the path can hold no store, or this user may not use it.
 
     Args:
-        path: of the file; None: this user's own on this machine (`local_file`).
-        config: namespace and time limit.
         clock: of the leases' deadlines: seconds that all processes count alike, and that sleep is part of.
         boot_id: changes when that clock begins again: the leases of another one are over.
     """

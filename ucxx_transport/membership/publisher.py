@@ -129,10 +129,16 @@ class HeartbeatPublisher(Running):
         self.worker_id = worker_id
         check_can(source, "offer", "source", "a UCXXServer")
         self._source = source
-        self._meta = dict(meta or {})
         self._clock = clock
-        self._session = secrets.token_hex(16)
-        self._record(1).to_bytes()  # refused here rather than in the thread
+        self._record = SourceRecord(
+            worker_id=worker_id,
+            epoch=1,
+            session=secrets.token_hex(16),
+            status=SourceStatus.STARTING,
+            meta=meta or {},
+            **asdict(source.offer()),
+        )
+        self._record.to_bytes()  # refused here rather than in the thread
         self._owns_store = store is None or isinstance(store, str)
         self._store = open_store(store, self._store_config) if store is None or isinstance(store, str) else store
         check_can(self._store, "grant", "store", "a store or its URL")
@@ -245,16 +251,6 @@ class HeartbeatPublisher(Running):
         with self._changed:
             return self._changed.wait_for(lambda: self._stopping, seconds)
 
-    def _record(self, epoch: int) -> SourceRecord:
-        return SourceRecord(
-            worker_id=self.worker_id,
-            epoch=epoch,
-            session=self._session,
-            status=SourceStatus.STARTING,
-            meta=self._meta,
-            **asdict(self._source.offer()),
-        )
-
     # the thread: a turn tries to publish the record, or renews what is published
 
     def _run(self) -> None:
@@ -339,9 +335,10 @@ class HeartbeatPublisher(Running):
         if isinstance(error, errors.StoreUnavailableError):
             self._rival = None  # its lease may have been given more time
         self._change(error=error)
-        if left_s <= 0 or self._turn == 1:
-            log = _log.warning if left_s > 0 else _log.error
-            log("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
+        if left_s <= 0:
+            _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
+        elif self._turn == 1:
+            _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
         # a rival's record ends any moment
         longest_s = config.max_backoff_s if self._rival is None else min(config.max_backoff_s, config.interval_s / 4)
         pause_s = random_pause_s(self._turn, first_s=config.backoff_s, longest_s=longest_s)
@@ -354,7 +351,8 @@ class HeartbeatPublisher(Running):
             return publication
         self._yield_to_rival()
         epoch = next_epoch(self._store, self.worker_id, known=self.epoch)
-        publication = Publication(self._store, self._record(epoch), ttl_s=self._config.ttl_s)
+        record = replace(self._record, epoch=epoch, **asdict(self._source.offer()))
+        publication = Publication(self._store, record, ttl_s=self._config.ttl_s)
         self._publication = publication  # from here on there is something to withdraw, whatever happens
         self._change(PublisherState.STARTING, epoch=epoch)
         self._keeper.keep(publication.lease.lease_id)
@@ -372,7 +370,7 @@ class HeartbeatPublisher(Running):
             with suppress(errors.ProtocolError):
                 found = SourceRecord.from_bytes(entry.value)
                 ttl_s = max(ttl_s, found.ttl_s)
-                if found.session == self._session:  # it was written, the answer lost
+                if found.session == self._record.session:  # it was written, the answer lost
                     self._store.delete(key, expected=entry.revision)
                     entry = None
         if entry is None:

@@ -22,16 +22,9 @@ from functools import partial
 from itertools import product
 from typing import Final, Self
 
+from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import checked_seconds
-from ucxx_transport.errors import (
-    CompactedError,
-    ConfigError,
-    DeadlineExceededError,
-    RegistryError,
-    StoreResetError,
-    TransportError,
-)
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import in_thread, start_thread
 from ucxx_transport.membership.entries import SOURCES
@@ -65,7 +58,6 @@ class WatcherStatistics:
         malformed: records that are none.
         listener_errors: exceptions of listeners, and of reports.
         listener_overflows: full queues of slow listeners, shortened to the changes that last.
-        listener_waits: listeners that had to wait, because no thread could be started for them.
         synced: whether what is known is up to date, as far as the store's last answer goes.
     """
 
@@ -79,7 +71,6 @@ class WatcherStatistics:
     malformed: int = 0
     listener_errors: int = 0
     listener_overflows: int = 0
-    listener_waits: int = 0
     synced: bool = False
 
 
@@ -134,7 +125,7 @@ class SourceWatcher(Running):
         self._counts: Counter[str] = Counter()
         self._revision: int | None = None
         self._identity, self._grace_s, self._failures = "", 0.0, 0
-        self.error: RegistryError | None = None
+        self.error: errors.RegistryError | None = None
         self._stopping = threading.Event()
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
@@ -151,7 +142,7 @@ class SourceWatcher(Running):
         refuse_forked(self._pid, "SourceWatcher")
         with self._changed:
             if self._thread is not None:
-                raise ConfigError("this watcher was started before; make another")
+                raise errors.ConfigError("this watcher was started before; make another")
             self._thread = start_thread(self._run, name="ucxx-watcher")
 
     def stop(self) -> None:
@@ -225,13 +216,13 @@ class SourceWatcher(Running):
         until_s = self._clock() + timeout_s
         with self._changed:
             if self._thread is None:
-                raise ConfigError("start() the watcher first")
+                raise errors.ConfigError("start() the watcher first")
             while len(ready := self.sources()) < n:
                 if self._stopping.is_set():
-                    raise ConfigError("the watcher was stopped; make another")
+                    raise errors.ConfigError("the watcher was stopped; make another")
                 left_s = until_s - self._clock()
                 if left_s <= 0:
-                    raise DeadlineExceededError(
+                    raise errors.DeadlineExceededError(
                         f"{len(ready)} of {n} sources were ready in time; is each worker's publisher started, with "
                         "this store and namespace?",
                         store=self._store.url,
@@ -260,12 +251,12 @@ class SourceWatcher(Running):
             self._listeners.retry()
             try:
                 self._follow()
-            except (CompactedError, StoreResetError) as error:
+            except (errors.CompactedError, errors.StoreResetError) as error:
                 self._revision = None
-                is_reset = isinstance(error, StoreResetError)
+                is_reset = isinstance(error, errors.StoreResetError)
                 self._grace_s = self._reset_grace_s if is_reset else self._grace_s
                 self._note(error, resets=int(is_reset))
-            except TransportError as error:
+            except errors.TransportError as error:
                 if self._stopping.is_set():
                     return  # its own watch, closed by `stop`
                 self._failures += 1
@@ -274,7 +265,7 @@ class SourceWatcher(Running):
             except Exception as error:  # noqa: BLE001 - the edge of a thread: a watcher that dies in silence hides every death
                 _log.exception("watcher_failed", store=self._store.url)
                 self._revision = None
-                self._note(RegistryError(f"{type(error).__name__}: {error}"), failures=1)
+                self._note(errors.RegistryError(f"{type(error).__name__}: {error}"), failures=1)
                 self._stopping.wait(_MOST_PAUSE_S)
 
     def _follow(self) -> None:
@@ -311,8 +302,8 @@ class SourceWatcher(Running):
         with self._changed:
             self._counts[f"listener_{what}"] += 1
 
-    def _note(self, error: TransportError, **counts: int) -> None:
-        new = error if isinstance(error, RegistryError) else RegistryError(str(error))
+    def _note(self, error: errors.TransportError, **counts: int) -> None:
+        new = error if isinstance(error, errors.RegistryError) else errors.RegistryError(str(error))
         with self._changed:
             known, self.error = self.error, new
             self._counts.update(counts)
