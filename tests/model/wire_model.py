@@ -17,7 +17,8 @@ from tests.support.numbered_session import NumberedSession
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Asked, Attempt, Reply, Serve, Settle, Take
+from ucxx_transport.wire.actions import Attempt, Reply, Serve, Settle, Take
+from ucxx_transport.wire.client_side import Asked
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,
     MAX_CHANNEL,

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from tests.support.payloads import ref_to
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Asked
-from ucxx_transport.wire.client_side import Attempt, ClientSession
+from ucxx_transport.wire.client_side import Asked, Attempt, ClientSession
 from ucxx_transport.wire.codec import Message
 
 

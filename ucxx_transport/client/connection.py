@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.link.base import OnDone, Operation
-    from ucxx_transport.wire.actions import Asked, Offer
+    from ucxx_transport.wire.client_side import Asked, Offer
 
 
 class Connection(Line):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.schema import Schema, SlotRef
-    from ucxx_transport.wire.actions import Asked
+    from ucxx_transport.wire.client_side import Asked
 
 UNSETTLED_PER_RING: Final = 1024
 UNSETTLED_RINGS: Final = 256

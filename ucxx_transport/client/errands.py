@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.jobs import Carrier, Entry
     from ucxx_transport.client.ports import Source
     from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Asked, Offer
+    from ucxx_transport.wire.client_side import Asked, Offer
 
 Selector = Literal["oldest", "newest"]
 

@@ -14,7 +14,7 @@ from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.payload import Deduplicator, Payload
 from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
-from ucxx_transport.wire.client_side import Attempt
+from ucxx_transport.wire.client_side import Asked, Attempt, ClientSession, Offer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.actions import Asked, Offer
-    from ucxx_transport.wire.client_side import ClientSession
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""

@@ -15,7 +15,7 @@ from ucxx_transport.client.ports import PortKey
 from ucxx_transport.errors import PeerLostError, ProtocolError, TransportError
 from ucxx_transport.link.base import DATA_PORT_SILENT, loopback_hint
 from ucxx_transport.schema import Schema
-from ucxx_transport.wire.client_side import ClientSession
+from ucxx_transport.wire.client_side import Asked, ClientSession
 from ucxx_transport.wire.frames import MAX_CHANNEL, NONCE_BYTES
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ucxx_transport.link.base import Operation
     from ucxx_transport.link.endpoint import Endpoint
     from ucxx_transport.link.reactor import Timer
-    from ucxx_transport.wire.actions import Asked
 
 
 OWN_DELAY_S: Final = 0.05

@@ -345,14 +345,17 @@ class Link(LinkCore):
     def transports(self) -> tuple[str, ...]:
         """The transports that open endpoints really use, such as `("tcp",)`; `("unknown",)` where it is unknown."""
 
-    def hand_over(self, ucx: UcxEndpoint, peer: str, on_endpoint: OnEndpoint, accepted_by: object = None) -> None:
-        """Give a connection that came to a listener to its owner."""
+    def hand_over(self, ucx: UcxEndpoint, peer: str, on_endpoint: OnEndpoint, accepted_by: object = None) -> bool:
+        """Give a connection that came to a listener to its owner; False: it has gone meanwhile."""
+        if not ucx.alive:
+            return False
         endpoint = Endpoint(self, ucx, peer, accepted_by=accepted_by)
         try:
             endpoint.events = on_endpoint(endpoint)
         finally:
             if endpoint.events is None:
                 endpoint.close()
+        return True
 
 
 def raisable(error: TransportError) -> TransportError:

@@ -57,10 +57,9 @@ class UCXXLink(Link):
         port_range = os.environ.get("UCX_TCP_PORT_RANGE", settings.get("TCP_PORT_RANGE"))
         if port_range is not None:
             require_free_port(port_range, [one.address for one in list_interfaces() if one.up])
-        features = (lib.Feature.TAG, lib.Feature.STREAM, lib.Feature.WAKEUP)
         self.settings = settings
         try:
-            self.context = lib.UCXContext(settings, features)
+            self.context = lib.UCXContext(settings, (lib.Feature.TAG, lib.Feature.STREAM, lib.Feature.WAKEUP))
             require_network(self.context.info, settings, os.environ)
             self.worker = lib.UCXWorker(self.context, enable_delayed_submission=False, enable_python_future=False)
             self.worker.init_blocking_progress_mode()
@@ -177,9 +176,7 @@ class UCXXListener:
         if self._closed:
             with suppress(self._link.root):
                 ucx.close_blocking()
-        elif ucx.alive:
-            self._link.hand_over(ucx, peer, self._on_endpoint, bound)
-        else:
+        elif not self._link.hand_over(ucx, peer, self._on_endpoint, bound):
             self._note_failed(peer, "it was gone before it was handed over")
 
     def _note_failed(self, peer: str, reason: str) -> None:

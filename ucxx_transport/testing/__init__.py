@@ -3,7 +3,6 @@
 A server in thread mode and its clients take `MemoryNetwork.link` in the place of UCX's; docs/testing.md has an example.
 """
 
-from ucxx_transport.testing.faults import Faults, Hold
-from ucxx_transport.testing.memory_link import MemoryLink, MemoryNetwork
+from ucxx_transport.testing.memory_link import Faults, Hold, MemoryLink, MemoryNetwork
 
 __all__ = ["Faults", "Hold", "MemoryLink", "MemoryNetwork"]

@@ -1,20 +1,19 @@
 """A network in memory, for tests of programs that transport payloads.
 
-Only UCX is another one: here a `MemoryFlight` matches messages and receives. Endpoints, loss and close are those of
-the link over UCX, and callers see what they would see there: small sends complete at once and larger ones when
-received, a shorter message is a silent success, a longer one fails the receive alone, a closed end resets the other.
-
-Links of one network reach each other whatever threads run them: what one end does to the other lies in the inbox of the
-other's flight until its link progresses.
+Endpoints, loss and close are those of the link over UCX; in UCX's place a `MemoryFlight` matches messages and receives,
+as there: small sends complete at once, larger ones when received. Links of one network reach each other in any threads:
+what one end does to the other lies in the inbox of the other's flight until its link progresses.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -24,7 +23,6 @@ from ucxx_transport.link import base
 from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
 from ucxx_transport.link.flight import CANCELLED, ENDS, ENDS_AT_ONCE, SPIN, TRUNCATED, Flight
 from ucxx_transport.machine import Wakeup
-from ucxx_transport.testing.faults import Faults, Hold
 
 EAGER_BYTES = 8191
 """Sends up to this size complete before they are received (measured of UCX over TCP with its default settings)."""
@@ -32,6 +30,80 @@ EAGER_BYTES = 8191
 NO_TAG: Final = -1  # of a send, and of what goes by a stream
 NEVER: Final = -2  # of a receive that never ends
 _stream_tags: Final = itertools.count(-3, -1)
+
+
+class Hold(threading.Event):
+    """Keeps messages back until it is set, from any thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: deque[Callable[[], object]] = deque()
+
+    def set(self) -> None:
+        """Let what was kept back pass, and all that follows."""
+        super().set()
+        with suppress(IndexError):  # another thread may have taken the last one
+            while True:
+                self._waiting.popleft()()
+
+    def when_set(self, action: Callable[[], object]) -> None:
+        """Call this when it is set: now, or by the thread that sets it."""
+        self._waiting.append(action)
+        if self.is_set():
+            self.set()
+
+
+@dataclass(slots=True, kw_only=True)
+class Faults:
+    """Switches of a `MemoryNetwork`; each message sent takes them in this order. All are off by default.
+
+    Attributes:
+        reset_after: this many further messages pass, then the connection of the next one breaks instead.
+        spare: this many further messages pass, then the next three faults are looked at.
+        drop: this many messages vanish; their sends succeed.
+        truncate_to: the next message loses what is beyond this many bytes.
+        flip_byte: the next message arrives with the byte at this offset inverted, if it has one.
+        hold: messages are delivered only once it is set, in order.
+        refuse: connections are refused.
+        hang_connect: connections neither succeed nor fail.
+        never_complete: further receives never end, not even by `close()`, which then is not clean.
+    """
+
+    reset_after: int | None = None
+    spare: int = 0
+    drop: int = 0
+    truncate_to: int | None = None
+    flip_byte: int | None = None
+    hold: Hold | None = None
+    refuse: bool = False
+    hang_connect: bool = False
+    never_complete: bool = False
+
+    def breaks_connection(self) -> bool:
+        """Whether the connection breaks in the place of the next message."""
+        if self.reset_after == 0:
+            self.reset_after = None
+            return True
+        if self.reset_after is not None:
+            self.reset_after -= 1
+        return False
+
+    def apply(self, content: bytes) -> bytes | None:
+        """What of the next message arrives; None when it vanishes."""
+        if self.spare > 0:
+            self.spare -= 1
+            return content
+        if self.drop > 0:
+            self.drop -= 1
+            return None
+        if self.truncate_to is not None:
+            content, self.truncate_to = content[: self.truncate_to], None
+        if self.flip_byte is not None:
+            flipped = bytearray(content)
+            if self.flip_byte < len(flipped):
+                flipped[self.flip_byte] ^= 0xFF
+            content, self.flip_byte = bytes(flipped), None
+        return content
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,7 +176,6 @@ class MemoryConnection:
             self._on_close()
 
     def connect(self, other: MemoryConnection) -> None:
-        """The other end is there."""
         if self.alive:
             self.other = other
             self._deliver()
@@ -136,39 +207,32 @@ class MemoryConnection:
 
 
 class MemoryFlight(Flight):
-    """Matches messages and receives, by their tags, in the place of a UCX worker and of `native/flight.c`.
-
-    What goes by a connection's stream has a tag too.
-    """
+    """In the place of a UCX worker and of `native/flight.c`; what goes by a connection's stream has a tag, too."""
 
     def __init__(self, faults: Faults) -> None:
         super().__init__((ctypes.c_uint64 * (ENDS + ENDS_AT_ONCE))(), self, self)
         self.faults = faults
         self.wakeup = Wakeup()
         self._armed = False  # others notify only then
-        self._inbox: deque[tuple[Callable[..., object], tuple[object, ...]]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
         self._receives: defaultdict[int, deque[base.Operation]] = defaultdict(deque)
         self._arrived: defaultdict[int, deque[Sent]] = defaultdict(deque)
 
     def call(self, action: Callable[..., object], *arguments: object) -> None:
         """Call this in a turn of this link. From any thread."""
-        self._inbox.append((action, arguments))
+        self._inbox.append(partial(action, *arguments))
         if self._armed:
             self.wakeup.notify()
 
     def arm(self) -> bool:
-        """See `Link`."""
         self._armed = True
         return not self._inbox
 
-    def post(
-        self, operation: base.Operation, begin: Callable[..., Any], endpoint: Any, _address: object, tag: int
-    ) -> None:
+    def post(self, operation: base.Operation, begin: Callable[..., Any], endpoint: Any, _: object, tag: int) -> None:
         operation.owner.posted[operation] = operation
         begin(operation, endpoint, tag)
 
     def flight_send(self, operation: base.Operation, connection: MemoryConnection, tag: int) -> None:
-        """As the faults have it."""
         operation.index = NO_TAG
         if self.faults.breaks_connection():
             for end in (connection, connection.other):
@@ -217,12 +281,10 @@ class MemoryFlight(Flight):
         """Do what lies in the inbox now; whether there was anything."""
         count = len(self._inbox)
         for _ in range(count):
-            action, arguments = self._inbox.popleft()
-            action(*arguments)
+            self._inbox.popleft()()
         return count > 0
 
     def arrive(self, tag: int, sent: Sent) -> None:
-        """A message of another end is here."""
         self._arrived[tag].append(sent)
         self._match(tag)
 
@@ -292,11 +354,7 @@ class MemoryListener:
         elif near.alive:
             far = MemoryConnection(self.link.flight, f"memory:{id(near):x}", near)
             near.flight.call(near.connect, far)
-            self.link.ready.append(partial(self._hand_over, far))
-
-    def _hand_over(self, far: MemoryConnection) -> None:
-        if far.alive:
-            self.link.hand_over(far, far.peer, self.on_endpoint)
+            self.link.ready.append(partial(self.link.hand_over, far, far.peer, self.on_endpoint))
 
 
 class MemoryLink(Link):
@@ -313,15 +371,14 @@ class MemoryLink(Link):
     def connect(self, host: str, port: int, events: base.EndpointEvents) -> Endpoint:
         """See `Link.connect`; the host is only a name."""
         self.check_usable()
-        peer = f"{host}:{port}"
-        near, faults = MemoryConnection(self.flight, peer), self.network.faults
+        near, faults = MemoryConnection(self.flight, f"{host}:{port}"), self.network.faults
         listener = self.network.listeners.get(port)
         if not faults.hang_connect:
             if listener is not None and not faults.refuse:
                 listener.link.flight.call(listener.accept, near)
             if listener is None or faults.refuse or listener.link.closed:  # it may have been closed meanwhile
                 self.flight.call(near.break_off, "refused")
-        return Endpoint(self, near, peer, events=events)
+        return Endpoint(self, near, near.peer, events=events)
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
         self.check_usable()

@@ -1,30 +1,11 @@
-"""The values that pass between the two sessions and the shells around them, which send, receive and hold the ring."""
+"""The values that pass between a server's session and the shell around it, which sends, receives and holds the ring."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from ucxx_transport.wire.frames import OfferedPayload, Status
-
-
-class Asked(NamedTuple):
-    """A frame to send, the attempt whose channel brings its answer, and the room that this needs."""
-
-    frame: bytes
-    attempt: int
-    receive_bytes: int
-
-
-class Offer(NamedTuple):
-    """The answer to a TAKE, by attempt and sequence: what the server has picked; where that is nothing, maybe why."""
-
-    attempt: int
-    sequence: int
-    ring_id: bytes
-    fingerprint: int
-    payloads: list[OfferedPayload]
-    reason: str = ""
+from ucxx_transport.wire.frames import Status
 
 
 class Lease(Protocol):

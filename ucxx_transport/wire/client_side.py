@@ -19,18 +19,36 @@ from __future__ import annotations
 import hmac
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ucxx_transport.errors import AuthenticationError, ProtocolError
 from ucxx_transport.wire import codec, frames
-from ucxx_transport.wire.actions import Asked, Offer
 from ucxx_transport.wire.codec import Message, Seal, encode_frame, pack_one_end, pack_one_name, seal_of
-from ucxx_transport.wire.frames import END_MARK, HEADER_BYTES, MAX_CHANNEL, Frame, Kind, ReplyHeader, Status, Window
+from ucxx_transport.wire.frames import END_MARK, HEADER_BYTES, MAX_CHANNEL, Frame, Kind, OfferedPayload, Status, Window
 
 if TYPE_CHECKING:
     from ucxx_transport.schema import SlotRef
 
 _CONFIRMED: Final = {int(status): status for status in (Status.OK, Status.STALE, Status.BUSY)}
+
+
+class Asked(NamedTuple):
+    """A frame to send, the attempt whose channel brings its answer, and the room that this needs."""
+
+    frame: bytes
+    attempt: int
+    receive_bytes: int
+
+
+class Offer(NamedTuple):
+    """The answer to a TAKE, by attempt and sequence: what the server has picked; where that is nothing, maybe why."""
+
+    attempt: int
+    sequence: int
+    ring_id: bytes
+    fingerprint: int
+    payloads: list[OfferedPayload]
+    reason: str = ""
 
 
 class Attempt:
@@ -92,9 +110,7 @@ class ClientSession:
     def on_welcome(self, message: Message) -> Asked | None:
         """Judge the answer to HELLO; the AUTH frame to send next, or None when the connection is open.
 
-        Raises:
-            AuthenticationError: only one of the two sides has a token.
-            ProtocolError, BusyError: as the server says, or it is not ours.
+        An AuthenticationError: only one of the two sides has a token. A ProtocolError, BusyError: as the server says.
         """
         header, body = self._body_of(1, message)
         server_nonce, self.window = codec.unpack_welcome(body)
@@ -117,7 +133,7 @@ class ClientSession:
         self.is_open = True
 
     def fetch(self, attempts: Sequence[Attempt], *, packed: bool = False) -> bytes:
-        """Ask for 1 to 64 payloads of one ring, for which the window has room; each attempt has a `number` afterwards.
+        """Ask for 1 to 64 payloads of one ring, for which the window has room; each attempt gets its `number`.
 
         In the turn that sends the frame a receive is posted for each (`receive_bytes(nbytes)`). If they are `packed`,
         at least two of at most PACK_BYTES, one message brings all, on the channel of their `shared`: its receive has
@@ -168,13 +184,8 @@ class ClientSession:
     def verify(self, attempt: Attempt, message: Message) -> None:
         """Check that `message` carries exactly the payload of the attempt, whole: it is `message[64 : 64 + nbytes]`.
 
-        Of a shared message, the part of this attempt. Afterwards the attempt is to be ended.
-
-        Raises:
-            StaleSlotError, BusyError, NotReadyError, PeerLostError, AuthenticationError: as the server says; the
-                attempt is over and must not be ended.
-            ProtocolError: likewise; or another name, another length, a missing trailer, not our protocol, and then
-                the session is `broken`.
+        Of a shared message, the part of this attempt. Afterwards the attempt is to be ended; but not where the error is
+        raised that the server answers with. A ProtocolError with the session `broken`: it is not what was asked for.
         """
         channel = attempt.number & MAX_CHANNEL
         awaited = self._awaited
@@ -251,11 +262,7 @@ class ClientSession:
         return asked
 
     def on_offer(self, attempt: int, message: Message) -> Offer:
-        """What the server has picked; `receive` it at once.
-
-        Raises:
-            BusyError, NotReadyError, …: as the server says. ProtocolError: an offer that was not asked for.
-        """
+        """What the server has picked; `receive` it at once. Raises what it says, or that it was not asked for this."""
         sequence, header, body = self._answer(attempt, message)
         max_payloads, max_bytes = self._takes.pop(attempt)
         for number in range(attempt + 1, attempt + 1 + max_payloads):
@@ -308,10 +315,7 @@ class ClientSession:
         return self._ask(Frame(Kind.BYE))
 
     def answered(self, attempt: int, message: Message) -> bytes:
-        """The schema's msgpack; or nothing, after BYE: the server has handled all that this side has sent.
-
-        A StaleSlotError: the server stands before another ring.
-        """
+        """The schema's msgpack, or a StaleSlotError: another ring's; nothing after BYE: what was sent is handled."""
         return self._body_of(attempt, message)[1]
 
     def close(self) -> None:
@@ -351,7 +355,7 @@ class ClientSession:
             self._delivered = []
         return ends
 
-    def _answer(self, attempt: int, message: Message) -> tuple[int, ReplyHeader, bytes]:
+    def _answer(self, attempt: int, message: Message) -> tuple[int, frames.ReplyHeader, bytes]:
         """Of an answer that is no payload: what it answers is the sequence of, header and body."""
         self.broken = True
         header, body = codec.body_of(message)
@@ -362,7 +366,7 @@ class ClientSession:
             self._unproved.popleft()  # that frame and those before it have been handled
         return sequence, header, body
 
-    def _body_of(self, attempt: int, message: Message) -> tuple[ReplyHeader, bytes]:
+    def _body_of(self, attempt: int, message: Message) -> tuple[frames.ReplyHeader, bytes]:
         """The same where only OK will do."""
         _, header, body = self._answer(attempt, message)
         if header.status is not Status.OK:

@@ -67,11 +67,6 @@ What is cut short does not bring another, whatever it finds in the header's plac
 pack_header: Final = partial(_HEADER.pack, frames.REPLY_MAGIC, VERSION, 0)
 """The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
 pack_trailer: Final = _TRAILER.pack  # its trailer: `TRAILER_MAGIC` ^ generation, nbytes
-assert _HEAD.size == frames.FRAME_HEAD_BYTES
-assert _NAME.size == frames.NAME_BYTES
-assert _HEADER.size == HEADER_BYTES
-assert _TRAILER.size == TRAILER_BYTES
-assert _OFFERED.size == frames.OFFERED_BYTES
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -175,11 +170,7 @@ def encode_error(
 
 
 def decode_header(buffer: Message) -> ReplyHeader:
-    """The header in the first 64 bytes of `buffer`.
-
-    Raises:
-        ProtocolError: wrong magic, version or status, or a length beyond its limit.
-    """
+    """The header in the first 64 bytes of `buffer`; a ProtocolError: a word of it is not as the table says."""
     if len(buffer) < HEADER_BYTES:
         raise ProtocolError("an answer is shorter than its header", nbytes=len(buffer), expected=HEADER_BYTES)
     magic, version, code, generation, nbytes, checksum, ring_id, slot, flags, fingerprint = _HEADER.unpack_from(buffer)
@@ -216,10 +207,7 @@ def check_trailer(buffer: Message, header: ReplyHeader) -> None:
 
 
 def seal_of(ref: SlotRef) -> Seal:
-    """How the OK answer with this payload begins and ends; to be worked out while it is waited for.
-
-    An answer that has both is one that `refusal_in` has nothing against, found by two comparisons.
-    """
+    """How the OK answer with this payload begins and ends: `refusal_in` has nothing against one that has both."""
     checksum, generation, nbytes = ref.checksum, ref.generation, ref.nbytes
     flags, end = 0 if checksum is None else frames.FLAG_CHECKSUM, HEADER_BYTES + ((nbytes + 7) & ~7)
     header = pack_header(generation, nbytes, checksum or 0, ref.ring_id, ref.slot, flags, ref.fingerprint)
@@ -227,13 +215,9 @@ def seal_of(ref: SlotRef) -> Seal:
 
 
 def refusal_in(ref: SlotRef, message: Message) -> errors.TransportError | None:
-    """Why `message` is not sealed as the payload it should bring.
+    """The error of a server that refuses the payload; None where it is there, and only its checksum was not promised.
 
-    Returns:
-        The error of a server that refuses it; None where it is that payload and only its checksum was not promised.
-
-    Raises:
-        ProtocolError: another name, another length, a missing trailer, or not our protocol.
+    A ProtocolError: another name, another length, a missing trailer, or not our protocol.
     """
     header = decode_header(message)
     if header.status is not _OK:

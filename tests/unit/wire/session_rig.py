@@ -8,7 +8,8 @@ from tests.support.numbered_session import Fetch, NumberedSession
 from tests.support.payloads import answer_with, ref_to
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.wire.actions import Action, Asked, Attempt, Reply, Serve
+from ucxx_transport.wire.actions import Action, Attempt, Reply, Serve
+from ucxx_transport.wire.client_side import Asked
 from ucxx_transport.wire.codec import check_trailer, decode_frame, decode_header, encode_reply, error_text
 from ucxx_transport.wire.frames import (
     FRAME_BYTES,

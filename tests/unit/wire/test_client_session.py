@@ -12,7 +12,8 @@ from ucxx_transport.errors import (
     BusyError,
     StaleSlotError,
 )
-from ucxx_transport.wire.actions import Asked, Attempt, Serve
+from ucxx_transport.wire.actions import Attempt, Serve
+from ucxx_transport.wire.client_side import Asked
 from ucxx_transport.wire.codec import decode_frame, encode_error
 from ucxx_transport.wire.frames import (
     MAX_CHANNEL,

@@ -8,8 +8,7 @@ from types import FrameType
 
 from tests.unit.wire.session_rig import Pair, payload, ref
 from ucxx_transport.wire import codec
-from ucxx_transport.wire.actions import Asked
-from ucxx_transport.wire.client_side import Attempt
+from ucxx_transport.wire.client_side import Asked, Attempt
 from ucxx_transport.wire.frames import FRAME_BYTES
 
 WIRE = codec.__file__.rpartition("/")[0]
