@@ -31,9 +31,10 @@ from ucxx_transport.errors import (
     StoreResetError,
     StoreUnavailableError,
 )
+from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.participant import MembershipEndedError, Participant, change_view
 from ucxx_transport.groups.state import RankContext, Retrying, SharedState
-from ucxx_transport.groups.view import GroupSnapshot, GroupView, MemberRecord, RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 
 RANKS = 4
 TTL_S = 6.0

@@ -1,6 +1,6 @@
-"""Decisions of a group, over values and `now`: which ranks are taken, admitted, activated or dropped.
+"""A group's keys at one moment, and what follows from them: which ranks are taken, admitted, activated or dropped.
 
-Every live member takes them alone, from what it sees; the first view that is written by compare-and-swap wins, and the
+Every live member decides alone, from what it sees; the first view that is written by compare-and-swap wins, and the
 others read it. So no coordinator is needed.
 
 A rank that has published its record is admitted (JOINING) at a new epoch. It becomes ACTIVE at a later one, when every
@@ -11,12 +11,22 @@ once. A dropped incarnation's seat stays, GONE, so that it is not admitted again
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Final
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
-from ucxx_transport.groups.view import TRANSITIONS, GroupView, MemberRecord, RankEvent, RankState, Seat
-
-Members = Mapping[int, MemberRecord]
+from ucxx_transport.errors import ProtocolError
+from ucxx_transport.groups.view import (
+    NO_VIEW,
+    TRANSITIONS,
+    GroupView,
+    MemberRecord,
+    RankEvent,
+    RankState,
+    Seat,
+    parse_policy_version,
+)
+from ucxx_transport.membership.entries import Entry, Event, Snapshot, policy_key, rank_of, view_key
 
 AckWaits = Mapping[tuple[int, int], float]
 """Joiners whose acknowledgements are waited for: rank and epoch → when this member first saw that."""
@@ -34,89 +44,122 @@ def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: floa
     return first is None or holder.incarnation != first.incarnation or waited_s >= holder.ttl_s + MARGIN_S
 
 
-def next_epoch(view: GroupView, members: Members) -> int:
-    """Larger than the view's, and than any that a live member has applied: those of a store that was wiped too."""
-    return max([view.epoch, *(record.epoch for record in members.values())]) + 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSnapshot:
+    """A group's keys at one revision of the store.
 
-
-def next_view(view: GroupView, members: Members, *, overdue: Collection[int] = ()) -> GroupView | None:
-    """The view that should follow, with the `overdue_ranks` dropped; None when the present one is right."""
-    epoch = next_epoch(view, members)
-    changed: dict[int, Seat] = {}
-    for seat in view.seats:
-        is_lost = not _is_present(seat, members)
-        if seat.state.is_seated and (is_lost or seat.rank in overdue):
-            changed[seat.rank] = seat.after(RankEvent.LOSE if is_lost else RankEvent.DROP, epoch=epoch)
-    for rank, record in members.items():
-        before = changed.get(rank) or view.seat_of(rank)
-        if before.incarnation != record.incarnation:
-            changed[rank] = before.after(RankEvent.ADMIT, epoch=epoch, incarnation=record.incarnation)
-    after = view.with_seats(changed, epoch=epoch)
-    for seat in after.seats:
-        if seat.state is RankState.JOINING and seat.awaited <= view.epoch and not _missing(seat, after, members):
-            changed[seat.rank] = seat.after(RankEvent.ACTIVATE, epoch=epoch)
-    is_behind = any(record.epoch > view.epoch for record in members.values())
-    return view.with_seats(changed, epoch=epoch) if changed or is_behind else None
-
-
-def _is_present(seat: Seat, members: Members) -> bool:
-    """Whether the seat's life of the rank is a live member."""
-    return seat.rank in members and members[seat.rank].incarnation == seat.incarnation
-
-
-def _missing(joiner: Seat, view: GroupView, members: Members) -> tuple[int, ...]:
-    """The ranks whose acknowledgement keeps a joiner from being active."""
-    return tuple(
-        seat.rank
-        for seat in view.seats
-        if (seat.state is RankState.ACTIVE or seat.rank == joiner.rank)
-        and _is_present(seat, members)
-        and members[seat.rank].epoch < joiner.awaited
-    )
-
-
-def awaited_ranks(view: GroupView, members: Members, rank: int) -> tuple[int, ...]:
-    """The ranks that a joining one still waits for: those that must acknowledge it, or those that could admit it."""
-    seat = view.seat_of(rank)
-    if not _is_present(seat, members):
-        return tuple(other for other in sorted(members) if other != rank)
-    return _missing(seat, view, members)
-
-
-def view_after(
-    view: GroupView, members: Members, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None
-) -> GroupView | None:
-    """The view after RECALL, DEACTIVATE or LEAVE of this life of the ranks or (None) any; None: no change."""
-    epoch = next_epoch(view, members)
-    changed = {
-        seat.rank: seat.after(event, epoch=epoch)
-        for seat in view.seats
-        if seat.rank in ranks
-        and (seat.state, event) in TRANSITIONS
-        and (incarnation is None or seat.incarnation == incarnation)
-    }
-    return view.with_seats(changed, epoch=epoch) if changed else None
-
-
-def ack_waits(view: GroupView, known: AckWaits, now: float) -> AckWaits:
-    """The waits of a view: those that are known go on, new ones begin now."""
-    keys = [(seat.rank, seat.awaited) for seat in view.seats if seat.state is RankState.JOINING]
-    return {key: known.get(key, now) for key in keys}  # a later incarnation's epoch is larger
-
-
-def overdue_ranks(
-    view: GroupView, members: Members, waits: AckWaits, *, now: float, ack_timeout_s: float
-) -> frozenset[int]:
-    """The ranks that have kept a joiner waiting for too long, the joiner itself among them if it has."""
-    late = [rank for (rank, _), since in waits.items() if now - since >= ack_timeout_s]
-    return frozenset(missing for rank in late for missing in _missing(view.seat_of(rank), view, members))
-
-
-def turn_of(view: GroupView, members: Members, rank: int) -> int:
-    """How many live members should have written the next view before `rank` does: 0 for one of them.
-
-    Those in the group come first, by rank; so a joiner leaves the group's view to the group, if there is one.
+    The view is `NO_VIEW` where there is none, or none that can be read; a member's key exists while its lease lives.
+    `problems` says why the values of some keys were not understood: those are as if they were not there.
     """
-    in_group = [other for other in view.ranks if other in members]
-    order = [*in_group, *(other for other in sorted(members) if other not in in_group)]
-    return order.index(rank) if rank in order else len(order)
+
+    group: str
+    revision: int = 0
+    view: GroupView = NO_VIEW
+    view_revision: int = 0
+    members: Mapping[int, MemberRecord] = field(default_factory=dict)
+    policy_version: int | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, group: str, snapshot: Snapshot) -> GroupSnapshot:
+        """From the store's snapshot of the group's prefix."""
+        return cls(group=group).after(snapshot.revision, snapshot.entries)
+
+    def after(self, revision: int, changes: Iterable[Entry]) -> GroupSnapshot:
+        """The snapshot after these changes of its keys, which are all up to that revision."""
+        values: dict[str, Any] = {"revision": revision}
+        members, problems = dict(self.members), dict(self.problems)
+        for entry in changes:
+            key, is_there = entry.key, not (isinstance(entry, Event) and entry.kind == "delete")
+            problems.pop(key, None)
+            try:
+                if key == view_key(self.group):
+                    values |= {"view": NO_VIEW, "view_revision": entry.revision if is_there else 0}
+                    values["view"] = GroupView.from_bytes(entry.value) if is_there else NO_VIEW
+                elif key == policy_key(self.group):
+                    values["policy_version"] = None
+                    values["policy_version"] = parse_policy_version(entry.value) if is_there else None
+                elif (rank := rank_of(key, self.group)) is not None:
+                    members.pop(rank, None)
+                    if is_there:
+                        members[rank] = MemberRecord.from_bytes(entry.value, rank=rank, revision=entry.revision)
+            except ProtocolError as error:
+                problems[key] = str(error)
+        return replace(self, members=members, problems=problems, **values)
+
+    @property
+    def next_epoch(self) -> int:
+        """Larger than the view's, and than any that a live member has applied: those of a store that was wiped too."""
+        return max([self.view.epoch, *(record.epoch for record in self.members.values())]) + 1
+
+    def next_view(self, overdue: Collection[int] = ()) -> GroupView | None:
+        """The view that should follow, with the `overdue_ranks` dropped; None when the present one is right."""
+        view, epoch = self.view, self.next_epoch
+        changed: dict[int, Seat] = {}
+        for seat in view.seats:
+            is_lost = not self._has(seat)
+            if seat.state.is_seated and (is_lost or seat.rank in overdue):
+                changed[seat.rank] = seat.after(RankEvent.LOSE if is_lost else RankEvent.DROP, epoch=epoch)
+        for rank, record in self.members.items():
+            before = changed.get(rank) or view.seat_of(rank)
+            if before.incarnation != record.incarnation:
+                changed[rank] = before.after(RankEvent.ADMIT, epoch=epoch, incarnation=record.incarnation)
+        after = view.with_seats(changed, epoch=epoch)
+        for seat in after.seats:
+            if seat.state is RankState.JOINING and seat.awaited <= view.epoch and not self._missing(seat, after):
+                changed[seat.rank] = seat.after(RankEvent.ACTIVATE, epoch=epoch)
+        return view.with_seats(changed, epoch=epoch) if changed or epoch > view.epoch + 1 else None
+
+    def view_after(
+        self, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None
+    ) -> GroupView | None:
+        """The view after RECALL, DEACTIVATE or LEAVE of this life of the ranks or (None) any; None: no change."""
+        epoch = self.next_epoch
+        changed = {
+            seat.rank: seat.after(event, epoch=epoch)
+            for seat in self.view.seats
+            if seat.rank in ranks
+            and (seat.state, event) in TRANSITIONS
+            and (incarnation is None or seat.incarnation == incarnation)
+        }
+        return self.view.with_seats(changed, epoch=epoch) if changed else None
+
+    def awaited_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks that a joining one still waits for: those to acknowledge it, or those that could admit it."""
+        seat = self.view.seat_of(rank)
+        if not self._has(seat):
+            return tuple(other for other in sorted(self.members) if other != rank)
+        return self._missing(seat, self.view)
+
+    def ack_waits(self, known: AckWaits, now: float) -> AckWaits:
+        """The waits of the view: those that are known go on, new ones begin now."""
+        keys = [(seat.rank, seat.awaited) for seat in self.view.seats if seat.state is RankState.JOINING]
+        return {key: known.get(key, now) for key in keys}  # a later incarnation's epoch is larger
+
+    def overdue_ranks(self, waits: AckWaits, *, now: float, ack_timeout_s: float) -> frozenset[int]:
+        """The ranks that have kept a joiner waiting for too long, the joiner itself among them if it has."""
+        late = [self.view.seat_of(rank) for (rank, _), since in waits.items() if now - since >= ack_timeout_s]
+        return frozenset(missing for joiner in late for missing in self._missing(joiner, self.view))
+
+    def turn_of(self, rank: int) -> int:
+        """How many live members should have written the next view before `rank` does: 0 for one of them.
+
+        Those in the group come first, by rank; so a joiner leaves the group's view to the group, if there is one.
+        """
+        in_group = [other for other in self.view.ranks if other in self.members]
+        order = [*in_group, *(other for other in sorted(self.members) if other not in in_group)]
+        return order.index(rank) if rank in order else len(order)
+
+    def _has(self, seat: Seat) -> bool:
+        """Whether the seat's life of the rank is a live member."""
+        return seat.rank in self.members and self.members[seat.rank].incarnation == seat.incarnation
+
+    def _missing(self, joiner: Seat, view: GroupView) -> tuple[int, ...]:
+        """The ranks of that view whose acknowledgement keeps a joiner from being active."""
+        return tuple(
+            seat.rank
+            for seat in view.seats
+            if (seat.state is RankState.ACTIVE or seat.rank == joiner.rank)
+            and self._has(seat)
+            and self.members[seat.rank].epoch < joiner.awaited
+        )

@@ -14,7 +14,6 @@ from typing import Final, Self
 
 from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_count, checked_seconds
-from ucxx_transport.groups.decisions import awaited_ranks
 from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
@@ -320,7 +319,7 @@ class RankGroup(OfOneProcess):
 
         def waiting_for(now: GroupState) -> str | tuple[int, ...]:
             seen = now.snapshot
-            return awaited_ranks(seen.view, seen.members, self.rank) if seen.revision else "store"
+            return seen.awaited_ranks(self.rank) if seen.revision else "store"
 
         try:
             participant.acquire(retrying)

@@ -5,7 +5,7 @@ Once `Participant.acquire` has published the rank's record, each `Participant.st
 1. is this rank still a member? Its key must be there, and its seat not GONE; else its membership is over;
 2. a newer view is applied: callbacks first, then waiting calls return;
 3. it is acknowledged, in the rank's own key;
-4. if another view should follow (`decisions.next_view`), and it is this rank's turn, that is written, expecting the
+4. if another view should follow (`GroupSnapshot.next_view`), and it is this rank's turn, that is written, expecting the
    revision of the present one.
 
 | thread       | does                                                                                                |
@@ -27,9 +27,9 @@ from itertools import count
 from typing import Final
 
 from ucxx_transport import errors
-from ucxx_transport.groups.decisions import AckWaits, ack_waits, is_alive, next_view, overdue_ranks, turn_of, view_after
+from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, is_alive
 from ucxx_transport.groups.state import CALL_S, PAUSE_S, RankContext, Retrying, SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, MemberRecord, RankEvent, parse_policy_version
+from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, parse_policy_version
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import group_prefix, member_key, policy_key, view_key
@@ -199,7 +199,7 @@ class Participant:
             return TICK_S if self._waits else None
         if self._due is None or self._due[0] != snapshot.view_revision:
             self._due = (snapshot.view_revision, now)
-        if now - self._due[1] >= TURN_S * min(turn_of(snapshot.view, snapshot.members, self._rank), LAST_TURN):
+        if now - self._due[1] >= TURN_S * min(snapshot.turn_of(self._rank), LAST_TURN):
             found = self._context.store.snapshot(group_prefix(self._group), timeout_s=CALL_S)
             latest = GroupSnapshot.of(self._group, found)
             if (wanted := self._next(latest, now)) is not None:
@@ -213,10 +213,9 @@ class Participant:
         """The view that should follow, without those that have kept joiners waiting for too long; None: as it is."""
         if view_key(self._group) in snapshot.problems:
             return None
-        view, members, timeout_s = snapshot.view, snapshot.members, self._context.ack_timeout_s
-        self._waits = ack_waits(view, self._waits, now)
-        overdue = overdue_ranks(view, members, self._waits, now=now, ack_timeout_s=timeout_s)
-        return next_view(view, members, overdue=overdue)
+        self._waits = snapshot.ack_waits(self._waits, now)
+        overdue = snapshot.overdue_ranks(self._waits, now=now, ack_timeout_s=self._context.ack_timeout_s)
+        return snapshot.next_view(overdue)
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
         store = self._context.store
@@ -304,14 +303,13 @@ def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *,
     store, group = retrying.context.store, retrying.context.group
     while True:
         snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, group_prefix(group)))
-        view = snapshot.view
-        absent = [rank for rank in ranks if not view.state_of(rank).is_seated]
+        absent = [rank for rank in ranks if not snapshot.view.state_of(rank).is_seated]
         if absent and event is RankEvent.RECALL:
             text = f"ranks {absent} are not in {group!r}: they can be active when they have joined"
-            raise errors.NotReadyError(text, group=group, ranks=absent, epoch=view.epoch)
-        wanted = view_after(view, snapshot.members, event, ranks, incarnation=incarnation)
+            raise errors.NotReadyError(text, group=group, ranks=absent, epoch=snapshot.view.epoch)
+        wanted = snapshot.view_after(event, ranks, incarnation=incarnation)
         if wanted is None:
-            return view.epoch
+            return snapshot.view.epoch
         if retrying.swap(view_key(group), wanted.to_bytes(), snapshot.view_revision) is not None:
             return wanted.epoch
 

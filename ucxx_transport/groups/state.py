@@ -17,7 +17,8 @@ from typing import Final, TypeVar
 from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, GroupView, RankEvent, RankState, Seat, advance
+from ucxx_transport.groups.decisions import GroupSnapshot
+from ucxx_transport.groups.view import NO_VIEW, GroupView, RankEvent, RankState, Seat, advance
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners
 from ucxx_transport.membership.store import Store
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 ViewCallback = Callable[[GroupView], object]
 
-NOT_SEEN: Final = GroupSnapshot(group="", revision=0)
+NOT_SEEN: Final = GroupSnapshot(group="")
 
 _REASONS: Final[Mapping[RankEvent | None, str]] = {RankEvent.LEAVE: "left", RankEvent.DROP: "dropped"}
 

@@ -1,4 +1,4 @@
-"""The states of a rank, and the values of a group in its store: the view, the records of its members, a snapshot.
+"""The states of a rank, and the values of a group in its store: the view, the records of its members.
 
 | from     | event        | to       | meaning                                                                       |
 |----------|--------------|----------|-------------------------------------------------------------------------------|
@@ -30,14 +30,14 @@ to be hostile, but not to be of this version: keys and types are checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
-from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Entry, Event, Snapshot, policy_key, rank_of, view_key
+from ucxx_transport.membership.entries import MAX_VALUE_BYTES
 from ucxx_transport.schema.wire_form import (
     NO_META,
     WIRE_VERSION,
@@ -294,58 +294,6 @@ def parse_policy_version(value: bytes) -> int:
     if not value.isdigit() or len(value) > MAX_POLICY_DIGITS:
         raise ProtocolError(f"a policy version that is no number: {describe(value)}", field="policy")
     return int(value)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSnapshot:
-    """A group's keys at one revision of the store.
-
-    The view is `NO_VIEW` where there is none, or none that can be read; a member's key exists while its lease lives.
-    `problems` says why the values of some keys were not understood: those are as if they were not there.
-    """
-
-    group: str
-    revision: int
-    view: GroupView = NO_VIEW
-    view_revision: int = 0
-    members: Mapping[int, MemberRecord] = field(default_factory=dict)
-    policy_version: int | None = None
-    problems: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, group: str, snapshot: Snapshot) -> GroupSnapshot:
-        """From the store's snapshot of the group's prefix."""
-        return cls(group=group, revision=0).after(snapshot.revision, snapshot.entries)
-
-    def after(self, revision: int, changes: Iterable[Entry]) -> GroupSnapshot:
-        """The snapshot after these changes of its keys, which are all up to that revision."""
-        view, view_revision, policy_version = self.view, self.view_revision, self.policy_version
-        members, problems = dict(self.members), dict(self.problems)
-        for entry in changes:
-            key, is_there = entry.key, not (isinstance(entry, Event) and entry.kind == "delete")
-            problems.pop(key, None)
-            try:
-                if key == view_key(self.group):
-                    view, view_revision = NO_VIEW, entry.revision if is_there else 0
-                    view = GroupView.from_bytes(entry.value) if is_there else NO_VIEW
-                elif key == policy_key(self.group):
-                    policy_version = None
-                    policy_version = parse_policy_version(entry.value) if is_there else None
-                elif (rank := rank_of(key, self.group)) is not None:
-                    members.pop(rank, None)
-                    if is_there:
-                        members[rank] = MemberRecord.from_bytes(entry.value, rank=rank, revision=entry.revision)
-            except ProtocolError as error:
-                problems[key] = str(error)
-        return GroupSnapshot(
-            group=self.group,
-            revision=revision,
-            view=view,
-            view_revision=view_revision,
-            members=members,
-            policy_version=policy_version,
-            problems=problems,
-        )
 
 
 def _form(raw: bytes, what: str, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -2,16 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ucxx_transport.groups.decisions import (
-    ack_waits,
-    awaited_ranks,
-    is_alive,
-    next_epoch,
-    next_view,
-    overdue_ranks,
-    turn_of,
-    view_after,
-)
+from ucxx_transport.groups.decisions import GroupSnapshot, is_alive
 from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, RankState
 
 
@@ -23,8 +14,12 @@ def members(*records: MemberRecord) -> dict[int, MemberRecord]:
     return {one.rank: one for one in records}
 
 
+def seen(view: GroupView, alive: dict[int, MemberRecord]) -> GroupSnapshot:
+    return GroupSnapshot(group="g", view=view, members=alive)
+
+
 def follow(view: GroupView, alive: dict[int, MemberRecord]) -> GroupView:
-    after = next_view(view, alive)
+    after = seen(view, alive).next_view()
     assert after is not None
     return after
 
@@ -45,14 +40,14 @@ def test_a_group_of_one_is_admitted_and_then_active() -> None:
     alive = members(record(3))
     first = follow(NO_VIEW, alive)
     assert (first.epoch, states(first)) == (1, {3: "JOINING"})
-    assert next_view(first, alive) is None, "it has not applied its own admission yet"
+    assert seen(first, alive).next_view() is None, "it has not applied its own admission yet"
     second = follow(first, members(record(3, epoch=1)))
     assert (second.epoch, states(second)) == (2, {3: "ACTIVE"})
-    assert next_view(second, members(record(3, epoch=2))) is None
+    assert seen(second, members(record(3, epoch=2))).next_view() is None
 
 
 def test_without_members_there_is_no_group() -> None:
-    assert next_view(NO_VIEW, {}) is None
+    assert seen(NO_VIEW, {}).next_view() is None
 
 
 def test_a_joiner_is_active_only_when_every_active_member_and_itself_have_acknowledged_it() -> None:
@@ -61,11 +56,11 @@ def test_a_joiner_is_active_only_when_every_active_member_and_itself_have_acknow
     admitted = follow(view, alive)
     assert states(admitted) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
     for rank in (0, 2):
-        assert next_view(admitted, alive) is None
-        assert rank in awaited_ranks(admitted, alive, 2)
+        assert seen(admitted, alive).next_view() is None
+        assert rank in seen(admitted, alive).awaited_ranks(2)
         alive[rank] = alive[rank].having_applied(admitted.epoch)
-    assert awaited_ranks(admitted, alive, 2) == (1,)
-    assert next_view(admitted, alive) is None
+    assert seen(admitted, alive).awaited_ranks(2) == (1,)
+    assert seen(admitted, alive).next_view() is None
     alive[1] = alive[1].having_applied(admitted.epoch)
     active = follow(admitted, alive)
     assert (active.epoch, active.active_ranks) == (admitted.epoch + 1, (0, 1, 2))
@@ -89,7 +84,7 @@ def test_who_joins_behind_another_joiner_waits_for_it_once_it_is_active() -> Non
     second = follow(first, alive)
     assert states(second) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
     alive[0], alive[2] = alive[0].having_applied(second.epoch), alive[2].having_applied(second.epoch)
-    assert awaited_ranks(second, alive, 2) == (1,)
+    assert seen(second, alive).awaited_ranks(2) == (1,)
 
 
 def test_who_has_no_lease_any_more_is_gone_and_is_not_awaited_ranks() -> None:
@@ -108,7 +103,7 @@ def test_a_joiner_that_dies_while_it_waits_is_gone() -> None:
     admitted = follow(view, alive | members(record(1)))
     after = follow(admitted, {0: alive[0]})
     assert states(after) == {0: "ACTIVE", 1: "GONE"}
-    assert next_view(after, {0: alive[0].having_applied(after.epoch)}) is None
+    assert seen(after, {0: alive[0].having_applied(after.epoch)}).next_view() is None
 
 
 def test_a_dead_rank_s_new_life_takes_its_place_with_a_larger_epoch() -> None:
@@ -123,15 +118,15 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_t
     alive[2] = record(2)
     admitted = follow(view, alive)
     alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
-    waits = ack_waits(admitted, {}, 100.0)
-    assert overdue_ranks(admitted, alive, waits, now=109.9, ack_timeout_s=10) == frozenset()
-    late = overdue_ranks(admitted, alive, waits, now=110.0, ack_timeout_s=10)
+    waits = seen(admitted, {}).ack_waits({}, 100.0)
+    assert seen(admitted, alive).overdue_ranks(waits, now=109.9, ack_timeout_s=10) == frozenset()
+    late = seen(admitted, alive).overdue_ranks(waits, now=110.0, ack_timeout_s=10)
     assert late == {1}
-    after = next_view(admitted, alive, overdue=late)
+    after = seen(admitted, alive).next_view(overdue=late)
     assert after is not None
     assert states(after) == {0: "ACTIVE", 1: "GONE", 2: "ACTIVE"}
     alive = {rank: one.having_applied(after.epoch) for rank, one in alive.items()}
-    assert next_view(after, alive) is None, "its lease lives, and its seat stays gone"
+    assert seen(after, alive).next_view() is None, "its lease lives, and its seat stays gone"
     back = follow(after, alive | members(record(1, life=1, epoch=after.epoch)))
     assert states(back) == {0: "ACTIVE", 1: "JOINING", 2: "ACTIVE"}
 
@@ -140,62 +135,65 @@ def test_a_joiner_that_does_not_apply_its_own_admission_is_dropped_itself() -> N
     view, alive = all_active(0)
     admitted = follow(view, alive | members(record(1)))
     alive = {0: alive[0].having_applied(admitted.epoch), 1: record(1)}
-    waits = ack_waits(admitted, {}, 0.0)
-    assert overdue_ranks(admitted, alive, waits, now=10.0, ack_timeout_s=10) == {1}
+    waits = seen(admitted, {}).ack_waits({}, 0.0)
+    assert seen(admitted, alive).overdue_ranks(waits, now=10.0, ack_timeout_s=10) == {1}
 
 
 def test_an_inactive_member_is_neither_waited_for_nor_dropped() -> None:
     view, alive = all_active(0, 1)
-    set_aside = view_after(view, alive, RankEvent.DEACTIVATE, [1])
+    set_aside = seen(view, alive).view_after(RankEvent.DEACTIVATE, [1])
     assert set_aside is not None
     alive |= {0: alive[0].having_applied(set_aside.epoch), 2: record(2)}
     admitted = follow(set_aside, alive)
     alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
-    assert awaited_ranks(admitted, alive, 2) == ()
-    assert overdue_ranks(admitted, alive, ack_waits(admitted, {}, 0.0), now=99.0, ack_timeout_s=10) == frozenset()
+    assert seen(admitted, alive).awaited_ranks(2) == ()
+    assert (
+        seen(admitted, alive).overdue_ranks(seen(admitted, {}).ack_waits({}, 0.0), now=99.0, ack_timeout_s=10)
+        == frozenset()
+    )
     assert states(follow(admitted, alive)) == {0: "ACTIVE", 1: "INACTIVE", 2: "ACTIVE"}
 
 
 def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_recall() -> None:
     view, alive = all_active(0)
     admitted = follow(view, alive | members(record(1)))
-    waits = ack_waits(admitted, {}, 5.0)
+    waits = seen(admitted, {}).ack_waits({}, 5.0)
     assert waits == {(1, admitted.epoch): 5.0}
-    assert ack_waits(admitted, waits, 8.0) == waits
+    assert seen(admitted, {}).ack_waits(waits, 8.0) == waits
     again = admitted.with_seats({1: replace(admitted.seats[1], awaited=9)}, epoch=9)
-    assert ack_waits(again, waits, 8.0) == {(1, 9): 8.0}
-    assert ack_waits(NO_VIEW, waits, 8.0) == {}
-    assert overdue_ranks(NO_VIEW, alive, waits, now=99.0, ack_timeout_s=1) == frozenset()
+    assert seen(again, {}).ack_waits(waits, 8.0) == {(1, 9): 8.0}
+    assert seen(NO_VIEW, {}).ack_waits(waits, 8.0) == {}
+    assert seen(NO_VIEW, alive).overdue_ranks(waits, now=99.0, ack_timeout_s=1) == frozenset()
 
 
 def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_itself() -> None:
     view, alive = all_active(0, 1)
-    aside = view_after(view, alive, RankEvent.DEACTIVATE, [1])
+    aside = seen(view, alive).view_after(RankEvent.DEACTIVATE, [1])
     assert aside is not None
     assert states(aside) == {0: "ACTIVE", 1: "INACTIVE"}
     alive = {rank: one.having_applied(aside.epoch) for rank, one in alive.items()}
-    assert next_view(aside, alive) is None
-    recalled = view_after(aside, alive, RankEvent.RECALL, [1])
+    assert seen(aside, alive).next_view() is None
+    recalled = seen(aside, alive).view_after(RankEvent.RECALL, [1])
     assert recalled is not None
-    assert next_view(recalled, alive) is None
+    assert seen(recalled, alive).next_view() is None
     alive = {rank: one.having_applied(recalled.epoch) for rank, one in alive.items()}
     assert follow(recalled, alive).active_ranks == (0, 1)
 
 
 def test_a_request_changes_only_the_ranks_and_lives_that_it_concerns() -> None:
     view, alive = all_active(0)
-    assert view_after(view, alive, RankEvent.RECALL, [0]) is None, "it is active already"
-    assert view_after(view, alive, RankEvent.DEACTIVATE, [7]) is None, "it is not there"
-    assert view_after(view, alive, RankEvent.LEAVE, []) is None
-    assert view_after(view, alive, RankEvent.LEAVE, [0], incarnation="another") is None
-    left = view_after(view, alive, RankEvent.LEAVE, [0], incarnation="0.0")
+    assert seen(view, alive).view_after(RankEvent.RECALL, [0]) is None, "it is active already"
+    assert seen(view, alive).view_after(RankEvent.DEACTIVATE, [7]) is None, "it is not there"
+    assert seen(view, alive).view_after(RankEvent.LEAVE, []) is None
+    assert seen(view, alive).view_after(RankEvent.LEAVE, [0], incarnation="another") is None
+    left = seen(view, alive).view_after(RankEvent.LEAVE, [0], incarnation="0.0")
     assert left is not None
     assert states(left) == {0: "GONE"}
-    assert view_after(left, alive, RankEvent.LEAVE, [0]) is None
+    assert seen(left, alive).view_after(RankEvent.LEAVE, [0]) is None
 
 
 def test_an_epoch_is_larger_than_any_that_was_known_also_across_a_wiped_store() -> None:
-    assert next_epoch(NO_VIEW, members(record(0, epoch=9), record(1, epoch=4))) == 10
+    assert seen(NO_VIEW, members(record(0, epoch=9), record(1, epoch=4))).next_epoch == 10
     first = follow(NO_VIEW, members(record(0, epoch=9)))
     assert first.epoch == 10
     view, _ = all_active(0)
@@ -206,11 +204,11 @@ def test_an_epoch_is_larger_than_any_that_was_known_also_across_a_wiped_store() 
 def test_the_group_writes_its_view_before_those_who_join() -> None:
     view, alive = all_active(1, 3)
     alive |= members(record(0), record(2))
-    assert [turn_of(view, alive, rank) for rank in range(4)] == [2, 0, 3, 1]
+    assert [seen(view, alive).turn_of(rank) for rank in range(4)] == [2, 0, 3, 1]
     del alive[1]
-    assert turn_of(view, alive, 3) == 0
-    assert turn_of(NO_VIEW, members(record(4), record(7)), 7) == 1
-    assert turn_of(NO_VIEW, {}, 7) == 0
+    assert seen(view, alive).turn_of(3) == 0
+    assert seen(NO_VIEW, members(record(4), record(7))).turn_of(7) == 1
+    assert seen(NO_VIEW, {}).turn_of(7) == 0
 
 
 def test_a_holder_is_alive_once_it_came_after_the_first_read_or_outlived_its_lease() -> None:

@@ -8,10 +8,10 @@ import pytest
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore
 from tests.support.rank_contexts import rank_context
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
-from ucxx_transport.groups.decisions import next_view, view_after
+from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GroupStatistics, Retrying, SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupSnapshot, MemberRecord, RankEvent, RankState
+from ucxx_transport.groups.view import MemberRecord, RankEvent, RankState
 
 KEY = "groups/g/members/1"
 
@@ -175,7 +175,7 @@ def test_a_written_view_is_counted_when_it_is_applied() -> None:
 def test_the_same_view_written_by_another_rank_first_is_a_conflict() -> None:
     member = Member()
     rival = member.store.beside()
-    wanted = next_view(NO_VIEW, {1: MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)})
+    wanted = member.seen().next_view()
     assert wanted is not None
 
     def another_first(key: str) -> None:
@@ -236,7 +236,7 @@ def test_a_member_is_not_dropped_for_a_joiner_that_the_group_has_no_longer() -> 
     before = step_until(lambda seen: seen.members[1].epoch == seen.view.epoch)
     member.step(before)  # the joiner is waited for from now on
     # Where the watch is behind, the joiner has left, and another rank is to be admitted.
-    left = view_after(before.view, before.members, RankEvent.LEAVE, [3])
+    left = before.view_after(RankEvent.LEAVE, [3])
     assert left is not None
     member.store.put("groups/g/view", left.to_bytes(), expected=before.view_revision)
     publish(MemberRecord(rank=4, incarnation="next", epoch=0, ttl_s=600.0))

@@ -8,9 +8,9 @@ import pytest
 
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
+from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.view import (
     NO_VIEW,
-    GroupSnapshot,
     GroupView,
     MemberRecord,
     RankEvent,
