@@ -6,17 +6,17 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final, Self
 
 from ucxx_transport import errors
-from ucxx_transport.config import PublisherConfig, StoreConfig, checked_count, checked_seconds
-from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
+from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
+from ucxx_transport.groups.participant import Participant, leave_view, put_policy_version
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
-from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
+from ucxx_transport.groups.view import GroupView, MemberRecord, RankState
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
@@ -41,7 +41,6 @@ class RankGroup(OfOneProcess):
         store: `open_store(url)`; it stays the caller's to close, after `leave`.
         group: its name.
         rank: this process's place in it, from 0.
-        world_size: how many places there are; None: no limit.
         address: where this rank can be reached, for the others.
         meta: plain JSON values of this rank, for the others.
         config: what renews the lease and how often (it lives three times that), pauses between tries, the bound on
@@ -62,7 +61,6 @@ class RankGroup(OfOneProcess):
         group: str,
         rank: int,
         *,
-        world_size: int | None = None,
         address: str = "",
         meta: Mapping[str, object] | None = None,
         config: PublisherConfig | Mapping[str, object] | None = None,
@@ -70,16 +68,13 @@ class RankGroup(OfOneProcess):
         store_config: StoreConfig | Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if world_size is not None:
-            checked_count(world_size, "world_size", at_least=1)
         if not group:
             raise errors.ConfigError("a group needs a name", field="group")
         check_can(store, "grant", "store", "a store, such as open_store(url)")
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
-        self._world_size = world_size
-        self._check_ranks([rank])
+        _check_rank(rank)
         self._context = RankContext(
             store=store,
             group=group,
@@ -127,7 +122,7 @@ class RankGroup(OfOneProcess):
             ConfigError: the group has no such place.
             NotReadyError: this rank has seen no view yet: `join_group()` first.
         """
-        self._check_ranks([rank])
+        _check_rank(rank)
         now = self.state
         if rank == self.rank:
             return now.state
@@ -147,7 +142,7 @@ class RankGroup(OfOneProcess):
                 seconds after its death.
 
         Returns:
-            The group's state at the epoch in which this rank became active (or INACTIVE, if it was deactivated).
+            The group's state at the epoch in which this rank became active.
 
         Raises:
             DuplicateSourceError: a live member has this rank.
@@ -205,37 +200,6 @@ class RankGroup(OfOneProcess):
 
     def __exit__(self, *error: object) -> None:
         self.leave()
-
-    def activate_ranks(self, ranks: Collection[int], timeout_s: float | str = CHANGE_TIMEOUT_S) -> GroupView:
-        """Wait until these ranks are ACTIVE, and let those join once more that were deactivated.
-
-        Ranks that are active already stay as they are; if all are, the epoch does not change. Called from a callback
-        it does not wait.
-
-        Returns:
-            The view in which they are.
-
-        Raises:
-            ConfigError: the group has no such place.
-            NotReadyError: this rank or one of those is not a member, or is one no longer.
-            DeadlineExceededError: the store did not answer, or `facts["waiting_for"]` are not active yet.
-        """
-        return self._change(RankEvent.RECALL, ranks, timeout_s)
-
-    def deactivate_ranks(self, ranks: Collection[int], timeout_s: float | str = CHANGE_TIMEOUT_S) -> GroupView:
-        """Take these ranks out of the active ones; they stay members, and are not waited for.
-
-        This rank may be among them. Ranks that are not active, or not even members, stay as they are.
-
-        Returns:
-            The view in which they are not active; the others have it as soon as they see it.
-
-        Raises:
-            ConfigError: the group has no such place.
-            NotReadyError: this rank is not a member.
-            DeadlineExceededError: the store did not answer.
-        """
-        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s)
 
     def set_policy_version(
         self, version: int, timeout_s: float | str = CHANGE_TIMEOUT_S, *, rewind: bool = False
@@ -315,7 +279,7 @@ class RankGroup(OfOneProcess):
         def joined(now: GroupState) -> GroupState | None:
             view = now.notified_view()
             is_in = view is not None and view.seats_incarnation(self.rank, record.incarnation)
-            return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
+            return now if is_in and now.state is RankState.ACTIVE else None
 
         def waiting_for(now: GroupState) -> str | tuple[int, ...]:
             seen = now.snapshot
@@ -337,8 +301,7 @@ class RankGroup(OfOneProcess):
         teardown = Teardown("rank", group=self._context.group, rank=self.rank)
         if self.state.state.is_seated:
             leaving = Retrying(self._context, timeout_s, "leaving")
-            change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=participant.incarnation)
-            teardown.step("view", change, until_s)
+            teardown.step("view", partial(leave_view, leaving, participant.incarnation), until_s)
         self._shared.end()
         participant.stop(teardown, until_s)
 
@@ -347,32 +310,7 @@ class RankGroup(OfOneProcess):
         if not self.state.state.is_seated or self._participant is None:
             raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
 
-    def _change(self, event: RankEvent, ranks: Collection[int], timeout_s: float | str) -> GroupView:
-        """Write a change, and wait for the view that has it; after a RECALL for one in which the ranks are ACTIVE."""
-        self._check_ranks(ranks)
-        self._member()
-        retrying = Retrying(self._context, timeout_s, event.name.lower())
-        epoch = change_view(retrying, event, ranks)
-        if self._shared.listeners.is_calling_back() and self.view is not None:
-            return self.view  # the next one may come by this very thread
 
-        if event is not RankEvent.RECALL:
-            return self._shared.wait(lambda now: now.notified_view(epoch), retrying, f"epoch {epoch}")
-
-        def recalled(now: GroupState) -> GroupView | None:
-            view = now.notified_view(epoch)
-            if view is not None and (gone := [rank for rank in ranks if not view.state_of(rank).is_seated]):
-                text = f"ranks {gone} have gone while they were waited for"
-                raise errors.NotReadyError(text, group=now.group, ranks=gone)
-            return view if view is not None and set(ranks) <= set(view.active_ranks) else None
-
-        def missing(now: GroupState) -> tuple[int, ...]:
-            return tuple(sorted({*ranks}.difference(now.active_ranks)))
-
-        return self._shared.wait(recalled, retrying, missing)
-
-    def _check_ranks(self, ranks: Collection[int]) -> None:
-        end = MAX_RANKS if self._world_size is None else self._world_size
-        for rank in ranks:
-            if type(rank) is not int or not 0 <= rank < end:
-                raise errors.ConfigError(f"rank must be from 0 to {end - 1}, not {rank!r}", field="rank", rank=rank)
+def _check_rank(rank: object) -> None:
+    if type(rank) is not int or not 0 <= rank < MAX_RANKS:
+        raise errors.ConfigError(f"rank must be from 0 to {MAX_RANKS - 1}, not {rank!r}", field="rank", rank=rank)

@@ -5,15 +5,9 @@
 | ISOLATED | `ADMIT`      | JOINING  | it has published itself, and the view has a seat for it                       |
 | GONE     | `ADMIT`      | JOINING  | a new incarnation of it has                                                   |
 | JOINING  | `ACTIVATE`   | ACTIVE   | all live active members, and the rank itself, have acknowledged that it joins |
-| JOINING  | `DEACTIVATE` | INACTIVE | `deactivate_ranks`, before it was active                                      |
-| ACTIVE   | `DEACTIVATE` | INACTIVE | `deactivate_ranks`                                                            |
-| INACTIVE | `RECALL`     | JOINING  | `activate_ranks`: it joins once more, and all acknowledge it                  |
 | a seated | `LEAVE`      | GONE     | it left, or gave up waiting                                                   |
 | a seated | `LOSE`       | GONE     | its lease ended: it died, or was cut off from the store for as long           |
-| JOINING  | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
-| ACTIVE   | `DROP`       | GONE     | the same                                                                      |
-
-JOINING awaits activation. An INACTIVE rank's acknowledgement is never waited for, so it is never dropped.
+| a seated | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
 
 | key              | value          | changed by                                                        |
 |------------------|----------------|-------------------------------------------------------------------|
@@ -63,12 +57,11 @@ class RankState(StrEnum):
     ISOLATED = "isolated"
     JOINING = "joining"
     ACTIVE = "active"
-    INACTIVE = "inactive"
     GONE = "gone"
 
     @property
     def is_seated(self) -> bool:
-        """Whether the rank is in the group, active or not."""
+        """Whether the rank is in the group: JOINING or ACTIVE."""
         return self in _SEATED
 
 
@@ -77,28 +70,20 @@ class RankEvent(StrEnum):
 
     ADMIT = "admit"
     ACTIVATE = "activate"
-    DEACTIVATE = "deactivate"
-    RECALL = "recall"
     LEAVE = "leave"
     LOSE = "lose"
     DROP = "drop"
 
 
 _ENDS: Final = (RankEvent.LEAVE, RankEvent.LOSE, RankEvent.DROP)
-_SEATED: Final = (RankState.JOINING, RankState.ACTIVE, RankState.INACTIVE)
+_SEATED: Final = (RankState.JOINING, RankState.ACTIVE)
 
 TRANSITIONS: Final[Mapping[tuple[RankState, RankEvent], RankState]] = MappingProxyType(
     {
         (RankState.ISOLATED, RankEvent.ADMIT): RankState.JOINING,
         (RankState.GONE, RankEvent.ADMIT): RankState.JOINING,
         (RankState.JOINING, RankEvent.ACTIVATE): RankState.ACTIVE,
-        (RankState.JOINING, RankEvent.DEACTIVATE): RankState.INACTIVE,
-        (RankState.ACTIVE, RankEvent.DEACTIVATE): RankState.INACTIVE,
-        (RankState.INACTIVE, RankEvent.RECALL): RankState.JOINING,
-        **{(state, RankEvent.LEAVE): RankState.GONE for state in _SEATED},
-        **{(state, RankEvent.LOSE): RankState.GONE for state in _SEATED},
-        (RankState.JOINING, RankEvent.DROP): RankState.GONE,
-        (RankState.ACTIVE, RankEvent.DROP): RankState.GONE,
+        **{(state, event): RankState.GONE for state in _SEATED for event in _ENDS},
     }
 )
 
@@ -146,10 +131,7 @@ class Seat:
             refuse("ended_by", str(self.ended_by), f"what ends a seat that is {self.state.value}")
 
     def after(self, event: RankEvent, *, epoch: int, incarnation: str | None = None) -> Seat:
-        """The seat after an event, in the view of `epoch`; an ADMIT names the new incarnation.
-
-        One that is admitted or RECALLed waits for its acknowledgement. Errors as `advance`.
-        """
+        """The seat after an event, in the view of `epoch`; an ADMIT names the new incarnation. Errors as `advance`."""
         state = advance(self.state, event)
         return replace(
             self,
@@ -198,7 +180,7 @@ class GroupView:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that are in the group, active or not, in order."""
+        """The ranks that are in the group, joining or active, in order."""
         return tuple(seat.rank for seat in self.seats if seat.state.is_seated)
 
     def seat_of(self, rank: int) -> Seat:
