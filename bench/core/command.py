@@ -20,7 +20,7 @@ from bench.core.host import host_facts
 from bench.core.rounds import Plan
 from bench.core.table import disturbance, question_table, verdict_table
 from bench.targets import TARGETS, judge
-from ucxx_transport.cli.output import AsJson, console, print_json
+from ucxx_transport.cli.program import AsJson, console, print_json
 from ucxx_transport.errors import ConfigError, TransportError
 
 __all__ = ["QUESTIONS", "bench", "chosen_questions"]

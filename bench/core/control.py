@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgpack
 
 from bench.core.cpu_time import process_tree, tree_cpu_s
-from ucxx_transport.cli.output import logs_to_stderr
+from ucxx_transport.cli.program import logs_to_stderr
 from ucxx_transport.errors import TransportError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import typer
 
 from cartpole.processes import StopSignals
 from ucxx_transport import ConfigError, open_store
-from ucxx_transport.cli.output import AsJson, console, print_error, print_json
+from ucxx_transport.cli.program import AsJson, console, print_error, print_json
 from ucxx_transport.units import parse_bytes
 
 if TYPE_CHECKING:

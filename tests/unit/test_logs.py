@@ -130,7 +130,7 @@ def test_no_formatter_shows_the_locals_of_a_logged_exception(handler: Handler) -
     "configured",
     [
         "from ucxx_transport.logs import log_to_stderr; log_to_stderr('ucxx server')",
-        "from ucxx_transport.cli.output import logs_to_stderr; logs_to_stderr()",
+        "from ucxx_transport.cli.program import logs_to_stderr; logs_to_stderr()",
     ],
     ids=["helper process", "command line"],
 )

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ucxx_transport import __version__
-from ucxx_transport.cli.output import AsJson, logs_to_stderr, say
-from ucxx_transport.cli.program import installed_version
+from ucxx_transport.cli.program import AsJson, installed_version, logs_to_stderr, say
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
@@ -34,7 +33,7 @@ _UNLIMITED: Final = "unlimited"
 _PAYLOAD_BYTES: Final = 1 << 20
 _READS: Final = 32
 _PROBE_LIMIT_S: Final = 30.0
-_PROBE: Final = "from ucxx_transport.cli import doctor, output; output.print_json(doctor.describe_ucx())"
+_PROBE: Final = "from ucxx_transport.cli import doctor, program; program.print_json(doctor.describe_ucx())"
 _RDMA: Final = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
 _SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30
 """Docker's default is 64 MiB; a ring of a few large episodes needs more."""

@@ -1,4 +1,6 @@
-"""The program: which verbs there are, how what goes wrong ends it; and the verbs `version` and `config`.
+"""The program: its verbs, how what goes wrong ends it, what verbs print; and the verbs `version` and `config`.
+
+A verb prints one JSON document a line for programs, or lines and tables for people; complaints go to stderr.
 
 | exit code | meaning                                                              |
 |-----------|----------------------------------------------------------------------|
@@ -15,6 +17,8 @@ its folder `_programs` in an installed wheel, which pyproject.toml fills.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
 import sys
@@ -22,23 +26,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, NoReturn
 
 import typer
 
 import ucxx_transport
-from ucxx_transport.cli.output import AsJson, console, print_error, print_json, say
 from ucxx_transport.errors import ConfigError, TransportError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 VERBS: Final[Mapping[str, str]] = {
     "demo": "cartpole.command:demo",
-    "serve": "ucxx_transport.cli.rings:serve",
+    "serve": "ucxx_transport.cli.verbs:serve",
     "doctor": "ucxx_transport.cli.doctor:doctor",
-    "inspect": "ucxx_transport.cli.rings:inspect",
-    "top": "ucxx_transport.cli.rings:top",
+    "inspect": "ucxx_transport.cli.verbs:inspect",
+    "top": "ucxx_transport.cli.verbs:top",
     "bench": "bench.core.command:bench",
-    "registry": "ucxx_transport.cli.registry:registry",
-    "clean": "ucxx_transport.cli.rings:clean",
+    "registry": "ucxx_transport.cli.verbs:registry",
+    "clean": "ucxx_transport.cli.verbs:clean",
     "config": "ucxx_transport.cli.program:config",
     "version": "ucxx_transport.cli.program:version",
 }
@@ -55,6 +62,9 @@ EXTRA_OF: Final[Mapping[str, str]] = {
     "torch": "torch",
 }
 """Which extra brings a module that a verb may find missing."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one document a line.")]
+"""The option that every verb has."""
 
 _IN_CLONE: Final[Mapping[str, str]] = {"cartpole": "examples/cartpole", "bench": "bench"}
 _INTERRUPTED: Final = 130
@@ -161,6 +171,89 @@ def import_program(module: str) -> ModuleType:
     return import_module(module)
 
 
+def print_json(document: object) -> None:
+    """Write `document` to stdout as one line of JSON; bytes go as hex, dataclasses as objects."""
+    sys.stdout.write(json.dumps(document, default=_plain) + "\n")
+    sys.stdout.flush()
+
+
+class Rows(NamedTuple):
+    """A table for people. What looks like mark-up in a cell is a name."""
+
+    columns: Sequence[str]
+    rows: Iterable[Sequence[object]]
+    numbers: Sequence[str] = ()
+
+    def table(self) -> Table:
+        """For the console; the columns of `numbers` are set right."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for name in self.columns:
+            table.add_column(name, justify="right" if name in self.numbers else "left")
+        for row in self.rows:
+            table.add_row(*(Text(str(cell)) for cell in row))
+        return table
+
+
+def say(document: object, *shown: str | Rows, as_json: bool, wrong: Sequence[str] = ()) -> None:
+    """Print a verb's answer: the document for programs, or what is shown to people. What is `wrong` ends it with 1."""
+    if as_json:
+        print_json(document)
+    else:
+        for one in shown:
+            if isinstance(one, str):
+                typer.echo(one)
+            else:
+                console().print(one.table())
+    for line in wrong:
+        typer.echo(line, err=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def print_error(message: str, facts: Mapping[str, object]) -> None:
+    """Write what went wrong to stderr, its facts indented below."""
+    lines = [f"error: {message}", *(f"  {name} = {value}" for name, value in facts.items())]
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A terminal, or plain text with unbroken rows where stdout is none."""
+    from rich.console import Console
+
+    terminal = Console(stderr=stderr, highlight=False)
+    return terminal if terminal.is_terminal else Console(stderr=stderr, highlight=False, width=max(terminal.width, 320))
+
+
+def logs_to_stderr(level: str = "warning") -> None:
+    """Send this program's log events of `level` and above to stderr; the library itself configures no logging."""
+    import logging
+
+    import structlog
+
+    std, dev = structlog.stdlib, structlog.dev
+    shown = dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=dev.plain_traceback)
+    time = structlog.processors.TimeStamper(fmt="iso", utc=False)
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = std.ProcessorFormatter(shown, foreign_pre_chain=[std.add_log_level, std.ExtraAdder(), time])
+    handler.setFormatter(formatter)
+    logger = logging.getLogger("ucxx_transport")
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes | Path):
+        return value.hex() if isinstance(value, bytes) else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
 def version(*, as_json: AsJson = False) -> None:
     """Show the version of this package, of Python, ucxx and UCX."""
     found = {
@@ -196,15 +289,9 @@ def config(*, as_json: AsJson = False) -> None:
             value = "(set, hidden)" if isinstance(given.value, Secret) else given.value
             settings[name][field] = {"value": value, "source": given.source, "description": rules[field].description}
     file = os.path.abspath(TOML_NAME) if os.path.exists(TOML_NAME) else None
-    if as_json:
-        print_json({"file": file, **settings})
-        return
-    from rich.table import Table
-
     title = f"{ENV_PREFIX}*  over  {file or f'./{TOML_NAME} (none here)'}"
-    table = Table("setting", "value", "source", "meaning", title=title, title_justify="left")
+    rows: list[Sequence[object]] = []
     for name, section in settings.items():
-        for field, shown in section.items():
-            table.add_row(f"{name}.{field}", *map(str, shown.values()))
-        table.add_section()
-    console().print(table)
+        rows += [(f"{name}.{field}", *shown.values()) for field, shown in section.items()]
+    shown = Rows(("setting", "value", "source", "meaning"), rows)
+    say({"file": file, **settings}, title, shown, as_json=as_json)

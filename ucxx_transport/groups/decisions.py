@@ -16,16 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.groups.view import (
-    NO_VIEW,
-    GroupView,
-    MemberRecord,
-    RankEvent,
-    RankState,
-    Seat,
-    parse_policy_version,
-)
+from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, RankState, Seat
 from ucxx_transport.membership.entries import Entry, Event, Snapshot, policy_key, rank_of, view_key
+from ucxx_transport.schema.wire_form import describe
+
+MAX_POLICY_DIGITS: Final = 18
 
 AckWaits = Mapping[tuple[int, int], float]
 """Joiners whose acknowledgements are waited for: rank and epoch → when this member first saw that."""
@@ -41,6 +36,13 @@ def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: floa
     does not, has outlived its TTL since.
     """
     return first is None or holder.incarnation != first.incarnation or waited_s >= holder.ttl_s + MARGIN_S
+
+
+def parse_policy_version(value: bytes) -> int:
+    """A policy version, from the store; a ProtocolError where it is no number."""
+    if not value.isdigit() or len(value) > MAX_POLICY_DIGITS:
+        raise ProtocolError(f"a policy version that is no number: {describe(value)}", field="policy")
+    return int(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

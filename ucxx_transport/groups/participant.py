@@ -26,9 +26,9 @@ from itertools import count
 from typing import Final
 
 from ucxx_transport import errors
-from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, is_alive
+from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, is_alive, parse_policy_version
 from ucxx_transport.groups.state import CALL_S, PAUSE_S, RankContext, Retrying, SharedState
-from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, parse_policy_version
+from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import group_prefix, member_key, policy_key, view_key

@@ -48,7 +48,6 @@ from ucxx_transport.schema.wire_form import (
 
 MAX_INCARNATION_CHARS: Final = 64
 MAX_ADDRESS_CHARS: Final = 1024
-MAX_POLICY_DIGITS: Final = 18
 
 
 class RankState(StrEnum):
@@ -62,7 +61,7 @@ class RankState(StrEnum):
     @property
     def is_seated(self) -> bool:
         """Whether the rank is in the group: JOINING or ACTIVE."""
-        return self in _SEATED
+        return self in (RankState.JOINING, RankState.ACTIVE)
 
 
 class RankEvent(StrEnum):
@@ -76,14 +75,13 @@ class RankEvent(StrEnum):
 
 
 _ENDS: Final = (RankEvent.LEAVE, RankEvent.LOSE, RankEvent.DROP)
-_SEATED: Final = (RankState.JOINING, RankState.ACTIVE)
 
 TRANSITIONS: Final[Mapping[tuple[RankState, RankEvent], RankState]] = MappingProxyType(
     {
         (RankState.ISOLATED, RankEvent.ADMIT): RankState.JOINING,
         (RankState.GONE, RankEvent.ADMIT): RankState.JOINING,
         (RankState.JOINING, RankEvent.ACTIVATE): RankState.ACTIVE,
-        **{(state, event): RankState.GONE for state in _SEATED for event in _ENDS},
+        **{(state, event): RankState.GONE for state in RankState if state.is_seated for event in _ENDS},
     }
 )
 
@@ -269,13 +267,6 @@ class MemberRecord:
         if rank not in {None, record.rank}:
             raise ProtocolError(f"the record of rank {record.rank}", field="rank")
         return record
-
-
-def parse_policy_version(value: bytes) -> int:
-    """A policy version, from the store; a ProtocolError where it is no number."""
-    if not value.isdigit() or len(value) > MAX_POLICY_DIGITS:
-        raise ProtocolError(f"a policy version that is no number: {describe(value)}", field="policy")
-    return int(value)
 
 
 def _form(raw: bytes, what: str, keys: tuple[str, ...]) -> dict[str, Any]:

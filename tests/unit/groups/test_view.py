@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.memory_store import MemoryStore
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
-from ucxx_transport.groups.decisions import GroupSnapshot
+from ucxx_transport.groups.decisions import GroupSnapshot, parse_policy_version
 from ucxx_transport.groups.view import (
     NO_VIEW,
     GroupView,
@@ -16,7 +16,6 @@ from ucxx_transport.groups.view import (
     RankEvent,
     RankState,
     Seat,
-    parse_policy_version,
 )
 from ucxx_transport.membership.entries import member_key, policy_key, rank_of, view_key
 

@@ -1,4 +1,4 @@
-"""The verbs about rings of this host: `serve` makes one, `inspect` and `top` show them, `clean` removes dead ones."""
+"""The verbs about rings of this host (`serve`, `inspect`, `top`, `clean`), and about a store's sources (`registry`)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ucxx_transport.cli.output import AsJson, console, logs_to_stderr, say
-from ucxx_transport.config import RingConfig, ServerConfig
-from ucxx_transport.errors import TransportError
+from ucxx_transport.cli.program import AsJson, Rows, console, logs_to_stderr, say
+from ucxx_transport.config import RingConfig, ServerConfig, StoreConfig
+from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.membership import Store, open_store
+from ucxx_transport.membership.entries import SOURCES, source_key
+from ucxx_transport.membership.sources import SourceView
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.segment import SegmentInfo, list_segments, sweep_orphans
 from ucxx_transport.settings import gather
 from ucxx_transport.teardown import exit_on_sigterm
 from ucxx_transport.units import format_bytes, parse_bytes
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def inspect(
@@ -35,7 +35,7 @@ def inspect(
     """Show the rings on this host: creator, size, slots by state, address and counters."""
     segments = _described(names or ())
     missing = sorted(set(names or ()) - {segment["name"] for segment in segments})
-    shown: list[object] = ["no rings on this host"]
+    shown: list[str | Rows] = ["no rings on this host"]
     if names:
         shown = [json.dumps(segment, indent=2) for segment in segments]
     elif segments:
@@ -61,7 +61,7 @@ def top(
                 say({"segments": list(now.values())}, _table_of(list(now.values())), as_json=as_json)
             else:
                 rates = {name: _rate(before.get(name), segment, interval_s) for name, segment in now.items()}
-                live.update(_table_of(list(now.values()), rates), refresh=True)
+                live.update(_table_of(list(now.values()), rates).table(), refresh=True)
             if once:
                 return
             before = now
@@ -103,27 +103,25 @@ def _described(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     return [_describe(info) for info in list_segments() if not names or info.name in names]
 
 
-def _table_of(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Table:
-    from rich.table import Column, Table
-
+def _table_of(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Rows:
     numbers = ("committed", "consumed", "lost", *(["rate"] if rates is not None else []))
-    columns = ("segment", "creator", "size", "slots", "free", "writing", "ready", "reading", "address")
-    right = (Column(name, justify="right") for name in numbers)
-    table = Table(*columns, *right, box=None, pad_edge=False)
+    columns = ("segment", "creator", "size", "slots", "free", "writing", "ready", "reading", "address", *numbers)
+    rows: list[Sequence[object]] = []
     for segment in segments:
-        creator = f"{segment['creator_pid'] or '?'} {'alive' if segment['creator_alive'] else '[red]dead[/red]'}"
+        creator = f"{segment['creator_pid'] or '?'} {'alive' if segment['creator_alive'] else 'dead'}"
         row = [segment["name"], creator, format_bytes(segment["nbytes"])]
+        rows.append(row)
         if segment["problem"]:
-            table.add_row(*row, f"[yellow]{segment['problem']}[/yellow]")
+            row.append(segment["problem"])
             continue
         counts = segment["statistics"]
         row += [f"{segment['slots']} × {format_bytes(segment['slot_bytes'])}"]
-        row += [str(counts[state]) for state in ("free", "writing", "ready", "reading")]
+        row += [counts[state] for state in ("free", "writing", "ready", "reading")]
         lost = [f"{counts[name]} {name}" for name in ("overwritten", "discarded", "stale", "full") if counts[name]]
         address = f"{segment['host']}:{','.join(map(str, segment['ports']))}" if segment["ports"] else "-"
-        row += [address, str(counts["committed"]), str(counts["consumed"]), " ".join(lost) or "-"]
-        table.add_row(*row, *([rates.get(segment["name"], "")] if rates is not None else []))
-    return table
+        row += [address, counts["committed"], counts["consumed"], " ".join(lost) or "-"]
+        row += [rates.get(segment["name"], "")] if rates is not None else []
+    return Rows(columns, rows, numbers)
 
 
 def _describe(info: SegmentInfo) -> dict[str, Any]:
@@ -219,3 +217,68 @@ def serve(
 
 def _given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def registry(
+    action: Annotated[
+        Literal["ls", "reap"],
+        typer.Argument(help="ls: list them. reap: end sources' leases."),
+    ],
+    workers: Annotated[list[str] | None, typer.Argument(help="reap: the worker ids to end.")] = None,
+    *,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="URL: local://, local:///path, etcd://host:port. Default: the setting store.url, or local://"
+        ),
+    ] = None,
+    namespace: Annotated[str | None, typer.Option("--namespace", help="The job's part of the store.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the sources of a store, or end some whose workers are beyond reach.
+
+    A worker that lives after all notices that its lease has ended, and publishes itself again.
+    """
+    if workers and action != "reap":
+        raise ConfigError(f"{action} takes no worker ids", field="workers")
+    config = StoreConfig() if namespace is None else StoreConfig(namespace=namespace)
+    with open_store(store or config.url or "local://", config) as opened:
+        if action == "ls":
+            _list(opened, as_json=as_json)
+        else:
+            _reap(opened, workers or [], as_json=as_json)
+
+
+def _list(store: Store, *, as_json: bool) -> None:
+    view = SourceView()
+    snapshot = store.snapshot(SOURCES)
+    view.take_snapshot(snapshot, now=0.0)
+    rows: list[Sequence[object]] = []
+    for source in view.sources:
+        where = (source.host or "–", ",".join(map(str, source.ports)) or "–", source.ring_name)
+        rows.append((source.worker_id, source.epoch, source.status.value, *where, f"{source.ttl_s:g} s"))
+    table = Rows(("worker", "epoch", "status", "host", "ports", "ring", "lease"), rows)
+    sources = [source.to_dict() for source in view.sources]
+    document = {"store": store.url, "revision": snapshot.revision, "sources": sources, "malformed": view.malformed}
+    say(document, f"{len(sources)} source(s) in {store.url}", table, as_json=as_json)
+    if view.malformed and not as_json:
+        typer.echo(f"{view.malformed} record(s) of another version, or none of ours", err=True)
+
+
+def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:
+    if not workers:
+        raise ConfigError("reap needs the ids of the workers to end; `registry ls` shows them", field="workers")
+    reaped, missing = [], []
+    for worker_id in workers:
+        entry = store.get(source_key(worker_id))
+        if entry is None:
+            missing.append(worker_id)
+            continue
+        if entry.lease_id is not None:
+            store.revoke(entry.lease_id)  # and the record with it
+        else:
+            store.delete(source_key(worker_id), expected=entry.revision)
+        reaped.append(worker_id)
+    lines = [f"reaped {worker_id}" for worker_id in reaped]
+    wrong = [f"no source {worker_id!r} in {store.url}" for worker_id in missing]
+    say({"reaped": reaped, "missing": missing}, *lines, as_json=as_json, wrong=wrong)
