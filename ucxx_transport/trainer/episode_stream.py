@@ -83,11 +83,10 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     ) -> None:
         several(references, "references")
         self._ahead = self.in_a_batch = checked_count(ahead, "ahead", at_least=1)
-        self._begun: deque[PendingBatch] = deque()
-        super().__init__(config, on_loss=on_loss, **settings)
-        # the class, not an object of it: kept, that would keep the frames that it was raised through
-        self._end: BaseException | type[StopIteration] | None = None
+        # then what ends it; for StopIteration the class: an object would keep the frames that it is raised through
+        self._begun: deque[PendingBatch | BaseException | type[StopIteration]] = deque()
         self._end_traceback: Any = None
+        super().__init__(config, on_loss=on_loss, **settings)
         try:  # a daemon: it may wait for a reference that never comes
             start_thread(self._take, references, name="ucxx-stream")
         except TransportError:
@@ -108,11 +107,12 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
             pending = None
             try:
                 with self.lock:
-                    self.changed.wait_for(lambda: self._begun or self._end is not None or self.closed)
+                    self.changed.wait_for(lambda: self._begun or self.closed)
                     self.check_usable()
-                    if not self._begun:
+                    first = self._begun[0]
+                    if not isinstance(first, PendingBatch):
                         break
-                    pending = self._begun[0]
+                    pending = first
                     del self._begun[0]
                     self.changed.notify_all()
                 batch = pending.settle()
@@ -132,11 +132,9 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                     pending.cancel()
                     self.check_usable()  # it was closed meanwhile
                 raise
-        end = self._end
-        assert end is not None
-        if isinstance(end, BaseException):
-            raise end.with_traceback(self._end_traceback)  # else each raise adds its frames to it
-        raise end
+        if isinstance(first, BaseException):
+            raise first.with_traceback(self._end_traceback)  # else each raise adds its frames to it
+        raise first
 
     def _take(self, references: Iterable[Any]) -> None:
         end: BaseException | type[StopIteration] = StopIteration
@@ -151,8 +149,8 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
             end = error
         finally:
             with self.lock:
-                self._end = end
                 self._end_traceback = end.__traceback__ if isinstance(end, BaseException) else None
+                self._begun.append(end)
                 self.changed.notify_all()
 
     def _append(self, reference: Any) -> bool:
