@@ -122,6 +122,7 @@ def sort_out(
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
+    oldest = None if max_staleness is None or policy_version is None else policy_version - max_staleness
     for index, record in records.items():
         if not isinstance(record, EpisodeRecord):
             losses.append(Loss(index=index, record=None, reason=LossReason.MALFORMED, error=record))
@@ -131,7 +132,7 @@ def sort_out(
             reason = LossReason.DROPPED
         elif record.ref.name in seen:
             reason = LossReason.DUPLICATE
-        elif _too_old(record, policy_version, max_staleness):
+        elif oldest is not None and (record.policy_version is None or record.policy_version < oldest):
             reason = LossReason.TOO_OLD
             if record.policy_version is None:
                 error = ConfigError(
@@ -152,12 +153,6 @@ def discardable_of(losses: Sequence[Loss], *, discard_lost: bool = True) -> list
     """Payloads that are not fetched and may be there: too old, and with `discard_lost` those that could not be."""
     reasons = _MAY_BE_THERE if discard_lost else {LossReason.TOO_OLD}
     return [loss.record.ref for loss in losses if loss.reason in reasons and loss.record and loss.record.ref]
-
-
-def _too_old(record: EpisodeRecord, policy_version: int | None, max_staleness: int | None) -> bool:
-    if max_staleness is None or policy_version is None:
-        return False
-    return record.policy_version is None or policy_version - record.policy_version > max_staleness
 
 
 def loss_of(wanted: Wanted, error: TransportError) -> Loss:
