@@ -230,7 +230,7 @@ class StoreConfig:
     @property
     def password_text(self) -> str | None:
         """The password itself, or None."""
-        return None if self.password is None else self.password.reveal().decode()
+        return None if self.password is None else self.password.text
 
     def __post_init__(self) -> None:
         for pair, words in (

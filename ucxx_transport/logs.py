@@ -18,6 +18,8 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partialmethod
 from typing import Final
 
 ROOT: Final = "ucxx_transport"
@@ -34,36 +36,26 @@ class EventLogger:
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
 
-    def debug(self, event: str, /, **keys: object) -> None:
-        self._log(logging.DEBUG, event, keys)
-
-    def info(self, event: str, /, **keys: object) -> None:
-        self._log(logging.INFO, event, keys)
-
-    def warning(self, event: str, /, **keys: object) -> None:
-        self._log(logging.WARNING, event, keys)
-
-    def error(self, event: str, /, **keys: object) -> None:
-        self._log(logging.ERROR, event, keys)
-
-    def exception(self, event: str, /, **keys: object) -> None:
-        """Log at ERROR, with the exception that is being handled."""
-        self._log(logging.ERROR, event, keys, error=sys.exception())
-
-    def _log(self, level: int, event: str, keys: dict[str, object], *, error: BaseException | None = None) -> None:
+    def _log(self, level: int, trace_of: Callable[[], str] | None, event: str, /, **keys: object) -> None:
         logger = self._logger
         if not logger.isEnabledFor(level):
             return
         extra = {f"{name}_" if name in _RESERVED else name: value for name, value in keys.items()}
         extra["event"] = event
-        file, line, function, _ = logger.findCaller(stacklevel=3)
-        trace = None if error is None else "".join(traceback.format_exception(error)).rstrip()
+        file, line, function, _ = logger.findCaller(stacklevel=2)
+        trace = None if trace_of is None else trace_of().rstrip()
         if trace is not None:
             extra["exception"] = trace
         text = " ".join([event, *(f"{name}={value!r}" for name, value in keys.items())])
         record = logger.makeRecord(logger.name, level, file, line, text, (), None, function, extra)
         record.exc_text = trace
         logger.handle(record)
+
+    debug = partialmethod(_log, logging.DEBUG, None)
+    info = partialmethod(_log, logging.INFO, None)
+    warning = partialmethod(_log, logging.WARNING, None)
+    error = partialmethod(_log, logging.ERROR, None)
+    exception = partialmethod(_log, logging.ERROR, traceback.format_exc)  # with the one that is being handled
 
 
 get_logger = EventLogger

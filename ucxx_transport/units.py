@@ -138,6 +138,11 @@ class Secret:
         """The bytes themselves."""
         return self._value
 
+    @property
+    def text(self) -> str:
+        """The text that `parse_token` takes for them."""
+        return self._value.decode("utf-8", "surrogateescape")
+
     def __repr__(self) -> str:
         return "Secret(hidden)"
 
@@ -185,7 +190,7 @@ def parse_token(value: object) -> Secret:
         raise ValueError("expected bytes or text")
     if not value:
         raise ValueError("an empty token protects nothing; leave the setting out to run without one")
-    return Secret(value.encode() if isinstance(value, str) else value)
+    return Secret(value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value)
 
 
 def parse_store_url(value: object) -> str:

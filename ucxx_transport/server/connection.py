@@ -24,7 +24,7 @@ from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.leases import ReadLease
-from ucxx_transport.server.slots import MAX_PACK_BUFFERS, NO_EPOCH, Slots, status_of
+from ucxx_transport.server.slots import NO_EPOCH, Slots, status_of
 from ucxx_transport.wire.actions import Action, Attempt, Reply, Serve, Settle, Take
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
 from ucxx_transport.wire.server_side import Phase, ServerSession
@@ -185,8 +185,7 @@ class Connection:
     def _serve_packed(self, serve: Serve) -> None:
         """Copy the slots into one message, and send that."""
         slots, acquired, offset = self._slots, [], 0
-        buffer = slots.pack_buffers.pop() if slots.pack_buffers else bytearray(PACK_BYTES)
-        room = memoryview(buffer)
+        room = memoryview(bytearray(PACK_BYTES))
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
             try:
@@ -197,7 +196,7 @@ class Connection:
                 room[offset:end] = self.session.refused_part(attempt, status_of(error), error.message)
             offset = end
         slots.counters.add("packed", len(acquired))
-        self._send_copied(room[:offset], serve.shared, acquired, buffer)
+        self._send_copied(room[:offset], serve.shared, acquired)
 
     def _on_sent(self, attempts: Sequence[Attempt], operation: Operation) -> None:
         if operation.error is not None:
@@ -240,25 +239,21 @@ class Connection:
         self._count(reply.status)
         self._send_copied(reply.message, reply.channel)
 
-    def _send_copied(
-        self, message: object, channel: int, attempts: Sequence[Attempt] = (), buffer: bytearray | None = None
-    ) -> None:
-        """Send what is no slot's: a reply, or what of these attempts has been copied into the buffer."""
+    def _send_copied(self, message: object, channel: int, attempts: Sequence[Attempt] = ()) -> None:
+        """Send what is no slot's: a reply, or what of these attempts has been copied."""
         send = self._endpoint.post_send(message, channel=channel)
         self._copied_bytes += send.nbytes
         for attempt in attempts:
             attempt.send = send
         if send.completed:
-            self._on_copied_sent(attempts, buffer, send)
+            self._on_copied_sent(attempts, send)
         else:
-            send.on_done = partial(self._on_copied_sent, attempts, buffer)
+            send.on_done = partial(self._on_copied_sent, attempts)
 
-    def _on_copied_sent(self, attempts: Sequence[Attempt], buffer: bytearray | None, operation: Operation) -> None:
+    def _on_copied_sent(self, attempts: Sequence[Attempt], operation: Operation) -> None:
         self._copied_bytes -= operation.nbytes
         if operation.completed:
             self.session.replied()
-            if buffer is not None and len(self._slots.pack_buffers) < MAX_PACK_BUFFERS:
-                self._slots.pack_buffers.append(buffer)
         self._on_sent(attempts, operation)
         if operation.error is None and self._arrived:
             self._defer()

@@ -25,7 +25,6 @@ _log = get_logger(__name__)
 
 MAX_ANSWERS: Final = 4096  # slots, by length, whose memory is kept prepared for the link
 MAX_SPARE: Final = 128  # leases that are kept for further attempts: making one costs 2 µs
-MAX_PACK_BUFFERS: Final = 16  # kept for further packed payloads
 CLOGGED: Final = 8  # the part of the ring that stuck sends may hold
 NO_EPOCH: Final = "the worker has no epoch yet"
 _LOCKED: Final = "the ring's lock is held by a process that does not get on"
@@ -46,7 +45,6 @@ class Slots:
 
     Attributes:
         words: of the port's counters. awaited: one word, not 0 while the source waits for its epoch.
-        pack_buffers: for packed payloads, those that are not in use.
         is_clogged: UCX has not ended the sends of so many slots that only the end of this process can give them back.
     """
 
@@ -57,7 +55,6 @@ class Slots:
         self._answers: dict[tuple[int, int], Answer] = {}
         self._ring = ring
         self.reactor = reactor
-        self.pack_buffers: list[bytearray] = []
         self.is_clogged = False
         self._locked_turn = -1
         self._kept: list[Attempt] = []

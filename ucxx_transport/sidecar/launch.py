@@ -49,7 +49,6 @@ from ucxx_transport.units import Secret
 _log = get_logger(__name__)
 
 Order = Mapping[str, object]  # a `descriptor` in it is handed over: inherited, and closed here
-AS_HEX: Final = "secret, as hex"  # the one key of what stands for a secret in a message
 LOOK_S: Final = 1.0  # how often a sidecar that is up is looked at
 _REAP_S: Final = 5.0
 _HEALTHY: Final = 10  # times the first pause: one that was up for so long has died of something else than its start
@@ -334,13 +333,13 @@ class _Process:
 
 
 def packed(message: Order) -> bytes:
-    """A message to a sidecar, which it reads by `main.unpacked`."""
+    """A message to a sidecar; settings can be made of what stands for some in it."""
     return json.dumps(message, default=_plain).encode()
 
 
 def _plain(value: object) -> object:
     if isinstance(value, Secret):  # it travels by this socket and nowhere else
-        return {AS_HEX: value.reveal().hex()}
+        return value.text
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return dict(value) if isinstance(value, Mapping) else str(value)

@@ -35,7 +35,6 @@ from ucxx_transport.config import ServerConfig, StoreConfig
 from ucxx_transport.errors import TransportError
 from ucxx_transport.logs import get_logger, log_to_stderr
 from ucxx_transport.machine import Owner, is_stopped, owner_alive, process_start
-from ucxx_transport.sidecar.launch import AS_HEX
 
 if TYPE_CHECKING:
     from ucxx_transport.membership.renewal import LeaseRenewer
@@ -186,17 +185,7 @@ def receive(worker: int) -> Mapping[str, Any] | None:
         order = os.read(worker, MESSAGE_BYTES)
     except ConnectionError:  # it has not read all that it was sent
         return None
-    return unpacked(order) if order else None
-
-
-def unpacked(message: bytes) -> dict[str, Any]:
-    """What `launch.packed` has made a message of; settings can be made of what stands for some in it."""
-    found: dict[str, Any] = json.loads(message, object_hook=_secret_or_object)
-    return found
-
-
-def _secret_or_object(value: dict[str, Any]) -> bytes | dict[str, Any]:
-    return bytes.fromhex(value[AS_HEX]) if value.keys() == {AS_HEX} else value
+    return json.loads(order) if order else None
 
 
 def main(worker: int, errors: int, role: str) -> int:

@@ -87,6 +87,7 @@ class TrajectoryWriter(Closing):
         TransportError: the server did not start.
     """
 
+    @known_options
     def __init__(
         self,
         worker_id: str,
@@ -106,10 +107,8 @@ class TrajectoryWriter(Closing):
         store_config: StoreConfig | Mapping[str, Any] | None = None,
         store_meta: Mapping[str, object] | None = None,
         runtimes: RuntimeFinder = runtime_of,
-        **unknown: Never,
     ) -> None:
         # refused here rather than with the first episode
-        check_names(f"setting of {type(self).__name__}", unknown, WriterSettings.__annotations__)
         EpisodeRecord(worker_id=worker_id, sequence=0, dropped="never written")
         for name, word, permitted in (
             ("serve", serve, (True, False)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.support.memory_store import MemoryStore
@@ -9,7 +11,6 @@ from tests.support.rows import row
 from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
 from ucxx_transport.membership.renewal import Keeper
 from ucxx_transport.sidecar.launch import packed
-from ucxx_transport.sidecar.main import unpacked
 
 SECRET = "correct horse"
 STORE = StoreConfig(namespace="job-7", timeout_s=1.5, user="root", password=SECRET, ca_file="/ca.pem")
@@ -32,7 +33,7 @@ def test_settings_arrive_as_they_were_given_and_the_sidecar_s_environment_has_no
         monkeypatch.setenv(f"UCXX_TRANSPORT_{name}", value)
     for config, message in zip(given, sent, strict=True):
         with row(config=config):
-            heard = type(config)(**unpacked(message)["settings"])
+            heard = type(config)(**json.loads(message)["settings"])
             assert heard == config
             if isinstance(config, ServerConfig) and isinstance(heard, ServerConfig):
                 assert heard.token_bytes == config.token_bytes
