@@ -148,11 +148,6 @@ class ServerConfig(_OverUCX):
     ucx: units.UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     @property
-    def port_count(self) -> int:
-        """How many ports `ports` are."""
-        return len(self.numbered_ports)
-
-    @property
     def numbered_ports(self) -> tuple[int, ...]:
         """Their numbers, 0 for any free one."""
         return (0,) * self.ports if isinstance(self.ports, int) else self.ports
@@ -162,7 +157,7 @@ class ServerConfig(_OverUCX):
         _check_host("publish_host", self.publish_host)
         if self.data_ports is not None:
             first, last = self.data_ports
-            value, count = f"{first}-{last}", self.port_count
+            value, count = f"{first}-{last}", len(self.numbered_ports)
             if last - first + 1 < count:
                 problem = f"expected at least ports = {count}: each listening port takes one of these too"
                 raise _wrong("data_ports", value, problem)
@@ -226,11 +221,6 @@ class StoreConfig:
     ca_file: units.OptionalText = setting("etcd: certificates to trust; turns TLS on", default=None)
     cert_file: units.OptionalText = setting("etcd: this client's certificate", default=None)
     key_file: units.OptionalText = setting("etcd: the key of cert_file", default=None)
-
-    @property
-    def password_text(self) -> str | None:
-        """The password itself, or None."""
-        return None if self.password is None else self.password.text
 
     def __post_init__(self) -> None:
         for pair, words in (

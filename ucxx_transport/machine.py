@@ -121,8 +121,7 @@ def open_standard_streams() -> None:
 def prepare_output(*, json_alone: bool) -> None:
     """For a command: Python's streams are there, however it was started, and write whatever they are given.
 
-    Args:
-        json_alone: whether `sys.stdout` is for this program alone: what libraries write goes to standard error.
+    With `json_alone`, `sys.stdout` is for this program alone: what libraries write goes to standard error.
     """
     open_standard_streams()
     if json_alone:

@@ -23,7 +23,7 @@ from typing import Final, Literal, NamedTuple, NoReturn, Self
 
 from ucxx_transport.errors import ConfigError, TransportError, article
 from ucxx_transport.logs import get_logger
-from ucxx_transport.machine import start_thread
+from ucxx_transport.machine import in_thread, start_thread
 
 _log = get_logger(__name__)
 
@@ -75,7 +75,7 @@ class Closing(OfOneProcess):
 
 
 class Running(OfOneProcess):
-    """What `with` starts, and stops."""
+    """What `with` starts, and stops; `async with` too, without blocking the event loop."""
 
     def start(self) -> None:
         """Begin."""
@@ -91,6 +91,25 @@ class Running(OfOneProcess):
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> Self:
+        """Start, without blocking the event loop; what came up under a cancellation does not stay."""
+        import asyncio  # ports have none
+
+        starting = asyncio.ensure_future(in_thread(self.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.gather(starting, return_exceptions=True)
+            self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Stop, without blocking the event loop; a cancellation does not wait for the end of it, which is bounded."""
+        import asyncio
+
+        await asyncio.shield(in_thread(self.stop))
 
 
 def may_end(pid: int) -> bool:

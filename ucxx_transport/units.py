@@ -138,11 +138,6 @@ class Secret:
         """The bytes themselves."""
         return self._value
 
-    @property
-    def text(self) -> str:
-        """The text that `parse_token` takes for them."""
-        return self._value.decode("utf-8", "surrogateescape")
-
     def __repr__(self) -> str:
         return "Secret(hidden)"
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
@@ -20,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Final, Self
+from typing import Final
 
 from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.logs import get_logger
-from ucxx_transport.machine import in_thread, start_thread
+from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import SOURCES
 from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
@@ -239,12 +238,6 @@ class SourceWatcher(Running):
             known, malformed = len(self._view.sources), self._view.malformed
             synced = self.error is None and self._counts["resyncs"] > 0
             return WatcherStatistics(sources=known, malformed=malformed, synced=synced, **self._counts)
-
-    async def __aenter__(self) -> Self:
-        return self.__enter__()
-
-    async def __aexit__(self, *error: object) -> None:
-        await asyncio.shield(in_thread(self.stop))
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -239,7 +239,7 @@ class PortThread:
 
 def _max_connections(settings: ServerConfig) -> int:
     """The setting, or less where the process has no descriptors for so many; the ports in it share them."""
-    asked, sharing = settings.max_connections, settings.port_count if settings.mode == "thread" else 1
+    asked, sharing = settings.max_connections, len(settings.numbered_ports) if settings.mode == "thread" else 1
     limit = raised_limit()
     budget = connection_budget(limit=limit, in_use=descriptors_in_use(), asked=asked * sharing) // sharing
     if budget < asked:

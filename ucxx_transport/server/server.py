@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.reactor import LinkFactory
 from ucxx_transport.logs import get_logger
-from ucxx_transport.machine import in_thread
 from ucxx_transport.membership.sources import Offer
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.segment import host_id
@@ -30,14 +27,10 @@ _log = get_logger(__name__)
 class RingSource(OfOneProcess):
     """A ring as it is published: trainers of this host read it in place; `UCXXServer` puts ports in front of it.
 
-    Args:
-        ring: the ring; its creator keeps and closes it.
-
-    Attributes:
-        sidecar: a process that may renew its lease beside its other work; a ring alone has none.
+    The ring's creator keeps and closes it.
     """
 
-    sidecar: Sidecar | None = None
+    sidecar: Sidecar | None = None  # it may renew the lease beside its other work; a ring alone has none
 
     def __init__(self, ring: SharedRingBuffer) -> None:
         check_can(ring, "publish_address", "ring", "a SharedRingBuffer")
@@ -116,9 +109,9 @@ class UCXXServer(RingSource, Running):
         super().__init__(ring)
         self._config = made_of(ServerConfig, config, "config")
         self._link_factory = link_factory
-        self._counters = [PortCounters(ring.server_words, index) for index in range(self._config.port_count)]
-        is_process = self._config.mode == "process"
-        self._sidecars = [self._sidecar_of(index) for index in range(self._config.port_count) if is_process]
+        indices = range(len(self._config.numbered_ports))
+        self._counters = [PortCounters(ring.server_words, index) for index in indices]
+        self._sidecars = [self._sidecar_of(index) for index in indices if self._config.mode == "process"]
         self._running: Sequence[Sidecar | PortThread] = ()
         self.address: str | None = None
         self.ports: tuple[int, ...] = ()
@@ -185,21 +178,6 @@ class UCXXServer(RingSource, Running):
         oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
         serves = bool(self.ports) and not self._ring.closed
         return serves and all(one.words[PORT] and one.words[BEAT] >= oldest_ns for one in self._counters)
-
-    async def __aenter__(self) -> Self:
-        """Start, without blocking the event loop; what came up under a cancellation does not stay."""
-        starting = asyncio.ensure_future(in_thread(self.start))
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.gather(starting, return_exceptions=True)
-            self.stop()
-            raise
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        """Stop, without blocking the event loop; a cancellation does not wait for the end of it, which is bounded."""
-        await asyncio.shield(in_thread(self.stop))
 
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""

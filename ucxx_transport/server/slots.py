@@ -41,21 +41,18 @@ class Answer(NamedTuple):
 
 
 class Slots:
-    """See the module.
-
-    Attributes:
-        words: of the port's counters. awaited: one word, not 0 while the source waits for its epoch.
-        is_clogged: UCX has not ended the sends of so many slots that only the end of this process can give them back.
-    """
+    """See the module."""
 
     def __init__(self, ring: SharedRingBuffer, counters: PortCounters, reactor: Reactor) -> None:
         self.counters = counters
         self.words = counters.words
-        self.awaited = ring.server_words[AWAITED : AWAITED + 1]
+        self.awaited = ring.server_words[AWAITED : AWAITED + 1]  # not 0 while the source waits for its epoch
         self._answers: dict[tuple[int, int], Answer] = {}
         self._ring = ring
         self.reactor = reactor
-        self.is_clogged = False
+        self.is_clogged = (
+            False  # UCX has not ended so many sends that only the end of this process gives their slots back
+        )
         self._locked_turn = -1
         self._kept: list[Attempt] = []
         self._spare: list[ReadLease] = []

@@ -339,7 +339,7 @@ def packed(message: Order) -> bytes:
 
 def _plain(value: object) -> object:
     if isinstance(value, Secret):  # it travels by this socket and nowhere else
-        return value.text
+        return value.reveal().decode("utf-8", "surrogateescape")  # which makes it again, whatever its bytes
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return dict(value) if isinstance(value, Mapping) else str(value)

@@ -68,11 +68,10 @@ def worker_of(pid: int) -> Owner:
 class _Main:
     """What a sidecar has been ordered to do."""
 
-    def __init__(self, worker: int, order: Mapping[str, Any]) -> None:
+    def __init__(self, worker: int, worker_pid: int) -> None:
         os.set_blocking(worker, False)
         self._socket = worker
-        self._worker = worker_of(order["worker_pid"])
-        self._serve: Mapping[str, Any] | None = order["serve"]
+        self._worker = worker_of(worker_pid)
         self._ring: SharedRingBuffer | None = None
         self._port: PortThread | None = None
         self._stop_timeout_s = 0.0
@@ -83,10 +82,10 @@ class _Main:
         with suppress(OSError):  # or it has died: what follows notices
             os.write(self._socket, json.dumps(report).encode())
 
-    def run(self, errors: int) -> int:
+    def run(self, serve: Mapping[str, Any] | None, errors: int) -> int:
         """Serve and renew until the close frame, or the worker's end; returns the exit status."""
         try:
-            port = None if self._serve is None else self._start_port(self._serve)
+            port = None if serve is None else self._start_port(serve)
         except TransportError as error:
             self.report(failed=type(error).__name__, reason=str(error)[:REASON_CHARS])
             return 1
@@ -196,4 +195,4 @@ def main(worker: int, errors: int, role: str) -> int:
     if order is None:
         return 1  # the worker has died meanwhile
     log_to_stderr(role, order["log_level"])
-    return _Main(worker, order).run(errors)
+    return _Main(worker, order["worker_pid"]).run(order["serve"], errors)
