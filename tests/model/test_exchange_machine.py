@@ -184,7 +184,7 @@ class ExchangeMachine(CountedMachine):
             selector=choice.choice(("oldest", "newest")),
             wait_s=choice.choice((0.0, 0.0, 0.3)),
         )
-        core.reads.ask(take)
+        core.reads.go_on(take)
         self.rig.run_until(lambda: take.done)
         try:
             payloads = take.result()

@@ -125,14 +125,14 @@ class UCXXClient(OfOneProcess):
     ) -> list[Payload | TransportError]:
         """Read payloads concurrently, fairly across sources; arguments and result as `SyncUCXXClient.read_many`."""
         job = self._core.read_call(refs, deadline_s)
-        if job.elsewhere or job.here:
+        if job.left:
             await self._run(job, self._core.reads.go_on)
         return job.results()
 
     async def discard(self, refs: Iterable[Referring], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread; arguments and result as `SyncUCXXClient.discard`."""
         call = self._core.discard_call(refs, deadline_s)
-        if call.elsewhere or call.here:
+        if call.left:
             await self._run(call, self._core.reads.go_on)
         return call.found
 
@@ -150,7 +150,7 @@ class UCXXClient(OfOneProcess):
         take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
-            await self._run(take, core.reads.ask)
+            await self._run(take, core.reads.go_on)
             return take.result()
         lock_until_s = core.reactor.now() + core.config.deadline_s
         while True:

@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS
+from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Discard
 from ucxx_transport.client.jobs import Call, Job, Takeable
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from ucxx_transport.client.errands import Discard, Selector
+    from ucxx_transport.client.errands import Selector
     from ucxx_transport.client.reads import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
@@ -53,7 +53,7 @@ LOOK_S: Final = 1.0
 OVERDUE_S: Final = 5.0
 """One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
 
-_CallT = TypeVar("_CallT", Job, "Discard")
+_JobT = TypeVar("_JobT", bound=Job)
 
 
 class SyncUCXXClient(Closing):
@@ -190,7 +190,7 @@ class SyncUCXXClient(Closing):
         take = core.take_call(source, wait_s, max_payloads=max_payloads, max_bytes=max_bytes, selector=selector)
         ring = core.local.ring_of(take.source)
         if ring is None:
-            self._lead.perform(take, Reads.ask)
+            self._lead.perform(take, Reads.go_on)
             return take.result()
         while not (payloads := core.local.take(ring, take, core.config.deadline_s)):
             left_s = take.wait_until_s - core.reactor.now()
@@ -232,9 +232,9 @@ class SyncUCXXClient(Closing):
             lead.lock.release()
             lead.wake(None)
 
-    def _done(self, call: _CallT) -> _CallT:
+    def _done(self, call: _JobT) -> _JobT:
         """A call of `read_call` or `discard_call`, done."""
-        if call.elsewhere or call.here:
+        if call.left:
             self._lead.perform(call, Reads.go_on)
         return call
 
@@ -339,7 +339,7 @@ class _Lead:
         if is_whole:
             core.abandon(call)
             core.damaged = False
-        else:
+        elif not isinstance(call, Discard):  # which goes on
             call.done = True  # nothing is done for it any more
 
     def _recover(self) -> None:

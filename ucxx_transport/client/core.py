@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ucxx_transport.client.errands import Discard, Errand, Take
+from ucxx_transport.client.errands import Discard, Take
 from ucxx_transport.client.jobs import Call, ClientBase, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import LocalReader
 from ucxx_transport.client.payload import writable_bytes
@@ -159,7 +159,7 @@ class ClientCore(ClientBase):
         return job
 
     def read_call(self, refs: Iterable[Referring], deadline_s: float | str | None) -> Job:
-        """A call that reads payloads of this host's rings now, unless there are others too; the rest is `elsewhere`."""
+        """A call that has read payloads of this host's rings, unless there are others too; the rest is for `go_on`."""
         return self._look_at(self._job(refs, deadline_s))
 
     def _job(self, refs: Iterable[Referring], deadline_s: float | str | None) -> Job:
@@ -168,7 +168,6 @@ class ClientCore(ClientBase):
 
     def _look_at(self, job: Job) -> Job:
         """Admit the payloads of a job that have no outcome; read those of this host, if they are all."""
-        job.elsewhere = []
         here: list[Entry] = []
         for index in job.missing:
             try:
@@ -179,34 +178,37 @@ class ClientCore(ClientBase):
             except TransportError as error:
                 self.local.over(job, index, error)
                 continue
-            if ring is None:
-                job.elsewhere.append(index)
-            else:
+            if ring is not None:
                 here.append((index, ring))
-        job.here = here if job.elsewhere else self.local.in_turn(job, here)
+        job.here = here if len(here) < job.left else self.local.in_turn(job, here)
         return job
 
     def discard_call(self, refs: Iterable[Referring], deadline_s: float | str | None = None) -> Discard:
-        """A call that lets payloads of this host's rings go unread now; the others are `elsewhere`."""
+        """A call that discards payloads; the same of it is done as of a `read_call`."""
         self.require_usable()
-        call = Discard([], self.reactor.now() + self.limit_s(deadline_s))
-        here: list[Entry] = []
+        until_s = self.reactor.now() + self.limit_s(deadline_s)
+        named: list[SlotRef] = []
         for each in several(refs, "refs"):
             with suppress(StaleSlotError):  # a record without a payload has none to discard
-                call.refs.append(slot_ref_of(each))
-        for index, ref in enumerate(call.refs):
+                named.append(slot_ref_of(each))
+        ours: list[SlotRef] = []
+        here: list[Entry] = []
+        unheard: dict[bytes, dict[tuple[int, int], SlotRef]] = {}
+        for ref in named:
             with suppress(TransportError):  # gone, delivered before, or out of this client's reach
                 ring = self.local.ring_of(ref)
                 if ring is not None:
-                    here.append((index, ring))
+                    here.append((len(ours), ring))
+                    ours.append(ref)
                 else:
                     self.delivered.claim(ref)
-                    call.elsewhere.setdefault(ref.ring_id, []).append(ref)
-        call.here = self.local.in_turn(call, here)
+                    unheard.setdefault(ref.ring_id, {})[ref.slot, ref.generation] = ref
+        call = Discard(ours + [next(iter(names.values())) for names in unheard.values()], until_s, unheard)
+        call.here = here if unheard else self.local.in_turn(call, here)
         return call
 
     def take_call(self, source: Takeable | Referring, wait_s: float | str, **what: Any) -> Take:
-        """A call that takes payloads, for `Reads.ask` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
+        """A call that takes payloads, for `Reads.go_on` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
         self.require_usable()
         whose: Any = source
         if not isinstance(whose, SlotRef) and not hasattr(whose, "ring_name"):  # nor a source's record
@@ -216,7 +218,7 @@ class ClientCore(ClientBase):
 
     def abandon(self, call: Call) -> None:
         """A call is not wanted any more: what it has is released, what comes is not delivered; a discard goes on."""
-        if isinstance(call, Job):
+        if isinstance(call, Job) and not isinstance(call, Discard):
             self.reads.abandon(call)
 
     def repair(self) -> None:
@@ -241,18 +243,11 @@ class ClientCore(ClientBase):
         reads.jobs.update(unfinished)
         for names in old.connections.unsettled.values():
             reads.connections.owe(names)
-        reads.locked.update(call for call in old.locked if isinstance(call, Discard))  # jobs: as what follows
         self.reads, self.reactor = reads, reads.reactor
-        for discard in tuple(reads.locked):
-            reads.visit_again(discard)
         for job in unfinished:
             job.left = len(job.missing)
-            if isinstance(job, Errand):
-                job.engine = reads  # also of one that is only to be reported: what it owes is owed here
-            if isinstance(job, Errand) and job.left and not job.counts:  # it has not been answered
-                reads.ask(job)
-            else:
-                reads.go_on(self._look_at(job))  # which reports it at once when nothing is missing
+            job.here = [entry for entry in job.here if job.outcomes[entry[0]] is None]
+            reads.go_on(job)  # which reports it at once when nothing is missing
         self.damaged = False
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, Literal
 
-from ucxx_transport.client.jobs import Call, Job, Outcome, Read, Takeable, too_late
+from ucxx_transport.client.jobs import Job, Outcome, Read, Takeable, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import BusyError, ConfigError, StaleSlotError, TransportError
 from ucxx_transport.schema.slot_ref import Common, renumbered
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Carrier, Entry
+    from ucxx_transport.client.jobs import Carrier
     from ucxx_transport.client.ports import Source
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.client_side import Asked, Offer
@@ -44,18 +44,13 @@ MAX_WAIT_S: Final = 60.0
 
 
 class Errand(Job, ABC):
-    """A job whose one read is a `Request`.
-
-    Attributes:
-        source: whom it asks. engine: once it is begun.
-    """
+    """A job whose reads are `Request`s. `engine`: once it is begun."""
 
     engine: Dispatch
     counts = False
 
-    def __init__(self, source: Takeable, until_s: float, wait_until_s: float) -> None:
-        super().__init__([renumbered(_common(source, source.ring_id, 0), 0, 0, 0, None)], until_s)
-        self.source = source
+    def __init__(self, refs: list[SlotRef], until_s: float, wait_until_s: float) -> None:
+        super().__init__(refs, until_s)
         self.wait_until_s = wait_until_s
 
     @abstractmethod
@@ -93,7 +88,8 @@ class Take(Errand):
     def __init__(
         self, source: Takeable, until_s: float, wait_until_s: float, *, max_payloads: int, max_bytes: int, selector: str
     ) -> None:
-        super().__init__(source, until_s, wait_until_s)
+        super().__init__([renumbered(_common(source, source.ring_id, 0), 0, 0, 0, None)], until_s, wait_until_s)
+        self.source = source
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
             if type(value) is not int or not 1 <= value <= most:
                 raise ConfigError(f"{field} = {value!r}: expected 1 to {most}", field=field, value=value)
@@ -174,68 +170,53 @@ class Take(Errand):
         connection.receive(offer, reads)
 
 
-class RingDiscard(Errand):
-    """The part of a discard that is of one ring. What cannot be said by its deadline goes along with the next read."""
+class Discard(Errand):
+    """One call that discards payloads. A ring of another host is one of its references, and has one request.
 
-    def __init__(self, call: Discard, refs: Sequence[SlotRef]) -> None:
-        super().__init__(refs[0], call.until_s, call.until_s)
-        self._whole, self._any = call, refs[0]
-        self._left = {(ref.slot, ref.generation): ref for ref in refs}
+    Attributes:
+        unheard: by such ring, what its server has not heard of. In the end that goes along with the next read.
+        found: how many were still there.
+    """
+
+    found = 0
+
+    def __init__(
+        self, refs: list[SlotRef], until_s: float, unheard: Mapping[bytes, dict[tuple[int, int], SlotRef]]
+    ) -> None:
+        super().__init__(refs, until_s, until_s)
+        self.unheard = unheard
 
     def frame(self, connection: Carrier, request: Request) -> Asked:
         # Where an interrupt has come when none was left, one of them is asked for again, and is stale.
-        request.names = tuple(self._left.values())[:MAX_NAMES] or (self._any,)
+        request.names = tuple(self.unheard[request.ref.ring_id].values())[:MAX_NAMES] or (request.ref,)
         return connection.session.confirm(request.names)
 
     def finish(self) -> None:
         if not self.done:
-            self.engine.connections.owe(self._left.values())
-            self._whole.part_over(self.source.ring_id)
-            self.done = True  # not before: an interrupt must not lose what follows from it
+            for names in self.unheard.values():
+                self.engine.connections.owe(names.values())
+        super().finish()  # not before: an interrupt must not lose what is owed
 
     def take_in(self, connection: Carrier, request: Request, number: int, answer: memoryview) -> None:
         """A server has heard of these; those that it could not look at come last."""
         statuses = connection.session.confirmed(number, answer)
+        unheard = self.unheard[request.ref.ring_id]
         for ref, status in zip(request.names, statuses, strict=True):
             name = (ref.slot, ref.generation)
-            if self._left.pop(name, None) is not None:
+            if unheard.pop(name, None) is not None:
                 if status is Status.OK:
-                    self._whole.found += 1
+                    self.found += 1
                     self.engine.counters.add("discarded")
                 elif status is Status.BUSY:
-                    self._left[name] = ref
+                    unheard[name] = ref
         if not request.is_current:
             return
-        if not self._left:
-            self.engine.over(request, too_late(request.ref))  # any outcome will do
+        if not unheard:
+            self.engine.over(request, StaleSlotError("discarded"))
         elif Status.BUSY in statuses:
             raise BusyError("the server could not look at every payload")
         else:
             self.engine.reassign((request,), connection.key)
-
-
-class Discard(Call):
-    """One call that discards payloads.
-
-    Attributes:
-        refs: what it discards. found: how many were still there.
-        elsewhere: those of other hosts, by ring. here: those in rings of this host whose locks are held.
-        left: rings that are not over; b"" stands for those of this host.
-    """
-
-    def __init__(self, refs: list[SlotRef], until_s: float) -> None:
-        super().__init__(until_s)
-        self.refs = refs
-        self.found = 0
-        self.elsewhere: dict[bytes, list[SlotRef]] = {}
-        self.here: Sequence[Entry] = ()
-        self.left = {b""}
-
-    def part_over(self, ring_id: bytes = b"") -> None:
-        """A ring of another host is over, or are those of this host. Idempotent."""
-        self.left.discard(ring_id)
-        if not self.left:
-            self.finish()
 
 
 def _common(source: Takeable, ring_id: bytes, fingerprint: int) -> Common:

@@ -87,15 +87,14 @@ class Job(Call):
         refs: what it is to read.
         outcomes: one a reference, in order; None as long as there is none. left: how many have none.
         reads: those over the link, by index, as long as they have none.
-        elsewhere: indices of what is to be read over the link.
-        here: what is in rings of this host whose locks are held, or is to be read after that.
+        here: those in rings of this host that have none, because the locks are held or others leave first.
         on_payload: called with each payload that came over the link and its index; what it returns takes its place.
         into: the caller's memory for the payload; of a job of one.
         is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
         held: that payload's read. Of a job of one, like `is_held`.
         began_s: of `perf_counter`.
         alone: whether all that it reads over the link is of one source: then nothing else waits for it.
-        counts: whether its errors are counted as failed reads.
+        counts: whether its reads are of payloads by name, whose errors are counted as failed reads.
         wait_until_s: what may pass is tried again so long, however often.
     """
 
@@ -105,7 +104,6 @@ class Job(Call):
     held: Read | None = None
     alone = counts = True
     wait_until_s = 0.0
-    elsewhere: Sequence[int] = ()
     here: Sequence[Entry] = ()
 
     def __init__(self, refs: list[SlotRef], until_s: float) -> None:

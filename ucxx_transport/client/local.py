@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 
 from ucxx_transport import errors
-from ucxx_transport.client.jobs import ClientBase, Job, Takeable, clear_traceback
+from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.jobs import ClientBase, Job, Outcome, Takeable, clear_traceback
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.link.base import raised_limit
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ucxx_transport.client.buffer_pool import Bytes
-    from ucxx_transport.client.errands import Discard, Take
+    from ucxx_transport.client.errands import Take
     from ucxx_transport.client.jobs import Entry
     from ucxx_transport.ring.leases import ReadLease
     from ucxx_transport.schema import SlotRef
@@ -206,40 +207,39 @@ class LocalReader:
         """Whether reading `ref` touches all of its bytes (worth a thread of its own when they are many)."""
         return self._in_place is not True or (self._verify and ref.checksum is not None)
 
-    def in_turn(self, call: Job | Discard, entries: Iterable[Entry]) -> list[Entry]:
+    def in_turn(self, job: Job, entries: Iterable[Entry]) -> list[Entry]:
         """Read or discard payloads, each of its ring; while there is time, returns those whose rings are locked."""
         left: list[Entry] = []
         held: set[bytes] = set()
         for index, ring in entries:
-            left_s = call.until_s - self._clock()
+            left_s = job.until_s - self._clock()
             if ring.ring_id not in held:
                 try:
-                    self._visit(call, index, ring, max(0.0, min(left_s, LOCK_TURN_S)))
+                    self.over(job, index, self._visited(job, index, ring, max(0.0, min(left_s, LOCK_TURN_S))))
                     continue
                 except TransportError as error:
                     if not isinstance(error, errors.DeadlineExceededError) or left_s <= LOCK_TURN_S:
-                        if isinstance(call, Job):
-                            self.over(call, index, error)
+                        self.over(job, index, error)
                         continue
                 held.add(ring.ring_id)
             left.append((index, ring))
         return left
 
-    def _visit(self, call: Job | Discard, index: int, ring: SharedRingBuffer, limit_s: float) -> None:
-        ref = call.refs[index]
+    def _visited(self, job: Job, index: int, ring: SharedRingBuffer, limit_s: float) -> Outcome:
+        ref = job.refs[index]
         self._delivered.check(ref)  # one that the call names twice
-        if isinstance(call, Job):
-            payload = self.read(ring, ref, call.into, limit_s, call.began_s)
-            self.over(call, index, payload if call.on_payload is None else call.on_payload(index, payload))
-            return
+        if not isinstance(job, Discard):
+            payload = self.read(ring, ref, job.into, limit_s, job.began_s)
+            return payload if job.on_payload is None else job.on_payload(index, payload)
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         with suppress(StaleSlotError):  # whose name another read has taken
             self._claim(ref)
         found = lease.mark_consumed()
-        call.found += found
+        job.found += found
         self._counters.add("discarded", found)
+        return StaleSlotError("discarded")
 
-    def over(self, job: Job, index: int, outcome: Payload | TransportError) -> None:
+    def over(self, job: Job, index: int, outcome: Outcome) -> None:
         if isinstance(outcome, TransportError):
             if job.counts:
                 self._counters.failed(outcome)

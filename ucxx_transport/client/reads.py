@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
-from ucxx_transport.client.errands import Discard, Request, RingDiscard
+from ucxx_transport.client.errands import Errand, Request
 from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
@@ -35,7 +35,6 @@ from ucxx_transport.settings import check_can
 from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.errands import Errand
     from ucxx_transport.client.jobs import Carrier, ClientBase
     from ucxx_transport.client.local import LocalReader
     from ucxx_transport.link.reactor import Reactor
@@ -98,17 +97,12 @@ class Membership:
 
 
 class Reads(Dispatch):
-    """All calls of a client that are under way, and its connections, to any port of any source.
-
-    Attributes:
-        locked: those that wait for the lock of a ring of this host.
-    """
+    """All calls of a client that are under way, and its connections, to any port of any source."""
 
     def __init__(self, base: ClientBase, reactor: Reactor, local: LocalReader, membership: Membership | None) -> None:
         super().__init__(base, reactor)
         self.connections = Connections(base, reactor, lambda key: Connection(self.connections, self, key))
-        self.locked: set[Job | Discard] = set()
-        self._base, self._local = base, local
+        self._local = local
         self._schemas = self.connections.schemas
         self._membership = membership
         self._gone = {} if membership is None else membership.gone
@@ -131,55 +125,46 @@ class Reads(Dispatch):
             for key in keys:
                 self.connections.evict(key)
 
-    def go_on(self, call: Job | Discard) -> None:
-        """Do the rest of a call: what is asked of other hosts leaves before anything is copied here."""
-        if isinstance(call, Discard):
-            call.left.update(call.elsewhere)
-            for refs in call.elsewhere.values():
-                self.ask(RingDiscard(call, refs))
-        else:
-            if len(call.elsewhere) == len(call.refs) == 1:
-                self.start_one(call)
-            elif call.elsewhere:
-                self.start(call, call.elsewhere)
-                call.here = self._local.in_turn(call, call.here)
-            if call.here:
-                self.jobs.add(call)
-        self._until_free(call)
+    def go_on(self, job: Job) -> None:
+        """Do the rest of a job: what is asked of other hosts leaves before anything is copied here."""
+        here = {index for index, _ in job.here}
+        elsewhere = [index for index in job.missing if index not in here]
+        self.jobs.add(job)
+        if isinstance(job, Errand):
+            job.engine = self
+        if elsewhere:
+            if len(job.refs) == 1 and job.counts:
+                self.start_one(job)
+            else:
+                self._start(job, elsewhere)
+            job.here = self._local.in_turn(job, job.here)
+        self._until_free(job)
 
-    def visit_again(self, call: Job | Discard) -> None:
-        """Visit rings whose locks were held, where the call still waits for them."""
-        if call.done:
-            self.locked.discard(call)
-        else:  # where an interrupt ends it, `repair` finds the call
-            call.here = () if self._base.closed else self._local.in_turn(call, call.here)
-            self._until_free(call)
-
-    def _until_free(self, call: Job | Discard) -> None:
-        """Visit them ever again, while the reactor does what else there is; then what is of this host is over."""
-        if call.here:
-            self.locked.add(call)
-            self.call_at(min(self.now() + LOCK_PAUSE_S, call.until_s), partial(self.visit_again, call))
-            return
-        self.locked.discard(call)
-        if isinstance(call, Discard):
-            call.part_over()
+    def _until_free(self, job: Job) -> None:
+        """Visit rings whose locks are held ever again, while the reactor does what else there is."""
+        if job.here and not job.done:
+            self.call_at(min(self.now() + LOCK_PAUSE_S, job.until_s), partial(self._visit_again, job))
         else:
-            self._check(call)
+            self._check(job)
             self.settle()
+
+    def _visit_again(self, job: Job) -> None:
+        if not job.done:
+            job.here = self._local.in_turn(job, job.here)
+            self._until_free(job)
 
     def _check(self, job: Job) -> None:
         """A job may have its last outcome, though no read has brought it."""
         if not (job.left or job.done or job in self.finished):
             self.finished.append(job)
 
-    def start(self, job: Job, indices: Iterable[int], make: Callable[..., Read] = Read) -> None:
-        """Begin to read what a job reads over the link."""
+    def _start(self, job: Job, indices: Iterable[int]) -> None:
+        """Begin to read, or to ask for, what is elsewhere."""
         now = self.now()
         self.hear()
         groups: dict[tuple[str, tuple[int, ...]], tuple[Source, list[Read]]] = {}
-        self.jobs.add(job)
         refs, until_s, gone = job.refs, job.until_s, self._gone
+        make: Callable[..., Read] = Read if job.counts else Request
         for index in indices:
             ref = refs[index]
             if ref.host is None or not ref.ports:
@@ -205,7 +190,8 @@ class Reads(Dispatch):
         self.settle()
 
     def start_one(self, job: Job) -> None:
-        """`start` for a job of one; what is usual in few steps, for a read of 4 KiB costs no more than they do."""
+        """`go_on` for one payload elsewhere; what is usual in few steps: a read of 4 KiB costs no more than they do."""
+        self.jobs.add(job)
         ref, membership = job.refs[0], self._membership
         source = self.ports.sources.get((ref.host, ref.ports))  # type: ignore[arg-type]  # None is in no key
         now, connections = self.now(), self.connections
@@ -219,7 +205,6 @@ class Reads(Dispatch):
             and (membership is None or not (membership.news or ref.ring_id in membership.gone))
         ):
             source.under_way = 1
-            self.jobs.add(job)
             job.reads[0] = read = Read(job, 0, ref, source, job.until_s)
             read.alternate = source.alternate
             if connection.ask_one(read, now):
@@ -227,12 +212,7 @@ class Reads(Dispatch):
                     self.settle()
                 return
             source.under_way = 0
-        self.start(job, (0,))
-
-    def ask(self, errand: Errand) -> None:
-        """Have payloads taken, or discarded."""
-        errand.engine = self
-        self.start(errand, (0,), Request)
+        self._start(job, (0,))
 
     def fail_all(self, error: TransportError, ring_id: bytes | None = None) -> None:
         """Fail whatever is under way, or only what is asked for of one ring over the link."""

@@ -11,7 +11,7 @@ from tests.support.local_worker import LocalWorker
 from tests.support.rows import row
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
-from ucxx_transport.client.errands import Discard, RingDiscard
+from ucxx_transport.client.errands import Discard
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
@@ -127,7 +127,7 @@ def test_what_a_discard_could_not_say_is_said_later_although_its_end_was_interru
         refs = [rig.write(EPISODE) for _ in range(2)]
         rig.stop_port(1)
         call = client.begin_discard(refs[0], deadline_s=1.0)
-        interrupt_in(RingDiscard, "finish", rig, client, call)
+        interrupt_in(Discard, "finish", rig, client, call)
         assert (call.done, call.found) == (True, 0)
         rig.start_port(1)
         client.consume(refs[1])
@@ -140,7 +140,7 @@ def test_a_discard_whose_last_part_is_interrupted_is_over_all_the_same() -> None
         client = rig.client()
         ref = rig.write(EPISODE)
         call = client.begin_discard(ref, deadline_s=60.0)
-        interrupt_in(call, "part_over", rig, client, call)
+        interrupt_in(call, "finish", rig, client, call)
         rig.run_until(lambda: call.done)
         assert (call.found, rig.states(ref)) == (1, [SlotState.FREE])
 

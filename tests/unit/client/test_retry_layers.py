@@ -416,7 +416,7 @@ def test_an_offer_of_another_schema_than_the_ring_s_is_a_protocol_error(count: i
         ]
         rig.impostor(9, partial(Impostor, messages=answers))
         take = client.core.take_call(source, 0.0, max_payloads=count, max_bytes=1 << 20, selector="oldest")
-        client.core.reads.ask(take)
+        client.core.reads.go_on(take)
         rig.run_until(lambda: take.done)
         with pytest.raises(ProtocolError, match="another schema"):
             take.result()

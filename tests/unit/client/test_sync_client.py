@@ -310,6 +310,19 @@ def test_an_interrupt_of_a_thread_that_leads_after_another_is_recovered_from(bes
         assert not core.damaged
 
 
+def test_a_discard_that_is_interrupted_goes_on_with_the_next_call(beside: PortBeside) -> None:
+    def interrupt() -> None:
+        raise Interrupted
+
+    with beside.client(deadline_s=30.0) as client:
+        refs = [beside.ring.write_raw(EPISODE) for _ in range(2)]
+        client._core.reactor.submit(interrupt)  # noqa: SLF001 - it is cut in two while it connects
+        with pytest.raises(Interrupted):
+            client.discard(refs[:1])
+        client.read(refs[1]).release()
+        wait_until(lambda: beside.ring.slot_state(refs[0].slot) is SlotState.FREE, what="it is discarded")
+
+
 OWN_CODE = str(Path(ucxx_transport.__file__).parent)
 
 

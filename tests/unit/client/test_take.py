@@ -28,7 +28,7 @@ RING = RingConfig(slots=16, slot_bytes=8192, prefault=False)
 def begin(client: RigClient, source: Takeable, wait_s: Any = 0.0, **asked: Any) -> Take:
     values = {"max_payloads": 16, "max_bytes": 1 << 20, "selector": "oldest", **asked}
     take = client.core.take_call(source, wait_s, **values)
-    client.core.reads.ask(take)
+    client.core.reads.go_on(take)
     return take
 
 
