@@ -176,12 +176,11 @@ class UCXXClient(OfOneProcess):
         core = self._core
         if core.inherited or core.reactor.closed:
             return
-        if core.reactor.has_link:
-            goodbye = Call(math.inf)
-            core.begin_goodbye(goodbye)
-            if not goodbye.done:  # there was a server to take leave of
-                await self._waiters.wait(goodbye, alone=False)
-        core.close()
+        goodbye = Call(math.inf)
+        core.begin_goodbye(goodbye)
+        if not goodbye.done:  # there was a server to take leave of
+            await self._waiters.wait(goodbye, alone=False)
+        core.end()
 
     async def __aenter__(self) -> Self:
         return self

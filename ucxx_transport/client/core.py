@@ -254,7 +254,7 @@ class ClientCore(ClientBase):
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
         if self.reactor.closed or self.inherited:
             return
-        if not (self.damaged or self.closed):  # else leave has been taken
+        if not self.damaged:
             goodbye = Call(math.inf)
             with suppress(ConfigError):  # the link was closed before: the interpreter exits
                 self.begin_goodbye(goodbye)

@@ -177,6 +177,14 @@ def test_closed_twice_and_used_no_more(beside: PortBeside) -> None:
     assert client.statistics().reads == 1
 
 
+def test_a_client_takes_leave_of_a_server_once(beside: PortBeside) -> None:
+    with beside.client() as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        wait_until(lambda: beside.ring.slot_state(0) is SlotState.FREE, what="the read's end is sent")
+        beside.client_faults.spare = 100
+    assert beside.client_faults.spare == 99
+
+
 def test_closing_while_other_threads_wait_ends_their_reads(beside: PortBeside) -> None:
     client = beside.client()
     client.read(beside.ring.write_raw(EPISODE)).release()
