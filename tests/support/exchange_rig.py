@@ -63,8 +63,10 @@ class RigClient:
 
     def read(self, ref: SlotRef, *, deadline_s: float | None = None, into: bytearray | None = None) -> Payload:
         """As `SyncUCXXClient.read`."""
-        job = self.core.begin((ref,), deadline_s, into=into)
-        return self.result(job)
+        if into is not None:
+            self.core.admit(ref, into)
+        payload = self.result(self.core.begin((ref,), deadline_s))
+        return payload if into is None else payload.copied_into(into)
 
     def result(self, job: Job) -> Payload:
         """What became of a job of one, once it is done."""

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.reactor import LinkFactory, Reactor
-    from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema.episode_record import Referring
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
@@ -104,21 +103,25 @@ class UCXXClient(OfOneProcess):
                 ref = slot_ref_of(ref)
             ring = core.admit(ref, into)
             if ring is not None:
-                if ref.nbytes > INLINE_BYTES and core.local.copies(ref):
-                    return await self._read_aside(ring, ref, into, limit_s, began_s)
+                local, is_long = core.local, ref.nbytes > INLINE_BYTES and core.local.copies(ref)
                 try:
-                    return core.local.read(ring, ref, into, min(limit_s, INLINE_WAIT_S), began_s)
+                    payload = None if is_long else local.read(ring, ref, min(limit_s, INLINE_WAIT_S), began_s)
                 except DeadlineExceededError:  # the ring's lock is held
-                    return await self._read_aside(ring, ref, into, limit_s, began_s)
+                    payload = None
+                if payload is None:  # copied and waited for in a thread; cancelled then, the payload stays in its slot
+                    begun = await in_thread(partial(local.begin, ring, ref, limit_s))
+                    payload = local.deliver(ref, begun, began_s)
+                return payload if into is None else payload.copied_into(into)
         except TransportError as error:
             core.count_failure(error)
             raise
         job = Job([ref], until_s)
-        job.into, job.is_held = into, True
+        job.is_held = True
         await self._run(job, core.reads.start_one)
         core.reads.deliver(job)  # nothing is awaited from here to the caller: a cancellation would lose the payload
         self._kept_s += time.perf_counter() - began_s
-        return job.payload()
+        payload = job.payload()
+        return payload if into is None else payload.copied_into(into)
 
     async def read_many(
         self, refs: Iterable[Referring], *, deadline_s: float | str | None = None
@@ -187,14 +190,6 @@ class UCXXClient(OfOneProcess):
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
-
-    async def _read_aside(
-        self, ring: SharedRingBuffer, ref: SlotRef, into: Buffer | None, limit_s: float, began_s: float
-    ) -> Payload:
-        """Read on this host, with the copying and waiting in a thread. Cancelled, the payload stays in its slot."""
-        core = self._core
-        begun = await in_thread(partial(core.local.begin, ring, ref, limit_s))
-        return core.local.deliver(ref, begun, into, began_s)
 
     async def _run(self, call: CallT, start: Callable[[CallT], object]) -> None:
         """Start a call and return when it is done."""

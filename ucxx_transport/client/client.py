@@ -119,15 +119,15 @@ class SyncUCXXClient(Closing):
                 ref = slot_ref_of(ref)
             ring = core.admit(ref, into)
             if ring is not None:
-                return core.local.read(ring, ref, into, limit_s, time.perf_counter())
+                payload = core.local.read(ring, ref, limit_s, time.perf_counter())
+                return payload if into is None else payload.copied_into(into)
         except TransportError as error:
             core.count_failure(error)
             raise
         job = Job([ref], core.reactor.now() + limit_s)
-        if into is not None:
-            job.into = into
         self._lead.perform(job, Reads.start_one)
-        return job.payload()
+        payload = job.payload()
+        return payload if into is None else payload.copied_into(into)
 
     def read_many(
         self, refs: Iterable[Referring], *, deadline_s: float | str | None = None

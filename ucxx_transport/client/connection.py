@@ -1,7 +1,6 @@
 """One connection of a client: filled with requests as far as its windows allow, until it is closed.
 
-There is one for each (address, port) that is read from; see `connections`. Everything here runs in the thread that runs
-the reactor.
+There is one for each (address, port) that is read from; `connections` opens it. All of it is of the reactor's thread.
 
 | a connection is | because                                         | what waits in its queue                    |
 |-----------------|-------------------------------------------------|--------------------------------------------|
@@ -16,55 +15,78 @@ A connection belongs to the pool, not to the read that asked for it: when that r
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.errands import Request
 from ucxx_transport.client.jobs import Read
-from ucxx_transport.client.line import Line
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import FRAMING_BYTES, OWN_WINDOW_BYTES, PortKey, next_request
 from ucxx_transport.errors import BusyError, PeerLostError, StaleSlotError, TransportError
+from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.codec import clear_trailer, seal_of
-from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, SHORTEST_BYTES, TRAILER_BYTES
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, NONCE_BYTES, SHORTEST_BYTES, TRAILER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
+    from ucxx_transport.client.errands import Errand
     from ucxx_transport.link.base import OnDone, Operation
+    from ucxx_transport.link.endpoint import Endpoint
     from ucxx_transport.wire.client_side import Asked, Offer
 
 
-class Connection(Line):
-    """A line that payloads are read over.
+class Connection:
+    """See the module.
 
     Attributes:
+        pool: it is one of these. key: where it leads to. endpoint: None until the address is resolved.
         queue: reads that wait to be posted.
         attempts: asked for and not answered. late: how many of them have exceeded their time.
         used_s: when it was last given a read.
+        rested: whether it has lain idle, and nothing has been answered since.
     """
 
     def __init__(self, pool: Connections, engine: Dispatch, key: PortKey) -> None:
-        super().__init__(pool, key)
+        self.pool = pool
+        self.key = key
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        self.session = ClientSession(reader=pool.reader, nonce=nonce, token=pool.config.token_bytes)
+        self.endpoint: Endpoint | None = None
         self.queue: deque[Read] = deque()
         self.attempts: set[Read] = set()
         self.late = 0
         self.used_s = 0.0
-        self.lend = pool.lend
+        self.is_open = self.closed = self.rested = False
+        self.schemas, self.lend = pool.schemas, pool.lend
         self._engine = engine
 
     @property
     def idle(self) -> bool:
         return self.is_open and not (self.attempts or self.queue)
 
-    def opened(self) -> None:
-        for read in self.queue:
-            read.due_s = read.limit_s
-        self.pump()
-        self.pool.opened(self)
+    def ask(self, asked: Asked, on_answer: Callable[[Asked, memoryview], None]) -> None:
+        """Send a frame whose answer is small, and of which nothing is reused."""
+        answer = memoryview(bytearray(asked.receive_bytes))
+        self._post(asked.frame, ((answer, partial(self._answered, asked, answer, on_answer), asked.attempt),))
+
+    def _answered(
+        self, asked: Asked, answer: memoryview, on_answer: Callable[[Asked, memoryview], None], operation: Operation
+    ) -> None:
+        if self.closed:
+            return
+        if operation.error is not None:
+            self.lost(operation.error)
+            return
+        self.rested = False
+        try:
+            on_answer(asked, answer)
+        except TransportError as error:
+            self.lost(error)
 
     def pump(self) -> None:
         """Ask for what waits, as far as both windows have room; ends that wait go along."""
@@ -106,12 +128,19 @@ class Connection(Line):
             frame = session.fetch(reads, packed=True)
             receives.append((view, partial(self.came, reads), reads[0].shared))
         else:
-            reads = [read for read in reads if self._has_memory(read)]
+            for read in tuple(reads):
+                try:
+                    self._lend_to(read)
+                except TransportError as error:
+                    reads.remove(read)
+                    self._engine.fail(read, error)
             if not reads:
                 return
             frame = session.fetch(reads)
             receives += [(read.view, partial(self.came, (read,)), read.number) for read in reads]
-        self._post(frame, reads, receives)
+        self.attempts.update(reads)
+        self._engine.asked(self, reads)
+        self._post(frame, receives)
         for read in reads:  # while the server works
             read.seal = seal_of(read.ref)
 
@@ -148,7 +177,7 @@ class Connection(Line):
         try:
             read.message = message = self.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
         except TransportError as error:
-            self.fail(error)
+            self.lost(error)
             return True
         read.view = view = message.data
         clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
@@ -157,35 +186,28 @@ class Connection(Line):
                 raise unsent
             endpoint.post_receive(view, partial(self._one_came, read), channel=read.number & MAX_CHANNEL)
         except TransportError as error:
-            self.fail(error)
+            self.lost(error)
         return True
 
     def _ask_request(self, request: Request) -> None:
         """Ask for something else than payloads by name, if that is still wanted."""
-        if request.job is not None:
+        errand = request.job
+        if errand is not None:
             self.attempts.add(request)
             self._engine.asked(self, (request,))
-            self.ask(request.errand.frame(self, request), partial(self._request_came, request))
+            self.ask(errand.frame(self, request), partial(self._request_came, request, errand))
 
-    def _request_came(self, request: Request, asked: Asked, answer: memoryview) -> None:
+    def _request_came(self, request: Request, errand: Errand, asked: Asked, answer: memoryview) -> None:
         self.attempts.remove(request)
         self.late -= request.late
         try:
-            request.errand.take_in(self, request, asked.attempt, answer)
+            errand.take_in(self, request, asked.attempt, answer)
         except TransportError as error:
             if self.session.broken:
                 self.attempts.add(request)  # it is lost with the connection
                 raise
             self._engine.refused(request, error)
         self.after_answers()
-
-    def _has_memory(self, read: Read) -> bool:
-        try:
-            self._lend_to(read)
-        except TransportError as error:
-            self._engine.fail(read, error)
-            return False
-        return True
 
     def _lend_to(self, read: Read) -> None:
         """What an answer of its own arrives in; of an earlier one it has no trailer that could pass for its own."""
@@ -195,19 +217,17 @@ class Connection(Line):
         read.view = view = message.data
         clear_trailer(view, whole - TRAILER_BYTES)
 
-    def _post(self, frame: bytes | None, reads: list[Read], receives: Sequence[tuple[memoryview, OnDone, int]]) -> None:
+    def _post(self, frame: bytes | None, receives: Sequence[tuple[memoryview, OnDone, int]] = ()) -> None:
         """Send a frame, and post what its answers arrive in, in one turn: nothing is taken in before the next."""
         endpoint = self.endpoint
         assert endpoint is not None
-        self.attempts.update(reads)
-        self._engine.asked(self, reads)
         try:
             if frame is not None:
                 endpoint.post_send(frame)
             for view, on_done, number in receives:
                 endpoint.post_receive(view, on_done, channel=number & MAX_CHANNEL)
         except TransportError as error:
-            self.fail(error)
+            self.lost(error)
 
     def receive(self, offer: Offer, reads: list[Read]) -> None:
         """Receive what the server has picked, each payload for its read; one without a job is given back."""
@@ -217,21 +237,22 @@ class Connection(Line):
             for read in reads:
                 self._lend_to(read)
         except TransportError as error:  # they are on their way all the same
-            self.fail(error)
+            self.lost(error)
             return
         is_lone = len(reads) == 1 and offer.fingerprint in self.schemas
         receives: list[tuple[memoryview, OnDone, int]] = [
             (read.view, partial(self._one_came, read) if is_lone else partial(self.came, (read,)), read.number)
             for read in reads
         ]
-        self._post(None, reads, receives)
+        self._engine.asked(self, reads)
+        self._post(None, receives)
 
     def came(self, reads: Sequence[Read], operation: Operation) -> None:
         """A receive is over: the message has the answers to these, whose ends leave; then more is asked for."""
         if self.closed:
             return  # by a callback before: what had arrived by then is called back all the same
         if operation.error is not None:
-            self.fail(operation.error)
+            self.lost(operation.error)
             return
         self.rested = False
         session, attempts = self.session, self.attempts
@@ -253,7 +274,7 @@ class Connection(Line):
         for read, refusal in refused:  # which may close the connection: the ends of the others wait already
             self._engine.refused(read, refusal)
         if session.broken:
-            self.fail(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
+            self.lost(PeerLostError("closed after an answer that broke the protocol", reason="aborted"))
         self.after_answers()
 
     def _one_came(self, read: Read, operation: Operation) -> None:
@@ -277,7 +298,6 @@ class Connection(Line):
             or view[:HEADER_BYTES] != header
             or view[end:whole] != trailer
             or job is None
-            or job.into is not None
             or job.on_payload is not None
         ):
             self.came((read,), operation)
@@ -303,7 +323,7 @@ class Connection(Line):
             way.reads += 1
             way.nbytes += ref.nbytes
             way.recent_s.append(time.perf_counter() - job.began_s)
-            self._end_one(read, delivered=True)
+            self._post(self.session.conclude(read, delivered=True))
         if len(job.outcomes) > 1:
             if not job.left:
                 engine.finished.append(job)
@@ -324,17 +344,8 @@ class Connection(Line):
             self.pump()  # what there was no room for meanwhile
             self.send_ends()
         else:
-            self._end_one(read, delivered=delivered)
+            self._post(self.session.conclude(read, delivered=delivered))
             self.pump()
-
-    def _end_one(self, read: Read, *, delivered: bool) -> None:
-        """End an attempt that was found whole without the session."""
-        endpoint = self.endpoint
-        assert endpoint is not None
-        try:
-            endpoint.post_send(self.session.conclude(read, delivered=delivered))
-        except TransportError as error:
-            self.fail(error)
 
     def after_answers(self) -> None:
         """What has come is taken: ask for more, and see that the ends leave."""
@@ -354,15 +365,10 @@ class Connection(Line):
         engine.settle()
 
     def send_ends(self) -> None:
-        endpoint = self.endpoint
-        if self.closed or endpoint is None or not self.session.ends:
-            return
-        try:
-            endpoint.post_send(self.session.ends_frame())
-        except TransportError as error:
-            self.fail(error)
+        if self.session.ends and not self.closed:
+            self._post(self.session.ends_frame())
 
-    def fail(self, error: TransportError) -> None:
+    def lost(self, error: TransportError) -> None:
         """The connection is of no use any more; its reads go on elsewhere, or fail with `error`."""
         if self.closed:
             return
@@ -379,7 +385,6 @@ class Connection(Line):
         if self.closed:
             return
         self.closed = True
-        self.stop_timer()
         for read in self.attempts:
             if read.late and not isinstance(read, Request):
                 del read.message  # which the read that took its place would keep as long as it lasts

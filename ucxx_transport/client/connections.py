@@ -1,4 +1,4 @@
-"""All connections of a client: one for each port in use, kept by least recent use within the process's descriptors.
+"""All connections of a client: one for each port in use, opened by turns, and kept by least recent use.
 
 Beside them what outlives each: the schemas of rings, and what servers may not have heard yet.
 
@@ -8,28 +8,36 @@ Beside them what outlives each: the schemas of rings, and what servers may not h
 | its turn, while `CONNECTS_AT_ONCE` others are being opened   | one is open or lost, or has had `CONNECT_TURN_S`      |
 
 So the answers to many first reads do not come too late by each other's work, and a port is not blamed for it; nor do
-many hosts that never answer hold up the others for long.
+many hosts that never answer hold up the others for long. One is open once the schema of its ring is known.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Never
 
-from ucxx_transport.errors import ProtocolError, TransportError
-from ucxx_transport.link.base import PER_CONNECTION, connection_budget, descriptors_in_use, raised_limit
+from ucxx_transport.errors import PeerLostError, ProtocolError, TransportError
+from ucxx_transport.link.base import (
+    DATA_PORT_SILENT,
+    PER_CONNECTION,
+    connection_budget,
+    descriptors_in_use,
+    loopback_hint,
+    raised_limit,
+)
 from ucxx_transport.logs import get_logger
+from ucxx_transport.schema import Schema
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
     from ucxx_transport.client.jobs import Call, Carrier, ClientBase
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.schema import Schema, SlotRef
-    from ucxx_transport.wire.client_side import Asked
+    from ucxx_transport.schema import SlotRef
+    from ucxx_transport.wire.client_side import Asked, ClientSession
 
 UNSETTLED_PER_RING: Final = 1024
 UNSETTLED_RINGS: Final = 256
@@ -38,6 +46,9 @@ what was delivered, and what was discarded stays until it is overwritten."""
 
 CONNECTS_AT_ONCE: Final = 16
 CONNECT_TURN_S: Final = 0.25
+
+OWN_DELAY_S: Final = 0.05
+"""A timer that is called so much later than it was due says that the reactor was not run: no fault of the port's."""
 
 SHORTAGE_S: Final = 1.0
 """After there were no descriptors for a connection, they are counted again once none waits, this much later or more."""
@@ -100,12 +111,6 @@ class Connections:
         if connection is not None and connection.idle:
             connection.close()
 
-    def opened(self, connection: Carrier) -> None:
-        """It is open, and has been given what waited for it."""
-        self.counters.add("connections")
-        self._turn_over(connection)
-        self.rested(connection)
-
     def rested(self, connection: Carrier) -> None:
         """Nothing may use it any more, and others may wait for its descriptors."""
         if self.waiting and connection.idle and not self._has_room():
@@ -159,8 +164,73 @@ class Connections:
             connection = self.waiting.popleft()
             self._opening.add(connection)
             self.reactor.call_at(self.reactor.now() + CONNECT_TURN_S, partial(self._turn_over, connection))
-            connection.start()
+            self._set_limit(connection)
+            self.reactor.resolve(connection.key[0], partial(self._resolved, connection))
         self._is_queue_logged = False
+
+    def _set_limit(self, connection: Carrier) -> None:
+        due_s = self.reactor.now() + self.config.connect_timeout_s
+        self.reactor.call_at(due_s, partial(self._at_limit, connection, due_s))
+
+    def _at_limit(self, connection: Carrier, due_s: float) -> None:
+        if connection.is_open or connection.closed:
+            return
+        if self.reactor.now() - due_s > OWN_DELAY_S:
+            self._set_limit(connection)  # this client has not looked meanwhile, and may have its answer
+            return
+        endpoint, (host, port) = connection.endpoint, connection.key
+        if endpoint is not None and endpoint.listener_has_answered():
+            words = DATA_PORT_SILENT
+        else:
+            hint = loopback_hint(host)
+            words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
+        connection.lost(PeerLostError(words, host=host, port=port, reason="unreachable"))
+
+    def _resolved(self, connection: Carrier, address: str | PeerLostError) -> None:
+        if connection.closed:
+            return
+        if isinstance(address, PeerLostError):
+            connection.lost(address)
+            return
+        try:
+            connection.endpoint = self.reactor.link.connect(address, connection.key[1], connection)
+        except TransportError as error:
+            connection.lost(error)
+            return
+        self._shake_hands(connection, self._handshake(connection.session))
+
+    def _shake_hands(
+        self, connection: Carrier, handshake: Generator[Asked, memoryview, None], answer: memoryview | None = None
+    ) -> None:
+        try:
+            asked = next(handshake) if answer is None else handshake.send(answer)
+        except StopIteration:
+            connection.is_open = True
+            for read in connection.queue:
+                read.due_s = read.limit_s
+            connection.pump()
+            self.counters.add("connections")
+            self._turn_over(connection)
+            self.rested(connection)
+        else:
+            connection.ask(asked, lambda _, answer: self._shake_hands(connection, handshake, answer))
+
+    def _handshake(self, session: ClientSession) -> Generator[Asked, memoryview, None]:
+        """Each of its frames, for which it gets the answer."""
+        challenge = session.on_welcome((yield session.hello()))
+        if challenge is not None:
+            session.on_authenticated((yield challenge))
+        expected = session.fingerprint
+        if expected not in self.schemas:  # once a schema
+            asked = session.describe(session.ring_id)
+            schema = Schema.from_bytes(session.answered(asked.attempt, (yield asked)))
+            if schema.fingerprint != expected:
+                raise ProtocolError(
+                    "the server's schema is not the one that its ring names",
+                    expected=f"{expected:#018x}",
+                    found=f"{schema.fingerprint:#018x}",
+                )
+            self.schemas[expected] = schema
 
     def _count_again(self) -> None:
         if self.waiting:  # while many are being opened, nothing is known of what each takes

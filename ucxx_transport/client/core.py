@@ -112,7 +112,7 @@ class ClientCore(ClientBase):
         """The seconds that a call may take; a ConfigError when they are no duration."""
         return self.config.deadline_s if deadline_s is None else checked_seconds(deadline_s, "deadline_s")
 
-    def admit(self, ref: SlotRef, into: Buffer | None) -> SharedRingBuffer | None:
+    def admit(self, ref: SlotRef, into: Buffer | None = None) -> SharedRingBuffer | None:
         """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
 
         Raises:
@@ -145,7 +145,6 @@ class ClientCore(ClientBase):
         *,
         on_done: Callable[[Any], object] | None = None,
         on_payload: OnPayload | None = None,
-        into: Buffer | None = None,
     ) -> Job:
         """Read payloads: those of this host's rings now, the others as the reactor is run; see the clients' calls.
 
@@ -154,7 +153,7 @@ class ClientCore(ClientBase):
         TransportError that it raises becomes the outcome.
         """
         job = self._job(refs, deadline_s)
-        job.on_done, job.on_payload, job.into = on_done, on_payload, into
+        job.on_done, job.on_payload = on_done, on_payload
         self.reads.go_on(self._look_at(job))
         return job
 
@@ -174,7 +173,7 @@ class ClientCore(ClientBase):
                 ref = job.refs[index]
                 if type(ref) is not SlotRef:
                     ref = job.refs[index] = slot_ref_of(ref)
-                ring = self.admit(ref, job.into)
+                ring = self.admit(ref)
             except TransportError as error:
                 self.local.over(job, index, error)
                 continue

@@ -260,7 +260,7 @@ class Dispatch(ABC):
         if read.late:
             if connection.late == len(connection.attempts):  # there is nothing to wait for
                 facts = {"host": connection.key[0], "port": connection.key[1], "reason": "aborted"}
-                connection.fail(PeerLostError("the port has not answered in time", **facts))
+                connection.lost(PeerLostError("the port has not answered in time", **facts))
             return
         read.late = True
         connection.late += 1

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.jobs import Carrier
-    from ucxx_transport.client.ports import Source
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.client_side import Asked, Offer
 
@@ -70,11 +69,8 @@ class Request(Read):
     """
 
     goes_first = True
+    job: Errand | None
     names: tuple[SlotRef, ...] = ()
-
-    def __init__(self, errand: Errand, index: int, ref: SlotRef, source: Source, limit_s: float) -> None:
-        super().__init__(errand, index, ref, source, limit_s)
-        self.errand = errand
 
     @property
     def is_current(self) -> bool:
@@ -157,7 +153,7 @@ class Take(Errand):
         except TransportError as error:
             if job is not None:
                 engine.fail(request, error)
-            connection.fail(error)
+            connection.lost(error)
             return
         if job is not None:
             self.reads, self.refs, self.left = dict(enumerate(reads)), [read.ref for read in reads], len(reads)

@@ -14,14 +14,14 @@ from ucxx_transport.client.buffer_pool import BufferPool
 from ucxx_transport.client.payload import Deduplicator, Payload
 from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
+from ucxx_transport.link.base import EndpointEvents
 from ucxx_transport.wire.client_side import Asked, Attempt, ClientSession, Offer
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from ucxx_transport.client.buffer_pool import Bytes, PageLocker
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.config import ClientConfig
+    from ucxx_transport.link.endpoint import Endpoint
     from ucxx_transport.membership.sources import SourceRecord
     from ucxx_transport.ring import SharedRingBuffer
     from ucxx_transport.schema import SlotRef
@@ -89,7 +89,6 @@ class Job(Call):
         reads: those over the link, by index, as long as they have none.
         here: those in rings of this host that have none, because the locks are held or others leave first.
         on_payload: called with each payload that came over the link and its index; what it returns takes its place.
-        into: the caller's memory for the payload; of a job of one.
         is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
         held: that payload's read. Of a job of one, like `is_held`.
         began_s: of `perf_counter`.
@@ -99,7 +98,6 @@ class Job(Call):
     """
 
     on_payload: OnPayload | None = None
-    into: Buffer | None = None
     is_held = False
     held: Read | None = None
     alone = counts = True
@@ -175,10 +173,11 @@ class Read(Attempt):
         return read
 
 
-class Carrier(Protocol):
+class Carrier(EndpointEvents, Protocol):
     """A `Connection`, as its reads, errands and the pool see it; what each is, is said there."""
 
     key: PortKey
+    endpoint: Endpoint | None
     session: ClientSession
     queue: deque[Read]
     attempts: set[Read]
@@ -189,7 +188,6 @@ class Carrier(Protocol):
 
     @property
     def idle(self) -> bool: ...
-    def start(self) -> None: ...
     def ask(self, asked: Asked, on_answer: Callable[[Asked, memoryview], None], /) -> None: ...
     def pump(self) -> None: ...
     def ask_one(self, read: Read, now: float) -> bool: ...
@@ -197,7 +195,6 @@ class Carrier(Protocol):
     def after_answers(self) -> None: ...
     def send_ends(self) -> None: ...
     def end_held(self, read: Read, *, delivered: bool) -> None: ...
-    def fail(self, error: TransportError) -> None: ...
     def close(self) -> None: ...
 
 

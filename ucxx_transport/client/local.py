@@ -24,8 +24,6 @@ from ucxx_transport.ring.reading import verify_checksum
 from ucxx_transport.ring.segment import host_id, segment_folder
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.errands import Take
     from ucxx_transport.client.jobs import Entry
@@ -145,10 +143,8 @@ class LocalReader:
                 del self._rings[ring_id]
                 ring.close()
 
-    def read(
-        self, ring: SharedRingBuffer, ref: SlotRef, into: Buffer | None, limit_s: float, began_s: float
-    ) -> Payload:
-        return self.deliver(ref, self.begin(ring, ref, limit_s), into, began_s)
+    def read(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float, began_s: float) -> Payload:
+        return self.deliver(ref, self.begin(ring, ref, limit_s), began_s)
 
     def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> Begun:
         """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace."""
@@ -172,7 +168,7 @@ class LocalReader:
             return ring, lease, None
         return ring, lease, self._copied(ring, ref, lease)
 
-    def deliver(self, ref: SlotRef, begun: Begun, into: Buffer | None, began_s: float) -> Payload:
+    def deliver(self, ref: SlotRef, begun: Begun, began_s: float) -> Payload:
         """Deliver what `begin` has read, counted from `began_s` (`perf_counter`); a StaleSlotError for a duplicate."""
         ring, lease, root = begun
         try:
@@ -185,8 +181,6 @@ class LocalReader:
         else:
             lease.mark_consumed()
             payload = Payload(ref, root, ring.schema, "copy")
-        if into is not None:
-            payload = payload.copied_into(into)
         self._counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
         return payload
 
@@ -229,7 +223,7 @@ class LocalReader:
         ref = job.refs[index]
         self._delivered.check(ref)  # one that the call names twice
         if not isinstance(job, Discard):
-            payload = self.read(ring, ref, job.into, limit_s, job.began_s)
+            payload = self.read(ring, ref, limit_s, job.began_s)
             return payload if job.on_payload is None else job.on_payload(index, payload)
         lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
         with suppress(StaleSlotError):  # whose name another read has taken
@@ -254,7 +248,7 @@ class LocalReader:
         except BaseException:
             lease.release_reading()
             raise
-        payload = self.deliver(ref, (ring, lease, self._copied(ring, ref, lease)), None, began_s)
+        payload = self.deliver(ref, (ring, lease, self._copied(ring, ref, lease)), began_s)
         payload.record = record
         return payload
 

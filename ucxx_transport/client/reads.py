@@ -26,7 +26,7 @@ from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
 from ucxx_transport.client.errands import Errand, Request
-from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Outcome, Read, copy_of, removed, too_late
+from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, OnPayload, Outcome, Read, copy_of, removed, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
 from ucxx_transport.errors import ConfigError, StaleSlotError, TransportError
@@ -127,16 +127,20 @@ class Reads(Dispatch):
 
     def go_on(self, job: Job) -> None:
         """Do the rest of a job: what is asked of other hosts leaves before anything is copied here."""
-        here = {index for index, _ in job.here}
-        elsewhere = [index for index in job.missing if index not in here]
         self.jobs.add(job)
         if isinstance(job, Errand):
             job.engine = self
-        if elsewhere:
+        if len(job.here) < job.left:
             if len(job.refs) == 1 and job.counts:
                 self.start_one(job)
-            else:
-                self._start(job, elsewhere)
+                return
+            elsewhere = job.missing
+            if job.here:
+                here = {index for index, _ in job.here}
+                elsewhere = [index for index in elsewhere if index not in here]
+            self._start(job, elsewhere)
+            if not job.here:
+                return
             job.here = self._local.in_turn(job, job.here)
         self._until_free(job)
 
@@ -255,16 +259,13 @@ class Reads(Dispatch):
             way.reads += 1
             way.nbytes += ref.nbytes
             way.recent_s.append(now_s - job.began_s)
-            plain = job.into is None and job.on_payload is None
-            self.over(read, payload if plain else self._passed_on(job, read.index, payload))
+            self.over(read, payload if job.on_payload is None else self._passed_on(job.on_payload, read, payload))
             end(read, delivered=True)
 
-    def _passed_on(self, job: Job, index: int, payload: Payload) -> Outcome:
+    def _passed_on(self, on_payload: OnPayload, read: Read, payload: Payload) -> Outcome:
         """A payload as its caller wants it."""
         try:
-            if job.into is not None:
-                payload = payload.copied_into(job.into)
-            return payload if job.on_payload is None else job.on_payload(index, payload)
+            return on_payload(read.index, payload)
         except TransportError as error:
             error.__traceback__ = None  # its frames hold the payload
             self.counters.failed(error)
@@ -283,6 +284,4 @@ class Reads(Dispatch):
             job.outcomes[0] = error
         else:
             self.counters.delivered("ucx", payload.nbytes, time.perf_counter() - job.began_s)
-            if job.into is not None:
-                job.outcomes[0] = self._passed_on(job, 0, payload)
         read.connection.end_held(read, delivered=True)
