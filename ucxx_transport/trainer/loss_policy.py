@@ -209,11 +209,7 @@ class Sources:
     """Which sources have answered, batch by batch, and when their silence is a reason to stop.
 
     A source that has answered before and is silent beside others has died: its episodes are all that this costs.
-
-    Args:
-        host_id: of this host.
-        unreachable_batches: as the table above has it; None: never.
-        in_a_batch: how many of the batches here count as one.
+    Without `unreachable_batches` silence is no reason; `in_a_batch` of the batches here count as one of those.
     """
 
     def __init__(self, host_id: str, unreachable_batches: int | None, in_a_batch: int = 1) -> None:

@@ -317,10 +317,7 @@ class Prefetcher(Closing):
     # for its batches, and what is built on one
 
     def add(self, pending: PendingT) -> PendingT:
-        """Keep a batch where closing finds it until it is taken; its fetch is begun later, by `begin` or `result`.
-
-        Errors as `begin`.
-        """
+        """Keep a batch, which is begun later, where closing finds it until it is taken; errors as `begin`."""
         self.check_usable()
         self.limits.sorter(pending.policy_version)  # refuses one that is missing, or no number
         with self.lock:

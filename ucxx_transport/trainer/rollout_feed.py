@@ -48,10 +48,7 @@ def completion_of(rollout: object) -> object:
 
 
 class _Rollouts(PendingBatch):
-    """Rollouts to fetch, or fetched: as given, and the outputs of ours among them by their places, in order.
-
-    What takes long is done by the thread that fetches, which asks first.
-    """
+    """Rollouts to fetch, or fetched; what takes long is done by the thread that fetches, which asks first."""
 
     _filled: Sequence[object] | None = None
     _asking = 0  # the thread in `on_missing`

@@ -67,12 +67,7 @@ InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"
 def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, InPlace]:
     """How payloads become arrays on `device`, what takes them there as they come, if that is a GPU, and from where.
 
-    Args:
-        device: None, or what `str` words as "numpy", "cpu", "cuda", "cuda:N", "cupy" or "cupy:N" (a `torch.device`
-            too); or a `Receiver` of your own.
-
-    Raises:
-        ConfigError: another word, a library is not installed, or this machine has no such GPU.
+    A ConfigError: as `checked_device`, or a library is not installed, or this machine has no such GPU.
     """
     as_they_are = attrgetter("arrays")
     name = checked_device(device)
@@ -86,7 +81,10 @@ def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, 
 
 
 def checked_device(device: object) -> str:
-    """A device in words; a ConfigError where it is none that `unpacker_for` knows. Whether it is there is not asked."""
+    """A device in words: None, a word (a `torch.device` too), or a `Receiver`; a ConfigError where it is none of these.
+
+    Whether it is there is not asked.
+    """
     name = "numpy" if device is None else str(device)
     if isinstance(device, Receiver) or name in ("numpy", "cpu") or name.partition(":")[0] in ("cuda", "cupy"):
         return name
@@ -178,15 +176,10 @@ class DeviceUploader:
         return locked
 
     def upload(self, payload: Payload, timers: Reactor) -> DevicePayload:
-        """Begin to copy a payload to the device, and take its place. What was given is released in any case.
+        """Begin to copy a payload, which lies in page-locked memory, to the device; it is released in any case.
 
-        Args:
-            payload: in page-locked memory.
-            timers: of the calling thread, to release the memory soon after the copy.
-
-        Raises:
-            ProtocolError: the bytes are not a payload of the schema.
-            ConfigError: the device has no memory for it, or the uploader is closed.
+        `timers`, of the calling thread, release that memory soon after the copy. A ProtocolError: the bytes are not a
+        payload of the schema. A ConfigError: the device has no memory for it, or the uploader is closed.
         """
         with payload:
             source = np.frombuffer(payload.buffer, np.uint8)
