@@ -27,13 +27,12 @@ class PrefetchStatistics:
     """What a prefetcher has handed out.
 
     Attributes:
-        batches: collected or fetched.
+        batches: collected or fetched; those that were given up, or whose fetch failed, are losses alone.
         episodes: their payloads.
         nbytes: their bytes.
         fetch_s: seconds that fetching them took, added up; the trainer did not wait for what was fetched ahead.
         retried: episodes asked for again, in a later round of their batch.
         losses: episodes that are in no batch, by the reason's word.
-        given_up: batches that did not come in time, or whose fetch failed; their episodes are lost.
     """
 
     batches: int = 0
@@ -42,7 +41,6 @@ class PrefetchStatistics:
     fetch_s: float = 0.0
     retried: int = 0
     losses: Mapping[str, int] = field(default_factory=dict)
-    given_up: int = 0
 
 
 class Accounts:
@@ -74,9 +72,8 @@ class Accounts:
             now = replace(
                 before,
                 batches=before.batches + batch.in_time,
-                given_up=before.given_up + (not batch.in_time),
                 episodes=before.episodes + len(batch.payloads),
-                nbytes=before.nbytes + batch.nbytes,
+                nbytes=before.nbytes + sum(payload.nbytes for payload in batch.payloads.values()),
                 fetch_s=before.fetch_s + batch.took_s,
                 retried=before.retried + batch.retried,
                 losses=Counter(before.losses) + Counter(loss.reason.value for loss in losses),

@@ -48,7 +48,6 @@ class Batch:
     Attributes:
         payloads: by the episode's place in what was asked for, in that order.
         losses: the others, in that order, each with its reason.
-        nbytes: of the payloads.
         retried: episodes asked for again, once for each round after the first.
         took_s: seconds.
         in_time: False: it was given up, or its fetch failed, and every episode is lost.
@@ -56,7 +55,6 @@ class Batch:
 
     payloads: dict[int, Payload]
     losses: tuple[Loss, ...]
-    nbytes: int
     retried: int
     took_s: float
     in_time: bool = True
@@ -151,7 +149,6 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
     return Batch(
         payloads=dict(sorted(payloads.items())),
         losses=tuple(sorted(losses, key=attrgetter("index"))),
-        nbytes=sum(payload.nbytes for payload in payloads.values()),
         retried=retried,
         took_s=clock() - began_s,
     )
@@ -171,7 +168,7 @@ def given_up(sorted_out: SortedOut, failure: Exception | None) -> Batch:
         error.__cause__ = failure
     losses += [Loss(index=each.index, record=each.record, reason=reason, error=error) for each in wanted]
     lost = tuple(sorted(losses, key=attrgetter("index")))
-    return Batch(payloads={}, losses=lost, nbytes=0, retried=0, took_s=0.0, in_time=False)
+    return Batch(payloads={}, losses=lost, retried=0, took_s=0.0, in_time=False)
 
 
 @known_options

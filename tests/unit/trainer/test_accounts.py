@@ -205,7 +205,7 @@ class Log:
         records = [loss.record or ProtocolError("malformed") for loss in losses]
         records += [episode("w")] * (of - len(losses))
         asked = dict(enumerate(records))
-        batch = Batch(payloads={}, losses=losses, nbytes=0, retried=0, took_s=0.0)
+        batch = Batch(payloads={}, losses=losses, retried=0, took_s=0.0)
         self.accounts.count(fetch_of(asked), batch)
         return self.events
 
@@ -214,7 +214,7 @@ def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is
     for at in itertools.count():
         accounts = Accounts(Sources(HERE, 2), on_loss=None, clock=float)
         losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
-        batch = Batch(payloads={}, losses=tuple(losses), nbytes=0, retried=0, took_s=0.0)
+        batch = Batch(payloads={}, losses=tuple(losses), retried=0, took_s=0.0)
         first, second = (fetch_of({0: episode("a"), 1: episode("b")}) for _ in range(2))
         interrupter = Interrupter(at, ("ucxx_transport/trainer/",))
         with suppress(KeyboardInterrupt), interrupter:
@@ -293,7 +293,7 @@ def test_statistics_that_a_caller_changes_are_its_own() -> None:
 def test_what_is_counted_as_a_batch_is_not_counted_as_closed_too() -> None:
     accounts = Accounts(Sources(HERE, 2), on_loss=None, clock=float)
     fetch = fetch_of({0: episode("a")})
-    accounts.count(fetch, Batch(payloads={}, losses=(), nbytes=0, retried=0, took_s=0.0))
+    accounts.count(fetch, Batch(payloads={}, losses=(), retried=0, took_s=0.0))
     accounts.count_closed(1, fetch=fetch)
     assert accounts.statistics().losses == {}
     accounts.count_closed(1, fetch=fetch_of({0: episode("a")}))
