@@ -28,12 +28,12 @@ from ucxx_transport.ring.layout import RingStatistics
 from ucxx_transport.ring.segment import host_id
 from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
-from ucxx_transport.schema.slot_ref import Common, SlotRef, common_of
+from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, Common, are_ports
+from ucxx_transport.schema.wire_form import is_plain_text
 from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import Closing
 from ucxx_transport.units import MAX_PORTS
 
-MAX_HOST_BYTES: Final = 255
 _BANK: Final = struct.Struct(f"<2Q{MAX_PORTS}H{8 * layout.ADDRESS_BANK_WORDS - 16 - 2 * MAX_PORTS}s")
 """Number of ports, bytes of the host, the ports, the host."""
 
@@ -155,15 +155,15 @@ class RingHandle(Closing):
     def publish_address(self, host: str | None, ports: Sequence[int]) -> None:
         """Store where the ring's server listens; every SlotRef made after that, in any process, carries it.
 
-        None and no ports withdraw it: the server has stopped. A ConfigError: no host of 1 to 255 bytes, or not 1 to 64
-        ports.
+        None and no ports withdraw it: the server has stopped. A ConfigError: no host of 1 to 255 bytes of
+        printable characters, or not 1 to 64 ports in a list or tuple.
         """
         self._require_open()
         name = (host or "").encode()
-        if (host is not None or ports) and not 1 <= len(name) <= MAX_HOST_BYTES:
-            raise ConfigError(f"a host has 1 to {MAX_HOST_BYTES} bytes", field="host", value=host)
-        if len(ports) > MAX_PORTS or (name and not ports) or not all(1 <= port <= 65535 for port in ports):
-            raise ConfigError(f"1 to {MAX_PORTS} ports from 1 to 65535", field="ports", value=tuple(ports))
+        is_one = is_plain_text(host, MAX_HOST_CHARS) and len(name) <= MAX_HOST_CHARS and ports and are_ports(ports)
+        if not is_one and (host is not None or ports):
+            text = f"an address is a host of 1 to {MAX_HOST_CHARS} bytes and 1 to {MAX_PORTS} ports from 1 to 65535"
+            raise ConfigError(text, field="host", value=host)
         bank = _BANK.pack(len(ports), len(name), *ports, *[0] * (MAX_PORTS - len(ports)), name)
         self.transitions.call("publish", bank)
 
@@ -241,18 +241,8 @@ class RingHandle(Closing):
             known, version = version, words[layout.ADDRESS_VERSION_WORD]
             if known == version:
                 count, length, *ports, name = _BANK.unpack(content)
-                template = SlotRef(
-                    ring_id=self.ring_id,
-                    ring_name=self.name,
-                    slot=0,
-                    generation=0,
-                    nbytes=0,
-                    host_id=self._host_id,
-                    host=name[: min(length, MAX_HOST_BYTES)].decode(errors="replace") if count else None,
-                    ports=tuple(ports[:count]),
-                    fingerprint=self.fingerprint,
-                )
-                common = common_of(template)
+                host = name[:length].decode(errors="replace") if count else None
+                common = (self.ring_id, self.name, self._host_id, host, tuple(ports[:count]), self.fingerprint)
                 self._addressed = version, common
         return common
 

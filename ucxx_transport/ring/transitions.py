@@ -83,19 +83,15 @@ class Transitions:
         if creation.descriptor() is not None:
             # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
             multiprocessing.util.Finalize(self, creation, exitpriority=0)
+            if code := self._brief.ring_initialise(self.address):  # makes the lock and the lists of slots
+                raise ConfigError(
+                    f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc", errno=code
+                )
 
     def payload(self, words: Words) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,), writable; they do not keep the hold."""
         start = self.first_byte + words[layout.HOLD_SLOT] * self.stride
         return np.frombuffer(self.memory, np.uint8, words[layout.HOLD_NBYTES], start)
-
-    def initialise(self) -> None:
-        """Make the lock and the lists of a segment not in use yet; a ConfigError where robust mutexes are unknown."""
-        code = self._brief.ring_initialise(self.address)
-        if code:
-            raise ConfigError(
-                f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc", errno=code
-            )
 
     def reserve(self, words: Words, *, overwrites: bool, wait_s: float | None = None) -> bool:
         """FREE → WRITING, or the oldest READY one if `overwrites`; gives slot and generation. False: there is none."""
@@ -235,7 +231,6 @@ def create_ring(config: RingConfig, library: Library | None = None) -> Transitio
         made = Transitions(creation, mapping, identity, schema, library)  # first: it removes the file at an exit
         if config.prefault:
             populate(mapping)
-        made.initialise()
         for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
             made.memory[first : first + len(content)] = content
         made.words[layout.COMPLETE_WORD] = 1  # the last store

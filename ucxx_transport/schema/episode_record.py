@@ -28,14 +28,7 @@ _MAX_DOUBLE: Final = sys.float_info.max
 
 
 class RewardSummary(NamedTuple):
-    """Rewards of one episode, finite floats.
-
-    Attributes:
-        total: their sum.
-        mean: total over their number.
-        least: of one step.
-        most: of one step.
-    """
+    """Rewards of one episode, finite floats: `least` and `most` are of one step."""
 
     total: float
     mean: float
@@ -227,7 +220,7 @@ Form: TypeAlias = "Reference | Mapping[str, object] | bytes | ProtocolError"
 
 
 def form_of(value: Any) -> Form | None:
-    """What `reference_of` makes a reference of, or refuses, if `value` looks like one of ours; else None.
+    """What in `value` looks like a reference of ours, or why it is none though it does; None where nothing does.
 
     | `value`                                                              | is                               |
     |----------------------------------------------------------------------|----------------------------------|
@@ -245,8 +238,9 @@ def form_of(value: Any) -> Form | None:
     return form
 
 
-def reference_of(form: Any) -> Reference:
-    """The record or reference that a form is, which is not trusted; a ProtocolError."""
+def reference_of(value: Any) -> Reference | None:
+    """The record or reference that is in `value` (see `form_of`), which is not trusted, or None; a ProtocolError."""
+    form: Any = form_of(value)
     if isinstance(form, ProtocolError):
         raise form
     if isinstance(form, bytes):
@@ -255,7 +249,7 @@ def reference_of(form: Any) -> Reference:
         form = wire_form.unpack(form, "episode record", max_bytes=MAX_SLOT_REF_BYTES)
     if isinstance(form, (dict, Mapping)):
         return EpisodeRecord.from_dict(form) if MARK in form else SlotRef.from_dict(form)
-    found: Reference = form
+    found: Reference | None = form
     return found
 
 
@@ -264,10 +258,9 @@ def slot_ref_of(value: Any) -> SlotRef:
 
     A ProtocolError: it is malformed. A StaleSlotError: a record without a payload.
     """
-    form = form_of(value)
-    if form is None:
+    found = reference_of(value)
+    if found is None:
         refuse("ref", value, "a SlotRef or an episode record, as an object, its to_dict() or JSON")
-    found = reference_of(form)
     if isinstance(found, SlotRef):
         return found
     if found.ref is None:

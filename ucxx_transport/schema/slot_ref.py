@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import ConfigError, ProtocolError
@@ -171,9 +171,6 @@ _digits: Final = lru_cache(maxsize=1024)("{:016x}".format)
 
 # What references to one ring have in common, checked.
 Common: TypeAlias = tuple[bytes, str, str, str | None, tuple[int, ...], int]
-common_of: Final[Callable[[SlotRef], Common]] = attrgetter(
-    "ring_id", "ring_name", "host_id", "host", "ports", "fingerprint"
-)
 
 _MOST_RINGS: Final = 1024
 # Of each ring that was heard of, by its id as the form has it: what its references have in common, as the form has it
@@ -243,7 +240,8 @@ def _rebuilt(values: Sequence[Any], digits: bool = False) -> SlotRef:  # noqa: F
         raise ProtocolError(exc.message, **exc.facts) from exc
     if len(_rings) >= _MOST_RINGS:
         _rings.clear()
-    _rings[ring_id] = (ring_name, host_id, host, [*ref.ports], fingerprint), common_of(ref)
+    common = (ref.ring_id, ref.ring_name, ref.host_id, ref.host, ref.ports, ref.fingerprint)
+    _rings[ring_id] = (ring_name, host_id, host, [*ref.ports], fingerprint), common
     return ref
 
 

@@ -177,10 +177,9 @@ def record_of(output: object) -> AskedFor:
     if isinstance(output, EpisodeRecord | TransportError):
         return output
     try:
-        form = form_of(output)
-        if form is None:
+        found = reference_of(output)
+        if found is None:
             return ProtocolError(f"{describe(output)} is no episode record and no SlotRef", field="episode record")
-        found = reference_of(form)
     except ProtocolError as error:
         if isinstance(output, Mapping):  # what can be read of it says whose it is
             worker, sequence = output.get("worker_id"), output.get("sequence")

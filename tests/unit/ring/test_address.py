@@ -32,6 +32,7 @@ def test_an_address_that_is_none_changes_nothing(ring: SharedRingBuffer) -> None
     rows: list[tuple[str, Sequence[int]]] = [
         ("", [1]),
         ("h" * 256, [1]),
+        ("h\n", [1]),
         ("h", []),
         ("h", range(1, 66)),
         ("h", [0]),
