@@ -128,7 +128,7 @@ class Listeners(Generic[T]):
     def retry(self) -> bool:
         """Call back where no thread could be started before; to be called regularly. Whether a listener still waits."""
         self.put(())
-        return any(one.is_waiting for one in self._subscriptions)
+        return any(one.queue and not one.is_called for one in self._subscriptions)
 
     @contextmanager
     def calling_back(self) -> Iterator[None]:
@@ -180,7 +180,6 @@ class Listeners(Generic[T]):
         """Begin to call back, unless it has begun."""
         with self._lock:
             if subscription.is_called or not subscription.queue:
-                subscription.is_waiting = False
                 return
             subscription.is_called = True
         try:

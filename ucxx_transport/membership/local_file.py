@@ -26,7 +26,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import quote
@@ -136,8 +135,9 @@ class StoreFile:
         SQLite's own waiting sleeps up to 100 ms at a time, in step with others, and would keep other threads out.
         Raises by the module's table.
         """
-        pid = os.getpid()
-        for attempt in count(1):
+        pid, attempt = os.getpid(), 0
+        while True:
+            attempt += 1
             begun: list[bool] = []
             try:
                 _calls.begin(self.path, until, begun)
@@ -155,7 +155,6 @@ class StoreFile:
                     _calls.caller = None
                     _calls.lock.release()
             time.sleep(wait_s)
-        raise AssertionError
 
     def check_open(self) -> None:
         """Raise a ConfigError once this is closed."""

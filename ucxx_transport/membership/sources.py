@@ -26,21 +26,9 @@ from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, Pr
 from ucxx_transport.membership.entries import Batch, Snapshot, epoch_key, source_key
 from ucxx_transport.membership.renewal import renew
 from ucxx_transport.membership.store import Store
+from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS, are_ports
-from ucxx_transport.schema.wire_form import (
-    NO_META,
-    WIRE_VERSION,
-    check_version,
-    checked_meta,
-    describe,
-    is_plain_text,
-    is_unsigned,
-    pack_json,
-    take_fields,
-    unpack_json,
-    untrusted,
-)
 from ucxx_transport.sidecar.launch import Sidecar
 
 MAX_RECORD_BYTES: Final = 64 << 10
@@ -122,26 +110,26 @@ class SourceRecord(Offer):
     session: str
     status: SourceStatus
     ttl_s: float = 0.0
-    meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
+    meta: Mapping[str, object] = field(default_factory=lambda: wire_form.NO_META)
 
     def __post_init__(self) -> None:
         """Check every field; a ConfigError names the one that is out of its bounds."""
         for name, good in (
-            ("worker_id", is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS)),
-            ("epoch", is_unsigned(self.epoch, 64) and self.epoch > 0),
+            ("worker_id", wire_form.is_plain_text(self.worker_id, MAX_WORKER_ID_CHARS)),
+            ("epoch", wire_form.is_unsigned(self.epoch, 64) and self.epoch > 0),
             ("session", _is_hex(self.session)),
             ("status", isinstance(self.status, SourceStatus)),
             ("ring_id", type(self.ring_id) is bytes and len(self.ring_id) == 16),
-            ("ring_name", is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)),
-            ("host_id", is_plain_text(self.host_id, MAX_HOST_ID_CHARS)),
-            ("host", self.host is None or is_plain_text(self.host, MAX_HOST_CHARS)),
+            ("ring_name", wire_form.is_plain_text(self.ring_name, MAX_RING_NAME_CHARS)),
+            ("host_id", wire_form.is_plain_text(self.host_id, MAX_HOST_ID_CHARS)),
+            ("host", self.host is None or wire_form.is_plain_text(self.host, MAX_HOST_CHARS)),
             ("ports", are_ports(self.ports)),
             ("ttl_s", type(self.ttl_s) is float and isfinite(self.ttl_s) and self.ttl_s >= 0),
         ):
             if not good:
-                raise ConfigError(f"a source's {name} cannot be {describe(getattr(self, name))}", field=name)
+                raise ConfigError(f"a source's {name} cannot be {wire_form.describe(getattr(self, name))}", field=name)
         object.__setattr__(self, "ports", tuple(self.ports))
-        object.__setattr__(self, "meta", checked_meta(self.meta)[0])
+        object.__setattr__(self, "meta", wire_form.checked_meta(self.meta)[0])
 
     @property
     def life(self) -> tuple[int, str, bytes]:
@@ -159,7 +147,7 @@ class SourceRecord(Offer):
     def to_dict(self) -> dict[str, object]:
         """The record as plain JSON values."""
         return {
-            "version": WIRE_VERSION,
+            "version": wire_form.WIRE_VERSION,
             **{key: getattr(self, key) for key in _KEYS},
             "status": self.status.value,
             "ring_id": self.ring_id.hex(),
@@ -173,7 +161,7 @@ class SourceRecord(Offer):
         Raises:
             ConfigError: the record is larger than 64 KiB.
         """
-        raw = pack_json(self.to_dict())
+        raw = wire_form.pack_json(self.to_dict())
         if len(raw) > MAX_RECORD_BYTES:
             raise ConfigError(f"a source's record takes {len(raw)} bytes; at most {MAX_RECORD_BYTES}", field="meta")
         return raw
@@ -185,15 +173,15 @@ class SourceRecord(Offer):
         Raises:
             ProtocolError: it is malformed or of another version; the message names the field.
         """
-        data = unpack_json(raw, "source record", max_bytes=MAX_RECORD_BYTES)
-        form = dict(take_fields(data, "source record", required=("version", *_KEYS)))
-        check_version(form.pop("version"), "source record")
+        data = wire_form.unpack_json(raw, "source record", max_bytes=MAX_RECORD_BYTES)
+        form = dict(wire_form.take_fields(data, "source record", required=("version", *_KEYS)))
+        wire_form.check_version(form.pop("version"), "source record")
         # what is not taken here stays as it is, for __post_init__ to refuse by its name
         ring_id, status, ttl_s = form["ring_id"], form["status"], form["ttl_s"]
         form["ring_id"] = bytes.fromhex(ring_id) if _is_hex(ring_id) else ring_id
         form["status"] = next((one for one in SourceStatus if one.value == status), status)
-        form["ttl_s"] = float(ttl_s) if is_unsigned(ttl_s, 64) else ttl_s
-        with untrusted():
+        form["ttl_s"] = float(ttl_s) if wire_form.is_unsigned(ttl_s, 64) else ttl_s
+        with wire_form.untrusted():
             return cls(**form)
 
 
