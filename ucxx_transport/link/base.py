@@ -103,10 +103,9 @@ class Operation:
         completed: over, well or badly; from then on the link does not touch the buffer.
         error: why it failed, or was given up: PeerLostError with `facts["reason"]`, ProtocolError where what answered
             is not of this package, or BusyError. None in flight and after a success.
-        nbytes: size of the buffer.
         on_done: what is called when it is over. Of a send it is set after the post, if that is not `completed`: what is
             over at once costs no call.
-        buffer: pinned until the link is done with it: dropping it sooner is a crash.
+        buffer: its `nbytes` are pinned until the link is done with it: dropping it sooner is a crash.
         owner, index, status, channel: the link's; the index in its flight, UCX's status, the channel of a deferred one.
     """
 

@@ -110,10 +110,7 @@ class Endpoint(Posted):
         flight.post(greeting, flight.stream_receive, handle, place.address, 0)
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
-        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken.
-
-        All of the buffer is offered, which is writable, contiguous, of the buffer protocol; or a `Message` of such.
-        """
+        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken."""
         operation, flight = Operation(), self._flight  # as `Operation.of`
         operation.owner, operation.on_done = self, on_done
         if type(buffer) is memoryview and buffer.c_contiguous and not buffer.readonly:
@@ -132,9 +129,8 @@ class Endpoint(Posted):
         return operation
 
     def post_send(self, buffer: object, *, channel: int = 0) -> Operation:
-        """Send the buffer as one message, straight from its memory, which is kept referenced until completion.
+        """Send the buffer, or a `Message`, straight from its memory, which must not change before completion.
 
-        It is contiguous, of the buffer protocol, or a `Message` of this link, and must not change before completion.
         Small sends often are `completed` already when this returns; of others `on_done` may be set. Until the peer's
         hello is here, sends wait for it, in order.
         """
@@ -245,9 +241,7 @@ class Endpoint(Posted):
         if not (self.usable or self.alive or self._link.closing):
             raise self._why_lost()
         self.deferred.append(operation)
-        if (
-            not self.usable
-        ):  # in the next turn: an owner that posts again whenever one ends would hold this one for ever
+        if not self.usable:  # in the next turn: who posts again whenever one ends would hold this one for ever
             self._link.ready.append(self._end_deferred)
 
     def _end_deferred(self) -> None:
@@ -359,10 +353,9 @@ class Link(LinkCore):
 
 
 def raisable(error: TransportError) -> TransportError:
-    """A copy of a stored error.
+    """A copy of a stored error, which would get a traceback that leads back to where it is stored: a cycle.
 
-    Raised itself, it would get a traceback, whose frames lead back to where it is stored: a cycle that keeps the
-    worker, and so its port, until garbage is collected.
+    That would keep the worker, and so its port, until garbage is collected.
     """
     fresh = copy(error)
     fresh.__cause__ = error.__cause__

@@ -119,8 +119,7 @@ class Flight:
     def turn(self, spin_ns: int) -> bool:
         """Progress, for `spin_ns` while nothing moves; take what has ended, and call it back. Whether anything moved.
 
-        An interrupt may come between any two steps: what was not taken is handed over again, and each step may be
-        taken twice.
+        An interrupt may come between any two steps: what was not taken is handed over again; a step may be taken twice.
         """
         words, operations, ended = self._words, self.operations, self.ended
         words[HANDLED], words[SPIN] = self.handled, spin_ns
@@ -220,10 +219,7 @@ class LinkCore(Usable, Posted):
         super().__init__()  # last: another thread may fork, and the child forgets what it finds
 
     def message(self, buffer: object) -> Message:
-        """The buffer, prepared for posts, which pins it: a bytearray cannot be resized, an mmap not closed.
-
-        A ConfigError: it is not contiguous.
-        """
+        """The buffer, prepared for posts, which pins it; a ConfigError where it is not contiguous."""
         self.check_usable()
         view = memoryview(buffer)  # type: ignore[arg-type]  # else a TypeError
         if not view.c_contiguous:
@@ -243,10 +239,7 @@ class LinkCore(Usable, Posted):
         return exc.with_traceback(None)
 
     def progress(self, spin_s: float = 0.0) -> bool:
-        """Take in what has arrived, and call back; bounded, some milliseconds at most. Whether anything moved.
-
-        It polls for `spin_s` while nothing moves.
-        """
+        """Take in what has arrived, and call back, some ms at most; it polls for `spin_s` while nothing moves."""
         if self.forked or self.closed:
             self.check_usable()
         self.thread = get_ident()
@@ -284,7 +277,10 @@ class LinkCore(Usable, Posted):
         self.closing = True
         failure: Exception | None = None
         late_s = time.monotonic() + CLOSE_TIMEOUT_S
-        while self._is_open() and time.monotonic() < late_s + PAUSE_S * 100:
+        while time.monotonic() < late_s + PAUSE_S * 100:
+            self.discard_unexpected()
+            if not (self.endpoints or self.listeners or self.ready or self.posted):
+                break
             try:
                 self._end_all(late=time.monotonic() > late_s)
                 if not self.progress():
@@ -310,8 +306,8 @@ class LinkCore(Usable, Posted):
     def discard_unexpected(self) -> None:
         """Drop messages that no endpoint waits for: UCX would keep them until the worker's end.
 
-        They are what came to an endpoint that has been closed, on a channel that it does not have, or under a tag that
-        never was one's: tags are matched in the whole worker, so any peer may send such.
+        They came to a closed endpoint, on a channel that one does not have, or under any tag: tags are matched in the
+        whole worker.
         """
         for _ in range(UNEXPECTED_AT_ONCE):
             tag = self.flight.unexpected_tag()
@@ -346,10 +342,6 @@ class LinkCore(Usable, Posted):
                 else:
                     del self.broken[endpoint]
         return called
-
-    def _is_open(self) -> bool:
-        self.discard_unexpected()
-        return bool(self.endpoints or self.listeners or self.ready or self.posted)
 
     def _end_all(self, *, late: bool) -> None:
         for listener in list(self.listeners):

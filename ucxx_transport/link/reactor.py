@@ -137,10 +137,9 @@ class Reactor(Usable):
             wakeup.notify()
 
     def resolve(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
-        """Find the numeric address of a host, which may be one. By the thread that runs the reactor, without a wait.
+        """Find the numeric address of a host, without a wait. By the thread that runs the reactor.
 
-        It calls back with the address, at once where it is numeric, else in a later turn; or with the error, reason
-        `unreachable`, at once where no thread can be started.
+        It calls back with it, at once where the host is one, else in a later turn; or with an error, `unreachable`.
         """
         try:
             address = str(ipaddress.ip_address(host))
@@ -165,13 +164,8 @@ class Reactor(Usable):
     def run_once(self, until_s: float, spin_s: float | None = None, *, sleeps: bool = True) -> bool:
         """One turn; where nothing is to be done, it sleeps, to the next timer or `until_s` at the latest, in whole ms.
 
-        Args:
-            until_s: on the reactor's clock; inf for a second.
-            spin_s: how long to poll the link while nothing moves; not beyond the next timer, nor `until_s`.
-            sleeps: False: it does not.
-
-        Returns:
-            Whether anything was done.
+        It polls the link for `spin_s` while nothing moves, but not beyond the next timer, nor `until_s` (on the
+        reactor's clock; inf is a second). Whether anything was done.
         """
         if self.asleep:  # an event loop, or an interrupt, has ended the last sleep
             self.asleep = False

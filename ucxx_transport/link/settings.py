@@ -61,10 +61,7 @@ def rdma_devices(sysfs: Path = RDMA_FOLDER) -> list[str]:
 def context_settings(
     *, shm_lanes: bool, rdma: bool, ucx: Mapping[str, str], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """What to give to the context; names are without the `UCX_` prefix. `ucx` are the configuration's own.
-
-    What the environment sets is left out, for UCX reads it there by itself.
-    """
+    """What to give to the context: names without their `UCX_`, and none that UCX finds in the environment itself."""
     merged = {**TUNED, **({} if rdma else WITHOUT_RDMA), **(SHM_LANES if shm_lanes else {}), **ucx}
     users_rx = "UCX_TCP_RX_SEG_SIZE" in environment or merged["TCP_RX_SEG_SIZE"] != TUNED["TCP_RX_SEG_SIZE"]
     if users_rx and merged["TCP_TX_SEG_SIZE"] == TUNED["TCP_TX_SEG_SIZE"]:
@@ -98,10 +95,7 @@ def limits_in_words(given: Mapping[str, str], environment: Mapping[str, str]) ->
 
 
 def require_network(context_info: str, given: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    """Refuse a context without a network transport, over which every read would fail as if the peer were away.
-
-    The ConfigError names what limits the transports.
-    """
+    """Refuse a context without a network transport, with a ConfigError that names what limits the transports."""
     resources = resources_of(context_info)
     if not resources or networks_of(resources):  # without resources UCX's words have changed, and prove nothing
         return

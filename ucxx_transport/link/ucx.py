@@ -1,7 +1,4 @@
-"""UCXXLink: the link over UCX, one context and one worker.
-
-Nothing here changes `os.environ`; `settings` says which settings a context gets and why.
-"""
+"""UCXXLink: the link over UCX, one context and one worker. `settings` says which settings a context gets and why."""
 
 from __future__ import annotations
 

@@ -157,9 +157,9 @@ _FILE: Final = re.compile(r"libuc[mpst]\.so(\.\d+)*")
 
 
 def check_loaded() -> None:
-    """Refuse two UCX in one process, and one that is too old. Call it before ucxx is imported, and again after that.
+    """Refuse two UCX in one process, and one that is too old, with a ConfigError; before ucxx is imported, and after.
 
-    The ConfigError names both files, or the file and its version. An OSError: there is none that can be loaded.
+    An OSError: there is none that can be loaded.
     """
     own = _wheel_folder()
     if own is not None and os.environ.get(PREFER_SYSTEM, "false").lower() != "false":
@@ -172,7 +172,7 @@ def check_loaded() -> None:
     else:
         expected = [file for file in loaded if file.parent == loaded[0].parent]
     other = next((file for file in loaded if file not in expected), None)
-    oldest = _words(OLDEST)
+    oldest = ".".join(map(str, OLDEST))
     if other is not None:
         remedy = f"; or let ucxx use that one, if it is {oldest} or later, by {PREFER_SYSTEM}=true" if own else ""
         raise ConfigError(
@@ -187,8 +187,9 @@ def check_loaded() -> None:
     ask(*map(ctypes.byref, parts))
     version = tuple(part.value for part in parts)
     if version < OLDEST:
+        found = ".".join(map(str, version))
         raise ConfigError(
-            f"{library_in_use()} is UCX {_words(version)}, and ucxx needs {oldest} or later: install a later one, or "
+            f"{library_in_use()} is UCX {found}, and ucxx needs {oldest} or later: install a later one, or "
             f"unset {PREFER_SYSTEM} to use the wheel's"
         )
 
@@ -214,10 +215,6 @@ def _loaded_files() -> list[Path]:
 def _mapped() -> set[Path]:
     lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
     return {Path(f"/{path}") for line in lines if (path := line.partition("/")[2])}
-
-
-def _words(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 @functools.cache
@@ -319,8 +316,8 @@ def request_peer(handle: int) -> str | None:
 def listener_has_answered(host: str, port: int) -> bool:
     """Whether a TCP connection of this process to that address (numeric) has received anything.
 
-    UCX's connections are set up in two steps: over the listener's port, and then by a connection to a data port of each
-    end. This shows whether the first one is done; a stopped peer accepts, too, but says nothing.
+    UCX's connections are set up over the listener's port, and then by one to a data port of each end. This shows if the
+    first step is done; a stopped peer accepts, too, but says nothing.
     """
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # not connected, of another kind, or closed meanwhile

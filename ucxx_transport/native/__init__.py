@@ -13,8 +13,6 @@ from typing import Final, NamedTuple
 from ucxx_transport.errors import ConfigError
 from ucxx_transport.native.build import BUILD, LIBRARY, source_hash
 
-__all__ = ["LIBRARY", "Library", "load"]
-
 _memory, _word, _number, _wait_ns = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int64
 _ARGUMENTS: Final = {
     "initialise": (),
@@ -32,12 +30,7 @@ argument types an array is passed as it is, in half the time of a call."""
 
 
 class Library(NamedTuple):
-    """One shared library, called in two ways.
-
-    Attributes:
-        brief: keeps the interpreter's lock (GIL): for calls that take a microsecond, and never sleep.
-        sleeping: releases it: for calls that may sleep.
-    """
+    """One library: calls of `sleeping` release the interpreter's lock (GIL), those of `brief`, of 1 µs, do not."""
 
     brief: ctypes.PyDLL
     sleeping: ctypes.CDLL
@@ -45,12 +38,7 @@ class Library(NamedTuple):
 
 @cache
 def load(path: Path = LIBRARY) -> Library:
-    """The library, loaded once a process.
-
-    Raises:
-        ConfigError: it is missing, of another platform, or compiled from another source than the one beside it; says
-            how to build it.
-    """
+    """The library, loaded once a process; a ConfigError where it is missing, or of another source or platform."""
     try:
         library = Library(ctypes.PyDLL(str(path)), ctypes.CDLL(str(path)))
         source = library.brief.ring_source

@@ -1,9 +1,8 @@
 """Compilation of the sources into one library: by `$CC`, cc, gcc or clang, else by the compiler of ziglang (PyPI).
 
-Standard library only: the package's build hook loads this file by its path, before the package can be imported. What
-only a compilation needs is imported there: each process that uses a ring loads this module for the names.
-
-Run as a program it builds the package's own library in place.
+Run as a program it builds the package's own library in place. Standard library only: the package's build hook loads
+this file by its path, before the package can be imported. What only a compilation needs is imported there: each process
+that uses a ring loads this module for the names.
 """
 
 from __future__ import annotations
@@ -63,13 +62,9 @@ def compilers() -> list[Compiler]:
 
 
 def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
-    """Compile the sources into a shared library; returns the compiler that did it.
+    """Compile the sources into a shared library; the compiler that did it, or a CompilationError with what each said.
 
-    The target is replaced in one step, so that a process that has the old one mapped keeps it. There may be further
-    flags, such as `-DRING_CUT`.
-
-    Raises:
-        CompilationError: none could; says what was tried and what each said.
+    The target is replaced in one step, so that a process that has the old one mapped keeps it.
     """
     import subprocess
 

@@ -35,9 +35,8 @@ class Attempt:
     """One payload under way to the client, as the server knows it.
 
     Attributes:
-        number: the client's. slot, generation, nbytes: the payload.
+        number: the client's. slot, generation, nbytes: the payload. load: where it counts.
         since_s: when it was named. sent_s: when its message had left, None before.
-        load: where it counts.
         delivered: how the client ended it, None before.
         lease, send, is_recorded: the shell's.
     """

@@ -74,8 +74,7 @@ class ClientSession:
 
     Args:
         reader: this client's random id, 1 to 2**63 - 1; one reader counts once among a payload's `readers`.
-        nonce: 32 fresh random bytes, the client's half of the token challenge.
-        token: the secret, None when none is configured.
+        nonce: 32 fresh random bytes, the client's half of the challenge by the `token` (None: none is configured).
 
     Attributes:
         is_open: the handshake is over. broken: an answer was not as the protocol has it: close the connection.

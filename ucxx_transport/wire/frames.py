@@ -135,13 +135,7 @@ class Status(IntEnum):
 
 
 class Frame(NamedTuple):
-    """A client's frame, every word within its range.
-
-    Attributes:
-        kind: as `Kind`. sequence, ring_id, flags, attempt, word, max_payloads, wait_ms, secret: as the table says.
-        names: of payloads, each slot, zero, generation, attempt, nbytes; a CONFIRM's have the last two 0.
-        ends: attempt << 1 | delivered, of each attempt that has ended.
-    """
+    """A client's frame, every word within its range, as the table says. A CONFIRM's names end in two zeros."""
 
     kind: int
     sequence: int = 0
@@ -157,13 +151,7 @@ class Frame(NamedTuple):
 
 
 class ReplyHeader(NamedTuple):
-    """The header of an answer, as the table says.
-
-    Attributes:
-        ring_id, slot, generation: the payload's name; zeros when the answer is about none.
-        checksum: None when the ring keeps none.
-        token_required: in the answer to HELLO: an AUTH must follow.
-    """
+    """The header of an answer, as the table says: about no payload, with zeros for its name and no checksum."""
 
     status: Status
     nbytes: int = 0

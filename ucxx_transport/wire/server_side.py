@@ -77,13 +77,10 @@ class SessionSource:
 
 
 class ServerSession:
-    """See the module.
-
-    Args:
-        nonce: 32 fresh random bytes, the server's half of the token challenge.
-        is_admitted: False for a connection above the cap: its first frame is answered BUSY.
+    """See the module. `nonce`: 32 fresh random bytes, the server's half of the token challenge.
 
     Attributes:
+        is_admitted: False for a connection above the cap: its first frame is answered BUSY.
         in_flight: attempts that are named or taken and have not ended, by number.
         leaving: those that have ended, and whose message has not left yet.
         moved_s: when a message last left.
@@ -119,10 +116,7 @@ class ServerSession:
         self.phase = Phase.GREETING
 
     def receive(self, frame: codec.Message, now: float) -> list[Action]:
-        """What to do about the client's next frame, in the FRAME_BYTES that it came in.
-
-        After a fault nothing more is read, but what came before it counts.
-        """
+        """What to do about a frame, in the FRAME_BYTES that it came in. What came before a fault in it counts."""
         actions: list[Action] = []
         try:
             # What a client says that reads one by one, on a straight path: each call more makes a lone read longer.

@@ -87,7 +87,7 @@ def test_random_transitions_are_clean_under_the_sanitizers(tmp_path: Path) -> No
 
 
 def test_random_transitions_keep_lists_and_counts_true() -> None:
-    assert run("random", str(native.LIBRARY), str(STEPS)) == {"steps": STEPS}
+    assert run("random", str(build.LIBRARY), str(STEPS)) == {"steps": STEPS}
 
 
 def test_without_any_compiler_the_error_names_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
