@@ -48,13 +48,14 @@ def runtime_of(leaf: object, field: str) -> Runtime:
 
 @cache
 def _runtime(library: str) -> Runtime:
+    module = importlib.import_module(library)  # which has made the leaf, or could be imported
     if library == "torch":
-        from ucxx_transport.gpu.torch import TorchRuntime, import_torch
+        from ucxx_transport.gpu.torch import TorchRuntime
 
-        return TorchRuntime(import_torch("cuda"))
-    from ucxx_transport.gpu.cupy import CupyRuntime, import_cupy
+        return TorchRuntime(module)
+    from ucxx_transport.gpu.cupy import CupyRuntime
 
-    return CupyRuntime(import_cupy("an array on a GPU"))
+    return CupyRuntime(module)
 
 
 def _library_for(leaf: object, field: str) -> str:
@@ -83,10 +84,8 @@ def receiver_for(device: str) -> Receiver:
 
     A ConfigError: the library is not installed, or finds no such GPU here.
     """
-    library, colon, number = device.partition(":")
-    if colon and not number.isdecimal():
-        raise ConfigError(f"device={device!r}: {number!r} must be the number of a GPU", field="device")
-    index = int(number) if colon else None
+    library, _, number = device.partition(":")
+    index = int(number) if number else None
     if library == "cuda":
         from ucxx_transport.gpu.torch import TorchReceiver
 

@@ -23,21 +23,9 @@ from typing import Any, Final
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index, import_library
 from ucxx_transport.schema.fields import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array
-
-
-def import_cupy(why: str) -> Any:
-    """The module; a ConfigError where it is not installed, or cannot be loaded here."""
-    try:
-        import cupy
-    except ImportError as exc:
-        raise ConfigError(
-            f"{why} needs cupy: pip install 'ucxx_transport[cu12]' (or '[cu13]', by the CUDA of the driver): {exc}",
-            field="device",
-        ) from exc
-    return cupy
 
 
 @cache
@@ -114,7 +102,7 @@ class CupyReceiver(Receiver):
     """Its copies go by one stream of its own, which no kernel of the trainer's holds up."""
 
     def __init__(self, device: str, index: int | None) -> None:
-        cupy = import_cupy(f"device={device!r}")
+        cupy = import_library("cupy", device)
         runtime = cupy.cuda.runtime
         count, why = 0, "it counts none"
         try:

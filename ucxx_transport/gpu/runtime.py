@@ -17,6 +17,7 @@ import resource
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -44,6 +45,21 @@ _PORTABLE: Final = 1
 _NOTHING_LEFT_TO_DO: Final = frozenset({SUCCESS, CUDART_UNLOADING, NOT_REGISTERED})
 
 
+_EXTRAS: Final = {
+    "torch": "'ucxx_transport[torch]'",
+    "cupy": "'ucxx_transport[cu12]' (or '[cu13]', by the CUDA of the driver)",
+}
+
+
+def import_library(name: str, device: str) -> Any:
+    """The module; a ConfigError where it is not installed, or cannot be loaded here."""
+    try:
+        return import_module(name)
+    except ImportError as exc:
+        remedy = f"pip install {_EXTRAS[name]}, or leave device out for numpy arrays"
+        raise ConfigError(f"device={device!r} needs {name}: {remedy} ({exc})", field="device") from exc
+
+
 class PageLockError(ConfigError):
     """Memory could not be page-locked for CUDA; the message says why and what to do."""
 
@@ -62,14 +78,10 @@ class DeviceArray(NamedTuple):
 
 
 class Runtime(ABC):
-    """CUDA by way of one library. Copies to the host are ordered by the calling thread's current streams.
-
-    Attributes:
-        library: torch, or cupy.
-        remedy: what else helps where it cannot take an array.
-    """
+    """CUDA by way of one `library`. Copies to the host are ordered by the calling thread's current streams."""
 
     remedy = ""
+    """What else helps where it cannot take an array."""
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -87,9 +99,7 @@ class Runtime(ABC):
 
         It is contiguous and of a base that has the memory: not a view that is dropped before the memory is. Returned is
         what unlocks it before: unregisters the memory, if this call registered it and it still is. Idempotent.
-
-        Raises:
-            PageLockError: CUDA refuses; it calls the memory `what`, and `remedy` is what makes it smaller.
+        A PageLockError: CUDA refuses; it calls the memory `what`, and `remedy` is what makes it smaller.
         """
         address: int = memory.__array_interface__["data"][0]
         status = self.call(device, "HostRegister", address, memory.nbytes, _PORTABLE)
@@ -134,10 +144,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """Begin one copy to contiguous page-locked memory of the same shape and dtype; does not wait for it.
-
-        What is not contiguous is made so on the device.
-        """
+        """Begin one copy, made contiguous on the device, to page-locked memory of the same shape and dtype."""
 
     @abstractmethod
     def wait(self, device: int) -> None:

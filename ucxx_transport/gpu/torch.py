@@ -13,21 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index
+from ucxx_transport.gpu.runtime import Bytes, DeviceArray, Receiver, Runtime, Upload, check_index, import_library
 from ucxx_transport.schema.fields import DType, canonical_dtype
 from ucxx_transport.schema.tensors import Array, as_array
-
-
-def import_torch(device: str) -> Any:
-    """The module; a ConfigError where it is not installed."""
-    try:
-        import torch
-    except ImportError as exc:
-        raise ConfigError(
-            f"device={device!r} needs torch: pip install 'ucxx_transport[torch]', or leave device out for numpy arrays",
-            field="device",
-        ) from exc
-    return torch
 
 
 @cache
@@ -140,7 +128,7 @@ class TorchReceiver(Receiver):
     """Its copies go by one stream of its own, which no kernel of the trainer's holds up."""
 
     def __init__(self, device: str, index: int | None) -> None:
-        torch = import_torch(device)
+        torch = import_library("torch", device)
         if not torch.cuda.is_available():
             raise ConfigError(
                 f"device={device!r}: torch {torch.__version__} finds no GPU that it can use here; use device='cpu' and "

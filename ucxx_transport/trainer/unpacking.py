@@ -21,6 +21,7 @@ when it is allocated.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
@@ -36,8 +37,8 @@ import numpy as np
 from ucxx_transport.client import Payload
 from ucxx_transport.errors import ConfigError, SlotError, TransportError
 from ucxx_transport.gpu import receiver_for
-from ucxx_transport.gpu.runtime import Bytes, PageLockError, Receiver, Upload
-from ucxx_transport.gpu.torch import host_tensor, import_torch
+from ucxx_transport.gpu.runtime import Bytes, PageLockError, Receiver, Upload, import_library
+from ucxx_transport.gpu.torch import host_tensor
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 
@@ -60,6 +61,8 @@ Unpack: TypeAlias = "Callable[[Payload], ArrayTree]"
 """Gives a payload's arrays, in its own nesting; valid for as long as they live, whatever becomes of the payload."""
 
 
+_DEVICE: Final = re.compile("numpy|cpu|(cuda|cupy)(:[0-9]+)?")
+
 InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"
 """Of which rings of this host payloads stay in their slots; see `LocalReader`."""
 
@@ -74,7 +77,7 @@ def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, 
     if name == "numpy":
         return as_they_are, None, True
     if name == "cpu":
-        as_tensor = partial(host_tensor, import_torch(name))
+        as_tensor = partial(host_tensor, import_library("torch", name))
         return lambda payload: map_leaves(as_tensor, payload.arrays), None, False
     uploader = DeviceUploader(device if isinstance(device, Receiver) else receiver_for(name))
     return as_they_are, uploader, uploader.is_locked
@@ -86,7 +89,7 @@ def checked_device(device: object) -> str:
     Whether it is there is not asked.
     """
     name = "numpy" if device is None else str(device)
-    if isinstance(device, Receiver) or name in ("numpy", "cpu") or name.partition(":")[0] in ("cuda", "cupy"):
+    if isinstance(device, Receiver) or _DEVICE.fullmatch(name):
         return name
     raise ConfigError(
         f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"

@@ -11,6 +11,7 @@ from tests.support.rows import row
 from ucxx_transport import ConfigError
 from ucxx_transport.gpu import on_host, receiver_for, runtime_of
 from ucxx_transport.gpu.runtime import check_index
+from ucxx_transport.trainer.unpacking import checked_device
 
 
 class ByInterface:
@@ -47,10 +48,13 @@ def test_few_values_come_to_the_host_wherever_they_are() -> None:
 
 
 def test_what_is_no_number_of_a_gpu_is_refused() -> None:
-    rows: list[str] = ["cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "cupy:1.5"]
+    rows: list[str] = ["cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "cupy:1.5", "cupy:²"]
     for device in rows:
-        with row(device=device), pytest.raises(ConfigError, match=r"must be the number of a GPU"):
-            receiver_for(device)
+        with row(device=device), pytest.raises(ConfigError, match=r"'cuda:N', 'cupy' or 'cupy:N', not 'cu") as caught:
+            checked_device(device)
+        assert caught.value.facts["field"] == "device"
+    for device in ("numpy", "cpu", "cuda", "cuda:0", "cupy:12"):
+        assert checked_device(device) == device
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are() -> None:
