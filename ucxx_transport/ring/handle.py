@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -263,9 +264,9 @@ def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
     """
     states, entries = _headers(ring)
     holders = _holders(states, entries)
-    had = (entries[:, :, layout.ENTRY_LEASE] & 1).sum(axis=1)[states == SlotState.READY]
-    partly_read = dict(zip(*(column.tolist() for column in np.unique(had, return_counts=True)), strict=True))
-    unread, writing = partly_read.pop(0, 0), int((states == SlotState.WRITING).sum())
+    readers_of = (entries[:, :, layout.ENTRY_LEASE] & 1).sum(axis=1)  # of each slot: how many have had the payload
+    waiting = Counter(readers_of[states == SlotState.READY].tolist())
+    writing = int((states == SlotState.WRITING).sum())
     parts, remedies = [], []
     for holder in holders[:_NAMED]:
         name = holder.process + (f", reader {holder.reader:x}," if holder.reader else "")
@@ -275,16 +276,15 @@ def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
         parts.append(f"{len(holders) - _NAMED} other readers hold some")
     if holders:
         remedies.append("a trainer that keeps arrays keeps their slots: clone them, or read with local='copy'")
-    for readers, slots in partly_read.items():
-        which = {1: "second", 2: "third"}.get(readers, f"{readers + 1}th")
-        parts.append(f"{_wait(slots)} for a {which} reader")
-    if partly_read:
+    for readers, slots in sorted(waiting.items()):
+        which = {0: "first", 1: "second", 2: "third"}.get(readers, f"{readers + 1}th")
+        parts.append(f"{slots} wait{'s' if slots == 1 else ''} for a {which} reader")
+    if waiting.keys() - {0}:
         remedies.append(
             "start the missing reader; if it is gone for good, write(readers=1), and discard(refs) by a client that "
             "has not read them"
         )
-    if unread:
-        parts.append(f"{_wait(unread)} for a first reader")
+    if waiting[0]:
         remedies.append("start more readers")
     if writing:
         parts.append(f"{writing} {'is' if writing == 1 else 'are'} being written")
@@ -297,8 +297,8 @@ def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
         "reading": sum(holder.slots for holder in holders),
         "holders": tuple(dict.fromkeys(holder.pid for holder in holders)),
         "held_s": round(max((holder.held_s for holder in holders), default=0.0), 3),
-        "unread": unread,
-        "partly_read": sum(partly_read.values()),
+        "unread": waiting[0],
+        "partly_read": waiting.total() - waiting[0],
         "writing": writing,
     }
     return text, facts
@@ -326,7 +326,3 @@ def _holders(states: npt.NDArray[Any], entries: npt.NDArray[Any]) -> list[Holder
         for (pid, reader), held in since_ns.items()
     ]
     return sorted(found, key=lambda holder: -holder.slots)
-
-
-def _wait(slots: int) -> str:
-    return f"{slots} wait{'s' if slots == 1 else ''}"

@@ -66,11 +66,7 @@ DTYPES: dict[str, DType] = {
 
 
 def canonical_dtype(dtype: npt.DTypeLike | None, field: str) -> DType:
-    """The supported dtype that a name, a scalar type or a dtype means, in the payload's byte order, or a ConfigError.
-
-    >>> canonical_dtype("bfloat16", "w").itemsize, canonical_dtype(">f4", "obs").name
-    (2, 'float32')
-    """
+    """The supported dtype that a name, scalar type or dtype means, in the payload's byte order, or a ConfigError."""
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     if dtype is None or (isinstance(dtype, str) and len(dtype) > _MAX_TEXT):
