@@ -29,9 +29,24 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = (
+    *("test_ray", "test_etcd_cluster", "test_data_loader", "test_exit", "test_examples", "test_demo", "test_kill"),
+    *("test_ring_processes", "test_membership", "test_rank_group"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray's tests first: they take long, and what stands first is not handed on to a process with no cluster yet."""
-    items.sort(key=lambda item: item.path.name != "test_ray.py")
+    """The longest tests first: at the end no test process waits for another one's.
+
+    Ray's before all: what stands first is not handed on to a process with no cluster yet.
+    """
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    if item.path.parent.name != "e2e":
+        return len(LONGEST) + 1
+    return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
 
 def pytest_collection_finish() -> None:

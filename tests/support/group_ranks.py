@@ -92,7 +92,7 @@ class Ranks:
             with contextlib.suppress(Exception):
                 group.leave()
         for thread in self.threads:
-            thread.join(10)
+            thread.join(60)
 
 
 @pytest.fixture

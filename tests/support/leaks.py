@@ -25,7 +25,7 @@ from tests.support.segment_folder import segments
 __all__ = ["KINDS", "Resources", "leaks_since", "mark_own_processes", "snapshot"]
 
 KINDS = ("segments", "processes", "threads", "descriptors")
-SETTLE_S = 5.0
+SETTLE_S = 30.0
 
 # Started on purpose by `multiprocessing` once for a whole process, and ended by its exit.
 _HELPERS_OF_MULTIPROCESSING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")

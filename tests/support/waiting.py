@@ -12,7 +12,7 @@ __all__ = ["is_asleep", "wait_until"]
 ValueT = TypeVar("ValueT")
 
 
-def wait_until(predicate: Callable[[], ValueT], deadline_s: float = 10.0, *, what: str = "") -> ValueT:
+def wait_until(predicate: Callable[[], ValueT], deadline_s: float = 60.0, *, what: str = "") -> ValueT:
     """Return the first true value of `predicate`.
 
     Args:

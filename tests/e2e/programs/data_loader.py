@@ -1,4 +1,4 @@
-"""A trainer whose `DataLoader` has workers, two epochs long: `data_loader.py fork|spawn`. Prints what each one got."""
+"""A trainer whose `DataLoader` has workers, two epochs long: `data_loader.py METHOD…`. Prints what each one got."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ucxx_transport.integrations.torch import EpisodeDataset
 COUNT = 6
 
 
-def main(method: str) -> None:
+def epochs(method: str) -> dict[str, Any]:
+    """What workers that are started by this method got in each epoch, and what became of the slots."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     schema = Schema.from_example({"obs": np.zeros(3, np.float32)})
     with SharedRingBuffer.create(RingConfig(slots=COUNT, schema=schema, readers=2, on_full="raise")) as ring:
@@ -30,11 +31,11 @@ def main(method: str) -> None:
             persistent_workers=True,
             timeout=120,
         )
-        epochs = [[episode["obs"][0].item() for episode in loader] for _ in range(2)]
+        found = [[episode["obs"][0].item() for episode in loader] for _ in range(2)]
         del loader
         states = {state.name for state in ring.slot_states()}
-    sys.stdout.write(json.dumps({"epochs": [sorted(epoch) for epoch in epochs], "states": sorted(states)}) + "\n")
+    return {"epochs": [sorted(epoch) for epoch in found], "states": sorted(states)}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.stdout.write(json.dumps({method: epochs(method) for method in sys.argv[1:]}) + "\n")

@@ -64,7 +64,7 @@ def test_a_blocked_write_is_woken_when_a_slot_becomes_free(
     sleeper = thread.native_id
     wait_until(lambda: awaits_a_slot(ring, sleeper))
     free(ring, ref)
-    thread.join(10)
+    thread.join(60)
     assert [ring.read(found)["data"].tobytes() for found in written] == [b"second"]
 
 
@@ -78,7 +78,7 @@ def test_every_blocked_write_gets_its_turn(full: tuple[SharedRingBuffer, SlotRef
         wait_until(lambda: ring.get_ready_count() == 1)
         ring.read(ring.ready_refs()[0])
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 

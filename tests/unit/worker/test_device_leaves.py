@@ -97,13 +97,13 @@ def test_a_ring_is_not_unlocked_under_a_copy() -> None:
 
     def held_up() -> None:
         copying.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     with packing(gpu) as (ring, packer):
         gpu.on_wait = held_up
         writer = threading.Thread(target=packer.write, args=(trajectory(gpu),))
         writer.start()
-        assert copying.wait(10)
+        assert copying.wait(60)
         closer = threading.Thread(target=packer.close)
         closer.start()
         closer.join(0.1)  # no matter how long: it waits for the copy
