@@ -86,17 +86,19 @@ def _settled(leaks: Callable[[], dict[str, list[str]]]) -> dict[str, list[str]]:
 
 
 def _own_processes() -> Iterator[tuple[int, str]]:
-    starts: dict[int, bytes] = {}
+    starts: dict[int, str] = {}
     children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and (stat := _read(f"/proc/{name}/stat")):
-            words = stat.rpartition(b")")[2].split()
-            starts[int(name)] = words[19]
-            children.setdefault(int(words[1]), []).append(int(name))
-    for pid in {*_descendants(children), *_marked(starts)}:
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        if _is_stranger(pid) or not (stat := _read(f"/proc/{pid}/stat")):
+            continue
+        words = stat.rpartition(b")")[2].split()
+        starts[pid] = words[19].decode()
+        children.setdefault(int(words[1]), []).append(pid)
+    descendants = set(_descendants(children))
+    for pid in (*descendants, *_marked(starts.keys() - descendants - {os.getpid()})):
         command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
         if not any(helper in command for helper in _HELPERS_OF_MULTIPROCESSING):
-            yield pid, f"pid {pid} (start {starts[pid].decode()}): {command or 'ended, not reaped'}"
+            yield pid, f"pid {pid} (start {starts[pid]}): {command or 'ended, not reaped'}"
 
 
 def _descendants(children: dict[int, list[int]]) -> Iterator[int]:
@@ -107,19 +109,31 @@ def _descendants(children: dict[int, list[int]]) -> Iterator[int]:
         parents += found
 
 
-def _marked(starts: dict[int, bytes]) -> Iterator[int]:
+def _marked(pids: Collection[int]) -> Iterator[int]:
     """Processes with our mark in their environment: descendants whose parents are gone."""
     mark = f"{_MARKER}={os.environ.get(_MARKER, '')}".encode()
-    for pid, start in starts.items():
-        if pid != os.getpid() and (pid, start) not in _strangers:
-            if mark in _read(f"/proc/{pid}/environ"):
-                yield pid
-            else:
-                _strangers.add((pid, start))
+    for pid in pids:
+        seen_ns = _seen_ns(pid)
+        if mark in _read(f"/proc/{pid}/environ"):
+            yield pid
+        else:
+            _strangers[pid] = seen_ns
 
 
-_strangers: set[tuple[int, bytes]] = set()
+_strangers: dict[int, int] = {}
 """Processes that do not have our mark, and so never will: there are many, and looking takes time at every test."""
+
+
+def _is_stranger(pid: int) -> bool:
+    return pid in _strangers and _strangers[pid] == _seen_ns(pid)
+
+
+def _seen_ns(pid: int) -> int:
+    """When the kernel first showed this process: of a later one with its number it is another time."""
+    try:
+        return os.stat(f"/proc/{pid}").st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _read(path: str) -> bytes:
