@@ -97,7 +97,7 @@ def test_steps_are_bit_equal_with_and_without_prefetching(local: str) -> None:
 
 
 def test_killed_worker_costs_a_trainer_that_worker_s_episodes_only() -> None:
-    with workers(2) as (victim, other), packer_of(deadline_s=2.0) as packer:
+    with workers(2) as (victim, other), packer_of(deadline_s=5.0) as packer:
         packer.start_prefetch(played(victim, 10) + played(other, 10))
         packer.train(packer.collect_prefetch())
         rollouts = [*played(victim, 20, 30), *played(other, 40, 50)]

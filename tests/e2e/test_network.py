@@ -56,7 +56,7 @@ def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_and_lear
         walled = stack.enter_context(trainer(far))
         free = stack.enter_context(trainer(near))
         first, second = written(source, 1), written(source, 2)
-        begin_read(walled, first, deadline_s=2.5)
+        begin_read(walled, first, deadline_s=5.0)
         outcome = walled.hear()
         assert outcome["outcome"] in {"PeerLostError", "DeadlineExceededError"}, outcome
         assert "the listener answered, the data port did not" in outcome["message"], outcome

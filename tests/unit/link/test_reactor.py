@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.interrupts import signalled_when
 from tests.support.rows import row
+from tests.support.waiting import is_asleep
 from ucxx_transport.errors import ConfigError, PeerLostError
 from ucxx_transport.link.base import Operation
 from ucxx_transport.link.endpoint import Link, OnEndpoint
@@ -264,13 +266,19 @@ def test_exception_of_a_signal_handler_comes_out_of_a_sleep(awake: Reactor) -> N
         raise InterruptedError("stop")
 
     before = signal.signal(signal.SIGUSR1, fail)
-    thread = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+    main, turning = threading.get_native_id(), threading.Event()
+
+    def never() -> bool:
+        turning.set()
+        return False
+
     try:
-        thread.start()
-        with pytest.raises(InterruptedError, match="stop"):
-            until(awake, lambda: False)
+        with (
+            pytest.raises(InterruptedError, match="stop"),
+            signalled_when(lambda: turning.is_set() and is_asleep(main), signal.SIGUSR1),
+        ):
+            until(awake, never)
     finally:
-        thread.join()
         signal.signal(signal.SIGUSR1, before)
     ran: list[int] = []
     awake.submit(lambda: ran.append(1))
