@@ -121,16 +121,10 @@ class _OverUCX:
 class ServerConfig(_OverUCX):
     """How a `UCXXServer` listens, and what it allows a peer."""
 
-    host: units.OptionalHost = setting(
-        "address, name or interface of this machine to publish; unset finds one (RDMA first)", default=None
-    )
-    publish_host: units.OptionalHost = setting(
-        "published instead of host, as it is: what trainers connect to, in front of address translation", default=None
-    )
+    host: units.OptionalHost = setting("own address, name or interface to publish; unset finds one", default=None)
+    publish_host: units.OptionalHost = setting("published as it is instead of host, as in front of NAT", default=None)
     ports: units.Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
-    mode: Literal["process", "thread"] = setting(
-        "each port a supervised process, or a thread of this one", default="process"
-    )
+    mode: Literal["process", "thread"] = setting("each port a supervised process, or a thread", default="process")
     token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
     spin_s: units.Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
@@ -212,9 +206,7 @@ class StoreConfig:
     url: units.OptionalStoreURL = setting(
         "local://, local:///abs/path or etcd://host:2379,…; used where code names no store", default=None
     )
-    namespace: units.Name = setting(
-        "keeps the jobs that share a store apart; the same for all of one job", default="default"
-    )
+    namespace: units.Name = setting("keeps jobs that share a store apart; the same in all of one", default="default")
     timeout_s: units.Seconds = setting("bound on one call", default=5.0, gt=0)
     user: units.OptionalText = setting("etcd: the user's name", default=None)
     password: units.OptionalToken = setting("etcd: the user's password", default=None)
@@ -240,9 +232,7 @@ class PublisherConfig:
     publish_timeout_s: units.Seconds = setting(
         "how long a worker tries to publish itself before on_timeout", default=1800.0, gt=0
     )
-    on_timeout: Literal["retry", "stop"] = setting(
-        "then keep retrying, with errors in the log, or stop", default="retry"
-    )
+    on_timeout: Literal["retry", "stop"] = setting("then retry on, with errors in the log, or stop", default="retry")
     backoff_s: units.Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
     max_backoff_s: units.Seconds = setting("longest pause between two tries", default=5.0, gt=0)
     keeper: Literal["process", "thread"] = setting(
