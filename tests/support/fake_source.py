@@ -56,9 +56,8 @@ class FakeSource:
     def release(self) -> None:
         self._now("released")
 
-    def discard_old(self) -> int:
+    def discard_old(self) -> None:
         self.old = max(0, self.old - 1)
-        return self.old
 
     def is_healthy(self, within_s: float) -> bool:
         assert within_s > 0

@@ -82,8 +82,8 @@ class Publishable(Protocol):
     def bind(self) -> None:
         """There is an epoch: serve. Raises a `TransportError` when it cannot be done now; then it holds on."""
 
-    def discard_old(self) -> int:
-        """Drop what an ended epoch has left; returns how much of it is still in use."""
+    def discard_old(self) -> None:
+        """Drop what an ended epoch has left and no one reads now."""
 
     def release(self) -> None:
         """Nothing is published any more, by wish: serve as if there were no store."""

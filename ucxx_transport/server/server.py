@@ -43,8 +43,7 @@ class RingSource(OfOneProcess):
         """What can be read now, and where."""
         ring = self._ring
         host, ports = ring.address()
-        here = host_id(ring.folder)
-        return Offer(ring_id=ring.ring_id, ring_name=ring.name, host_id=here, host=host, ports=tuple(ports))
+        return Offer(ring_id=ring.ring_id, ring_name=ring.name, host_id=host_id(ring.folder), host=host, ports=ports)
 
     def hold(self) -> None:
         """Answer NOT_READY until it is bound; what is written up to now belongs to the epoch that ended, if any."""
@@ -58,17 +57,10 @@ class RingSource(OfOneProcess):
         self._was_bound = True
         self._awaited[0] = 0
 
-    def discard_old(self) -> int:
-        """Drop what an epoch before has left and no one is reading now; returns how much of it is still in use.
-
-        A DeadlineExceededError: the ring's lock was not to be had in time.
-        """
-        if self._last_old is None:
-            return 0
-        left = self._ring.discard_until(self._last_old)
-        if left == 0:
+    def discard_old(self) -> None:
+        """Drop what an epoch before has left and no one reads now. A DeadlineExceededError: the ring is locked."""
+        if self._last_old is not None and self._ring.discard_until(self._last_old) == 0:
             self._last_old = None
-        return left
 
     def release(self) -> None:
         """Published no longer: serve everyone who has a reference."""
