@@ -1,9 +1,6 @@
 """Frozen settings of the ring, the server, the client and membership, validated where they are made.
 
-Each is built from keyword arguments over `UCXX_TRANSPORT_*` over `./ucxx_transport.toml` (see `settings`).
-Sizes may be text such as `"512MiB"`, durations such as `"250ms"` (see `units`). What is wrong is a `ConfigError` that
-names the field, the value, where it came from, and what would be right. `dataclasses.replace` makes a changed copy,
-validated again.
+Where their values come from: see `settings`; what may stand for a size or a duration: see `units`.
 """
 
 from __future__ import annotations
@@ -107,7 +104,6 @@ class _OverUCX:
 
     @property
     def token_bytes(self) -> bytes | None:
-        """The shared secret itself, or None."""
         return None if self.token is None else self.token.reveal()
 
     @property

@@ -189,15 +189,12 @@ class Wakeup:
         weakref.finalize(self, os.close, self._descriptor).atexit = False
 
     def fileno(self) -> int:
-        """The descriptor to wait for."""
         return self._descriptor
 
     def notify(self) -> None:
-        """Make it readable."""
         os.eventfd_write(self._descriptor, 1)
 
     def drain(self) -> None:
-        """Make it quiet again."""
         try:
             os.eventfd_read(self._descriptor)
         except BlockingIOError:  # it is already

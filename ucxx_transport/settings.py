@@ -41,7 +41,6 @@ class Rule:
 
     Attributes:
         default: as the section holds it. None stands for "unset", and may be given then.
-        description: what it is for.
         gt, ge, le: its value is more than this, at least this, at most this; `le` goes with `ge`.
         code_only: whether it cannot stand in the environment or in TOML.
         parse: its kind, once it is in a section.

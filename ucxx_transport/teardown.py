@@ -78,7 +78,6 @@ class Running(OfOneProcess):
     """What `with` starts, and stops; `async with` too, without blocking the event loop."""
 
     def start(self) -> None:
-        """Begin."""
         raise NotImplementedError
 
     def stop(self) -> None:

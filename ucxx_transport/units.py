@@ -135,7 +135,6 @@ class Secret:
         self._value = value
 
     def reveal(self) -> bytes:
-        """The bytes themselves."""
         return self._value
 
     def __repr__(self) -> str:

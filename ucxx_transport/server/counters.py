@@ -119,5 +119,4 @@ class PortCounters:
         self.words[PORT] = self.words[CONNECTIONS] = 0
 
     def snapshot(self) -> PortStatistics:
-        """The counts now."""
         return PortStatistics(**{name: int(self.words[position]) for name, position in _POSITIONS.items()})

@@ -191,7 +191,6 @@ class PortThread:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def begin_stop(self, until_s: float) -> None:

@@ -91,9 +91,7 @@ class Sidecar:
     restarts: int = field(default=0, init=False)
     up: Future[Any] = field(default_factory=Future, init=False)
     kept: set[int] = field(default_factory=set, init=False)
-    _lock: threading.RLock = field(
-        default_factory=threading.RLock, init=False
-    )  # a signal handler may stop it meanwhile
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False)  # a signal handler may stop it
     _thread: threading.Thread | None = field(default=None, init=False)
     _wake: Wakeup = field(init=False)  # while there is a thread
     _process: _Process | None = field(default=None, init=False)
