@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from ucxx_transport import ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
-from ucxx_transport.client.buffer_pool import BufferPool
+from ucxx_transport.client.payload import BufferPool
 from ucxx_transport.gpu.cupy import CupyRuntime, has_dtype
 from ucxx_transport.schema.episode_record import RewardSummary
 from ucxx_transport.trainer import RolloutFeed

@@ -13,7 +13,7 @@ import pytest
 from tests.support.served_ring import served_ring
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, Schema, SharedRingBuffer, SlotState, TensorSpec
-from ucxx_transport.client.buffer_pool import BufferPool
+from ucxx_transport.client.payload import BufferPool
 from ucxx_transport.gpu.torch import TorchReceiver, TorchRuntime
 from ucxx_transport.schema.tensors import as_array
 from ucxx_transport.trainer import RolloutFeed

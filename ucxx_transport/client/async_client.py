@@ -90,7 +90,7 @@ class UCXXClient(OfOneProcess):
     ) -> Payload:
         """Read one payload; arguments, result and errors as `SyncUCXXClient.read`."""
         core = self._core
-        if core.closed or core.pid != core.process:
+        if core.closed or core.reactor.forked:
             core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         until_s = core.reactor.now() + limit_s

@@ -111,7 +111,7 @@ class SyncUCXXClient(Closing):
                 duration.
         """
         core = self._core
-        if core.closed or core.pid != core.process:
+        if core.closed or core.reactor.forked:
             core.require_usable()
         limit_s = core.config.deadline_s if deadline_s is None else core.limit_s(deadline_s)
         try:

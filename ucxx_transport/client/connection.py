@@ -23,9 +23,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ucxx_transport.client.errands import Request
-from ucxx_transport.client.jobs import Read
+from ucxx_transport.client.jobs import FRAMING_BYTES, OWN_WINDOW_BYTES, Read, next_request
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.client.ports import FRAMING_BYTES, OWN_WINDOW_BYTES, PortKey, next_request
 from ucxx_transport.errors import BusyError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.codec import clear_trailer, seal_of
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
     from ucxx_transport.client.errands import Errand
+    from ucxx_transport.client.ports import PortKey
     from ucxx_transport.link.base import OnDone, Operation
     from ucxx_transport.link.endpoint import Endpoint
     from ucxx_transport.wire.client_side import Asked, Offer

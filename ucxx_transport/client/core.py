@@ -29,8 +29,8 @@ from ucxx_transport.teardown import may_end, refuse_forked
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ucxx_transport.client.buffer_pool import PageLocker
     from ucxx_transport.client.jobs import Entry
+    from ucxx_transport.client.payload import PageLocker
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.link.endpoint import Link
     from ucxx_transport.link.reactor import LinkFactory
@@ -50,9 +50,6 @@ class ClientCore(ClientBase):
         reactor: runs everything that is not local; opens the link only when it is needed. reads: those over the link.
         damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
-
-    process = os.getpid()
-    """This process, which a read must not ask the kernel for: that takes as long as five calls."""
 
     def __init__(
         self,
@@ -152,33 +149,29 @@ class ClientCore(ClientBase):
         `on_payload` is called with each payload and its index as it comes; what it returns takes the payload's place, a
         TransportError that it raises becomes the outcome.
         """
-        job = self._job(refs, deadline_s)
-        job.on_done, job.on_payload = on_done, on_payload
-        self.reads.go_on(self._look_at(job))
+        job = self.read_call(refs, deadline_s, on_payload)
+        job.on_done = on_done
+        self.reads.go_on(job)
         return job
 
-    def read_call(self, refs: Iterable[Referring], deadline_s: float | str | None) -> Job:
+    def read_call(
+        self, refs: Iterable[Referring], deadline_s: float | str | None, on_payload: OnPayload | None = None
+    ) -> Job:
         """A call that has read payloads of this host's rings, unless there are others too; the rest is for `go_on`."""
-        return self._look_at(self._job(refs, deadline_s))
-
-    def _job(self, refs: Iterable[Referring], deadline_s: float | str | None) -> Job:
         self.require_usable()
-        return Job([*several(refs, "refs")], self.reactor.now() + self.limit_s(deadline_s))
-
-    def _look_at(self, job: Job) -> Job:
-        """Admit the payloads of a job that have no outcome; read those of this host, if they are all."""
+        job = Job([*several(refs, "refs")], self.reactor.now() + self.limit_s(deadline_s))
+        job.on_payload = on_payload
         here: list[Entry] = []
-        for index in job.missing:
+        for index, ref in enumerate(job.refs):
             try:
-                ref = job.refs[index]
                 if type(ref) is not SlotRef:
-                    ref = job.refs[index] = slot_ref_of(ref)
-                ring = self.admit(ref)
+                    job.refs[index] = slot_ref_of(ref)
+                ring = self.admit(job.refs[index])
             except TransportError as error:
                 self.local.over(job, index, error)
-                continue
-            if ring is not None:
-                here.append((index, ring))
+            else:
+                if ring is not None:
+                    here.append((index, ring))
         job.here = here if len(here) < job.left else self.local.in_turn(job, here)
         return job
 
@@ -292,10 +285,3 @@ class ClientCore(ClientBase):
             leaked_buffers=link.leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )
-
-
-def _note_fork() -> None:
-    ClientCore.process = os.getpid()
-
-
-os.register_at_fork(after_in_child=_note_fork)

@@ -22,7 +22,7 @@ from ucxx_transport.client.jobs import Job, Outcome, Read, Takeable, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import BusyError, ConfigError, StaleSlotError, TransportError
 from ucxx_transport.schema.slot_ref import Common, renumbered
-from ucxx_transport.schema.wire_form import record_and_meta
+from ucxx_transport.schema.wire_form import record_and_meta, refuse
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
@@ -88,10 +88,9 @@ class Take(Errand):
         self.source = source
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
             if type(value) is not int or not 1 <= value <= most:
-                raise ConfigError(f"{field} = {value!r}: expected 1 to {most}", field=field, value=value)
+                refuse(field, value, f"1 to {most}")
         if selector not in ("oldest", "newest"):
-            message = f"selector = {selector!r}: expected 'oldest' or 'newest'"
-            raise ConfigError(message, field="selector", value=selector)
+            refuse("selector", selector, "'oldest' or 'newest'")
         self.max_payloads = max_payloads
         self.max_bytes = max_bytes
         self.newest = selector == "newest"

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.client.payload import Deduplicator, Payload
+from ucxx_transport.client.payload import BufferPool, Deduplicator, Payload
 from ucxx_transport.client.statistics import ClientCounters
 from ucxx_transport.errors import DeadlineExceededError, PeerLostError, TransportError
 from ucxx_transport.link.base import EndpointEvents
 from ucxx_transport.wire.client_side import Asked, Attempt, ClientSession, Offer
+from ucxx_transport.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import Bytes, PageLocker
+    from ucxx_transport.client.payload import Bytes, PageLocker
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.config import ClientConfig
     from ucxx_transport.link.endpoint import Endpoint
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 REMEMBERED_RINGS: Final = 1 << 16
 """Rings whose delivered names are remembered, 100 bytes and 50 a slot each: more than a job has sources at a time."""
+
+OWN_WINDOW_BYTES: Final = 2 << 20
+"""In flight on one connection, unless two payloads are more: large ones would only hinder each other."""
+
+SMALL_BYTES: Final = PACK_BYTES // 2
+"""Answers up to this size share a message."""
+
+FRAMING_BYTES: Final = HEADER_BYTES + TRAILER_BYTES
 
 Outcome = Payload | TransportError
 _OWN_CODE: Final = str(Path(__file__).parent)
@@ -171,6 +179,54 @@ class Read(Attempt):
         read = type(self)(self.job, self.index, self.ref, self.source, self.limit_s)
         read.alternate, read.call, read.before = self.alternate, self.call, self
         return read
+
+
+def next_request(queue: deque[Read], session: ClientSession) -> tuple[list[Read], int]:
+    """Take from the queue what the next frame asks for; no reads when there is no room.
+
+    All names of a frame are of one ring; it takes as many as the windows have room for. Small ones that follow each
+    other share one message as their answer, of at most `PACK_BYTES`; each other one has a message of its own.
+
+    Args:
+        queue: of one connection; reads that are over are dropped.
+        session: what is named there, and the server's window. One name alone may exceed its bytes.
+
+    Returns:
+        The reads, in order, and the length of the message that all answers share; 0 when each has its own.
+    """
+    named = session.named
+    names = min(MAX_NAMES, session.window.attempts - named)
+    # One alone there may exceed the server's bytes, and two alone the client's.
+    server_bytes = session.window.nbytes - session.named_bytes
+    own_bytes = OWN_WINDOW_BYTES - session.named_bytes
+    limit = min(server_bytes if named else MAX_BODY_BYTES, own_bytes if named > 1 else MAX_BODY_BYTES)
+    reads: list[Read] = []
+    ring_id = b""
+    total = shared_bytes = count = 0
+    is_shared = False
+    while queue and count < names:
+        read = queue[0]
+        if read.job is None:
+            queue.popleft()
+            continue
+        ref = read.ref
+        nbytes = ref.nbytes
+        total += nbytes
+        read.whole_bytes = whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
+        is_small = whole <= SMALL_BYTES
+        if total > limit:
+            break
+        if not count:
+            ring_id, is_shared = ref.ring_id, is_small
+            limit = min(server_bytes, own_bytes if named else MAX_BODY_BYTES)
+        elif ref.ring_id != ring_id or is_small is not is_shared or shared_bytes + whole * is_small > PACK_BYTES:
+            break  # it begins the next frame
+        else:
+            limit = min(server_bytes, own_bytes)
+        shared_bytes += whole * is_small
+        count += 1
+        reads.append(queue.popleft())
+    return reads, shared_bytes if count > 1 else 0
 
 
 class Carrier(EndpointEvents, Protocol):

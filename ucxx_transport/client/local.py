@@ -15,7 +15,7 @@ import numpy as np
 from ucxx_transport import errors
 from ucxx_transport.client.errands import Discard
 from ucxx_transport.client.jobs import ClientBase, Job, Outcome, Takeable, clear_traceback
-from ucxx_transport.client.payload import Payload
+from ucxx_transport.client.payload import Bytes, Payload
 from ucxx_transport.errors import StaleSlotError, TransportError
 from ucxx_transport.link.base import raised_limit
 from ucxx_transport.ring import SharedRingBuffer
@@ -24,7 +24,6 @@ from ucxx_transport.ring.reading import verify_checksum
 from ucxx_transport.ring.segment import host_id, segment_folder
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.buffer_pool import Bytes
     from ucxx_transport.client.errands import Take
     from ucxx_transport.client.jobs import Entry
     from ucxx_transport.ring.leases import ReadLease

@@ -1,4 +1,4 @@
-"""Ports of a source, the retry policy, and what one frame asks for. Decisions: `now` comes in, nothing waits or opens.
+"""Ports of a source, and the retry policy. Decisions: `now` comes in, nothing waits or opens.
 
 | failure                                  | port layer            | slot layer          |
 |------------------------------------------|-----------------------|---------------------|
@@ -15,23 +15,15 @@ that port is still polling, and the others sleep (the p50 of a 64 KiB read over 
 staying, in one run on 2 cores).
 
 While all ports of a source are in quarantine, they are tried, for `PROBE_S` at most by a batch that reads from others.
-
-All names of a frame are of one ring; it takes as many of a queue as the windows have room for. Small ones that follow
-each other share one message as their answer, of at most `PACK_BYTES`; each other one has a message of its own.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from collections import OrderedDict
+from typing import Final
 
 from ucxx_transport.backoff import pause_s
 from ucxx_transport.errors import BusyError, DeadlineExceededError, NotReadyError, PeerLostError, TransportError
-from ucxx_transport.wire.frames import HEADER_BYTES, MAX_BODY_BYTES, MAX_NAMES, PACK_BYTES, TRAILER_BYTES
-
-if TYPE_CHECKING:
-    from ucxx_transport.schema import SlotRef
-    from ucxx_transport.wire.client_side import ClientSession
 
 REMEMBERED_SOURCES: Final = 4096
 """Sources whose position is remembered; beyond it the longest unused starts again at its first port."""
@@ -50,14 +42,6 @@ WAIT_PAUSE_S: Final = 0.1
 
 SHORTEST_ATTEMPT_S: Final = 0.001
 """What is left is worth a try only if a round trip may fit into it."""
-
-OWN_WINDOW_BYTES: Final = 2 << 20
-"""In flight on one connection, unless two payloads are more: large ones would only hinder each other."""
-
-SMALL_BYTES: Final = PACK_BYTES // 2
-"""Answers up to this size share a message."""
-
-FRAMING_BYTES: Final = HEADER_BYTES + TRAILER_BYTES
 
 PortKey = tuple[str, int]
 
@@ -185,62 +169,3 @@ def shares(count: int, nbytes: int, ports: int) -> list[int]:
         return [count]
     parts = min(ports, count)
     return [count // parts + (part < count % parts) for part in range(parts)]
-
-
-class Queued(Protocol):
-    """A read in a connection's queue; without a job it is over. `whole_bytes`: of its answer, once it is asked for."""
-
-    whole_bytes: int
-
-    @property
-    def job(self) -> object | None: ...
-    @property
-    def ref(self) -> SlotRef: ...
-
-
-ReadT = TypeVar("ReadT", bound=Queued)
-
-
-def next_request(queue: deque[ReadT], session: ClientSession) -> tuple[list[ReadT], int]:
-    """Take from the queue what the next frame asks for; no reads when there is no room.
-
-    Args:
-        queue: of one connection; reads that are over are dropped.
-        session: what is named there, and the server's window. One name alone may exceed its bytes.
-
-    Returns:
-        The reads, in order, and the length of the message that all answers share; 0 when each has its own.
-    """
-    named = session.named
-    names = min(MAX_NAMES, session.window.attempts - named)
-    # One alone there may exceed the server's bytes, and two alone the client's.
-    server_bytes = session.window.nbytes - session.named_bytes
-    own_bytes = OWN_WINDOW_BYTES - session.named_bytes
-    limit = min(server_bytes if named else MAX_BODY_BYTES, own_bytes if named > 1 else MAX_BODY_BYTES)
-    reads: list[ReadT] = []
-    ring_id = b""
-    total = shared_bytes = count = 0
-    is_shared = False
-    while queue and count < names:
-        read = queue[0]
-        if read.job is None:
-            queue.popleft()
-            continue
-        ref = read.ref
-        nbytes = ref.nbytes
-        total += nbytes
-        read.whole_bytes = whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
-        is_small = whole <= SMALL_BYTES
-        if total > limit:
-            break
-        if not count:
-            ring_id, is_shared = ref.ring_id, is_small
-            limit = min(server_bytes, own_bytes if named else MAX_BODY_BYTES)
-        elif ref.ring_id != ring_id or is_small is not is_shared or shared_bytes + whole * is_small > PACK_BYTES:
-            break  # it begins the next frame
-        else:
-            limit = min(server_bytes, own_bytes)
-        shared_bytes += whole * is_small
-        count += 1
-        reads.append(queue.popleft())
-    return reads, shared_bytes if count > 1 else 0

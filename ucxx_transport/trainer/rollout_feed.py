@@ -278,7 +278,7 @@ class RolloutFeed(Prefetcher):
                 episodes in a row that are fetched now as `unreachable_batches`, each of which counts as a batch.
             Exception: what ended the fetch, if that was no `TransportError` of one episode.
         """
-        if self.core.pid != self.core.process:
+        if self.core.reactor.forked:
             self.check_usable()
         with self._state:  # in which the batch in use is not released
             payload = None if self._in_use is None else self._in_use.found.get(id(output))

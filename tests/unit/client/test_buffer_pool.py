@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.rows import row
 from ucxx_transport import ConfigError
-from ucxx_transport.client.buffer_pool import BufferPool, size_class
+from ucxx_transport.client.payload import BufferPool, size_class
 
 Bytes = npt.NDArray[np.uint8]
 PLENTY = 1 << 30

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.exchange_rig import ExchangeRig, RigClient, open_rig
 from tests.support.links import endpoints_open
-from ucxx_transport.client import Payload, buffer_pool
+from ucxx_transport.client import Payload
 from ucxx_transport.client.jobs import Job
 from ucxx_transport.config import RingConfig
 from ucxx_transport.errors import (
@@ -342,7 +342,7 @@ def test_without_memory_for_an_answer_the_payload_stays_and_the_next_read_succee
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr(buffer_pool, "_allocate", allocate)
+            patch.setattr("ucxx_transport.client.payload._allocate", allocate)
             errors = client.read_many(refs)
         assert [type(error) for error in errors] == [ConfigError] * len(refs)
         assert client.counts.lent_buffers == client.counts.quarantined == 0

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.support.payloads import ref_to
-from ucxx_transport.client.buffer_pool import BufferPool
-from ucxx_transport.client.payload import Payload, Transport
+from ucxx_transport.client.payload import BufferPool, Payload, Transport
 from ucxx_transport.errors import ConfigError, ProtocolError, SlotError
 from ucxx_transport.schema import Schema, TensorSpec
 

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 
 from tests.support.payloads import ref_to
 from tests.support.rows import row
-from ucxx_transport.client.ports import (
-    OWN_WINDOW_BYTES,
-    REMEMBERED_SOURCES,
-    SMALL_BYTES,
-    SPREAD_BYTES,
-    SPREAD_READS,
-    Ports,
-    next_request,
-    shares,
-)
+from ucxx_transport.client.jobs import OWN_WINDOW_BYTES, SMALL_BYTES, Job, Read, next_request
+from ucxx_transport.client.ports import REMEMBERED_SOURCES, SPREAD_BYTES, SPREAD_READS, Ports, Source, shares
 from ucxx_transport.wire.client_side import ClientSession
 from ucxx_transport.wire.frames import PACK_BYTES, Window
 
@@ -172,19 +164,15 @@ def session(attempts: int = 64, nbytes: int = 1 << 40, named: int = 0, named_byt
     return made
 
 
-class Queued:
-    """A read that waits."""
-
-    whole_bytes = 0
-
-    def __init__(self, nbytes: int, ring_id: bytes = b"R" * 16, *, job: object = True) -> None:
-        self.job = job
-        self.ref = ref_to(ring_id, 0, 1, nbytes)
+def waiting(nbytes: int, ring_id: bytes = b"R" * 16, *, over: bool = False) -> Read:
+    """A read in a queue."""
+    ref = ref_to(ring_id, 0, 1, nbytes)
+    return Read(None if over else Job([ref], 1.0), 0, ref, Source(KEYS, 0), 1.0)
 
 
 def asked_for(sizes: list[int], *window: int) -> tuple[list[int], int]:
     """The sizes of what the next frame names, and the length of the message that its answers share."""
-    queue = deque(map(Queued, sizes))
+    queue = deque(map(waiting, sizes))
     reads, shared = next_request(queue, session(*window))
     assert [read.ref.nbytes for read in (*reads, *queue)] == sizes
     return [read.ref.nbytes for read in reads], shared
@@ -232,6 +220,6 @@ def test_small_answers_share_a_message_and_others_have_each_its_own() -> None:
 
 
 def test_a_frame_is_of_one_ring_and_names_nothing_that_is_over() -> None:
-    queue = deque([Queued(1, job=None), Queued(2), Queued(3, job=None), Queued(4), Queued(5, b"S" * 16)])
+    queue = deque([waiting(1, over=True), waiting(2), waiting(3, over=True), waiting(4), waiting(5, b"S" * 16)])
     frames = [next_request(queue, session())[0] for _ in range(3)]
     assert [[read.ref.nbytes for read in reads] for reads in frames] == [[2, 4], [5], []]
