@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -47,8 +47,6 @@ INLINE_WAIT_S: Final = 0.005
 
 TURN_S: Final = 0.001
 """The reactor gives the loop back after this at the latest."""
-
-CallT = TypeVar("CallT", bound=Call)
 
 LOOK_S: Final = 0.25
 """A thread that waits for payloads of this host looks this often whether it is still wanted."""
@@ -191,7 +189,7 @@ class UCXXClient(OfOneProcess):
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _run(self, call: CallT, start: Callable[[CallT], object]) -> None:
+    async def _run(self, call: Job, start: Callable[[Job], object]) -> None:
         """Start a call and return when it is done."""
         core = self._core
         try:

@@ -48,10 +48,6 @@ class Errand(Job, ABC):
     engine: Dispatch
     counts = False
 
-    def __init__(self, refs: list[SlotRef], until_s: float, wait_until_s: float) -> None:
-        super().__init__(refs, until_s)
-        self.wait_until_s = wait_until_s
-
     @abstractmethod
     def frame(self, connection: Carrier, request: Request) -> Asked:
         """What to ask a port, over a connection that is open."""
@@ -79,13 +75,18 @@ class Request(Read):
 
 
 class Take(Errand):
-    """One call that takes payloads, as `SyncUCXXClient.take`: once something was picked, it is a job that reads it."""
+    """One call that takes payloads: once something was picked, it is a job that reads it.
+
+    `records`: of what was picked; None before.
+    """
+
+    records: Sequence[Mapping[str, object] | None] | None = None
 
     def __init__(
         self, source: Takeable, until_s: float, wait_until_s: float, *, max_payloads: int, max_bytes: int, selector: str
     ) -> None:
-        super().__init__([renumbered(_common(source, source.ring_id, 0), 0, 0, 0, None)], until_s, wait_until_s)
-        self.source = source
+        super().__init__([renumbered(_common(source, source.ring_id, 0), 0, 0, 0, None)], until_s)
+        self.source, self.wait_until_s = source, wait_until_s
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
             if type(value) is not int or not 1 <= value <= most:
                 refuse(field, value, f"1 to {most}")
@@ -94,8 +95,6 @@ class Take(Errand):
         self.max_payloads = max_payloads
         self.max_bytes = max_bytes
         self.newest = selector == "newest"
-        self.records: Sequence[Mapping[str, object] | None] | None = None
-        """Of what was picked; None before."""
 
     def frame(self, connection: Carrier, request: Request) -> Asked:
         now = self.engine.now()
@@ -178,8 +177,8 @@ class Discard(Errand):
     def __init__(
         self, refs: list[SlotRef], until_s: float, unheard: Mapping[bytes, dict[tuple[int, int], SlotRef]]
     ) -> None:
-        super().__init__(refs, until_s, until_s)
-        self.unheard = unheard
+        super().__init__(refs, until_s)
+        self.unheard, self.wait_until_s = unheard, until_s
 
     def frame(self, connection: Carrier, request: Request) -> Asked:
         # Where an interrupt has come when none was left, one of them is asked for again, and is stale.

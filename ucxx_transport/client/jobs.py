@@ -182,17 +182,11 @@ class Read(Attempt):
 
 
 def next_request(queue: deque[Read], session: ClientSession) -> tuple[list[Read], int]:
-    """Take from the queue what the next frame asks for; no reads when there is no room.
+    """Take from a connection's queue what the next frame asks for, and drop what is over.
 
     All names of a frame are of one ring; it takes as many as the windows have room for. Small ones that follow each
     other share one message as their answer, of at most `PACK_BYTES`; each other one has a message of its own.
-
-    Args:
-        queue: of one connection; reads that are over are dropped.
-        session: what is named there, and the server's window. One name alone may exceed its bytes.
-
-    Returns:
-        The reads, in order, and the length of the message that all answers share; 0 when each has its own.
+    Beside the reads, in order, it returns the length of that message; 0 when each has its own.
     """
     named = session.named
     names = min(MAX_NAMES, session.window.attempts - named)
