@@ -25,8 +25,6 @@ from ucxx_transport.teardown import OfOneProcess, Teardown, may_end, refuse_fork
 
 _log = get_logger(__name__)
 
-MAX_RANKS: Final = 1 << 20
-
 CHANGE_TIMEOUT_S: Final = 30.0
 """A change of the group that names no bound: several acknowledgement timeouts, and an outage of seconds."""
 
@@ -74,7 +72,6 @@ class RankGroup(OfOneProcess):
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
-        _check_rank(rank)
         self._context = RankContext(
             store=store,
             group=group,
@@ -119,10 +116,9 @@ class RankGroup(OfOneProcess):
         """The state of a rank, as far as this one knows: without asking the store.
 
         Raises:
-            ConfigError: the group has no such place.
+            ConfigError: it is no rank.
             NotReadyError: this rank has seen no view yet: `join_group()` first.
         """
-        _check_rank(rank)
         now = self.state
         if rank == self.rank:
             return now.state
@@ -309,8 +305,3 @@ class RankGroup(OfOneProcess):
         """A NotReadyError while this rank is not a member, a ConfigError in a forked child."""
         if not self.state.state.is_seated or self._participant is None:
             raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
-
-
-def _check_rank(rank: object) -> None:
-    if type(rank) is not int or not 0 <= rank < MAX_RANKS:
-        raise errors.ConfigError(f"rank must be from 0 to {MAX_RANKS - 1}, not {rank!r}", field="rank", rank=rank)

@@ -71,11 +71,8 @@ class Retrying:
     def __init__(
         self, context: RankContext, timeout_s: float | str, purpose: str, *, cancelled: threading.Event | None = None
     ) -> None:
-        timeout_s = checked_seconds(timeout_s, "timeout_s")
-        if timeout_s <= 0:
-            raise errors.ConfigError(f"timeout_s must be more than 0, not {timeout_s}", field="timeout_s")
         self.context, self._purpose = context, purpose
-        self._deadline = context.clock() + timeout_s
+        self._deadline = context.clock() + checked_seconds(timeout_s, "timeout_s")
         self._cancelled = threading.Event() if cancelled is None else cancelled
 
     @property

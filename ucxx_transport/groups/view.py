@@ -109,9 +109,7 @@ class Seat:
     """A rank's place in a view; it stays, GONE, until a new incarnation of the rank is admitted.
 
     Attributes:
-        rank: the rank.
         incarnation: which life of that rank: a new word at each join; "" where there was none.
-        state: see the module.
         awaited: the epoch of the view that made it JOINING: it is ACTIVE once that one is acknowledged.
         ended_by: GONE: by LEAVE, LOSE or DROP; else None.
     """
@@ -224,8 +222,6 @@ class MemberRecord:
     """What a live member publishes, under its lease.
 
     Attributes:
-        rank: its own.
-        incarnation: which life of that rank.
         epoch: the largest epoch of a view that it has applied, in this life or an earlier one of its process: its
             acknowledgement of that view, and what a later one must exceed. 0: none yet.
         ttl_s: how long its lease lives without being renewed, as granted.

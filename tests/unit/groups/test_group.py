@@ -676,13 +676,13 @@ def test_waiting_for_a_view_is_bounded(ranks: Ranks) -> None:
     ("rank", "settings"),
     [
         (-1, {}),
-        (1 << 20, {}),
+        ("0", {}),
         (True, {}),
         (0, {"ack_timeout_s": 0}),
         (0, {"meta": {"x": object()}}),
     ],
 )
-def test_a_wrong_argument_is_a_setting_to_fix(ranks: Ranks, rank: int, settings: dict[str, Any]) -> None:
+def test_a_wrong_argument_is_a_setting_to_fix(ranks: Ranks, rank: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ranks.make(rank, **settings)
 
@@ -694,7 +694,10 @@ def test_a_group_has_a_name_and_waits_have_a_bound(ranks: Ranks) -> None:
         RankGroup("etcd://user:secret@host", "group", 0)  # type: ignore[arg-type]  # what is refused
     (first,) = ranks.joined(0)
     with pytest.raises(ConfigError):
-        first.join_group(0)
+        first.join_group(-1)
+    assert first.wait_for_view(1, 0).epoch == 2
+    with pytest.raises(DeadlineExceededError):
+        ranks.make(1).join_group(0)
     with pytest.raises(ConfigError):
         first.get_peer_state(-1)
 
