@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     queues: list[Any] = [context.Queue() for _ in range(RANKS)]
     random = np.random.default_rng(0)
-    ring = {"slots": 8 * RANKS * options.batch, "on_full": "block"}
+    ring = {"slots": 8 * RANKS * options.batch, "on_full": "block", "block_timeout_s": 240}  # ranks import torch first
     with tempfile.TemporaryDirectory() as folder, TrajectoryWriter("worker-0", ring=ring, serve=False) as writer:
         ranks = [
             context.Process(target=rank_main, args=(rank, folder, batches, options))
