@@ -111,11 +111,6 @@ class RingHandle(Closing):
         return cls(open_ring(name, folder, descriptor, populates=populate))
 
     @property
-    def schema_bytes(self) -> bytes:
-        """The schema as msgpack, b"" for a raw ring."""
-        return b"" if self.schema is None else self.schema.to_bytes()
-
-    @property
     def write_sequence(self) -> int:
         """Number of the write that was completed last; 0 before the first."""
         self._require_open()

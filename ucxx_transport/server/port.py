@@ -54,7 +54,8 @@ class Port:
         self._reactor = reactor
         self._counters = PortCounters(ring.server_words, index)
         self.slots = Slots(ring, self._counters, reactor)
-        self._source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=ring.schema_bytes)
+        schema = b"" if ring.schema is None else ring.schema.to_bytes()
+        self._source = SessionSource(ring_id=ring.ring_id, fingerprint=ring.fingerprint, schema_bytes=schema)
         self._settings = settings
         self._reclaims = index == 0
         self._listener: Listener | None = None
