@@ -1,4 +1,4 @@
-"""Dispatch: which port each read is given, what follows when its attempt fails, and when one has taken too long.
+"""Dispatch: which port each read is given, what follows when its attempt has ended, and when one has taken too long.
 
 Everything here runs in the thread that runs the reactor. The decisions are in `ports`. One timer serves everything that
 is due at some time.
@@ -7,7 +7,7 @@ is due at some time.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -16,12 +16,14 @@ from ucxx_transport import errors
 from ucxx_transport.client import ports
 from ucxx_transport.client.jobs import Outcome, copy_of, too_late
 from ucxx_transport.client.payload import Payload
-from ucxx_transport.errors import PeerLostError, TransportError
+from ucxx_transport.errors import PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.ring.reading import verify_checksum
+from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Carrier, ClientBase, Job, Read
+    from ucxx_transport.client.jobs import Carrier, ClientBase, Job, OnPayload, Read
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.schema import SlotRef
@@ -42,8 +44,8 @@ _REASONS: Final[dict[type[TransportError], str]] = {
 _log = get_logger(__name__)
 
 
-class Dispatch(ABC):
-    """See the module; what begins and ends reads is in `reads`.
+class Dispatch:
+    """See the module; the calls that reads are of are in `reads`.
 
     Attributes:
         counters: the client's. delivered: counts what came over the link.
@@ -72,12 +74,9 @@ class Dispatch(ABC):
         self.again: dict[tuple[Source, PortKey | None], list[Read]] = {}
         self.look_s = math.inf
         self.read_attempts = base.config.read_attempts
+        self._verify_checksum = base.config.verify_checksum
         self._look: Timer | None = None
         self._settling = False
-
-    @abstractmethod
-    def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
-        """Attempts have brought their payloads, whose schemas are known; each is ended, unless it is held."""
 
     def assign(self, source: Source, reads: list[Read], now: float) -> None:
         """Give reads, of one source, a port each."""
@@ -289,6 +288,49 @@ class Dispatch(ABC):
                 self.fail(read, too_late(read.ref))
             self.settle()
 
+    def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
+        """Attempts have brought their payloads, whose schemas are known; each is ended, unless it is held."""
+        if self.ports.wary:
+            self.ports.forgive(connection.key, self.now())
+        end, schemas, way = connection.session.end, self.connections.schemas, self.delivered
+        now_s = time.perf_counter()
+        for read in reads:
+            job, ref = read.job, read.ref
+            if job is None:  # it is not wanted
+                end(read, delivered=False)
+                continue
+            start = read.start + HEADER_BYTES
+            content = read.message[start : start + ref.nbytes]
+            try:
+                if ref.checksum is not None and self._verify_checksum:
+                    # Also a large one here, at 18-35 GB/s: less than receiving it has held this thread.
+                    verify_checksum(content, ref)
+                payload = Payload(ref, content, schemas[ref.fingerprint], "ucx")
+                if job.is_held:
+                    job.held = read
+                    self.over(read, payload)
+                    continue
+                self.claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
+            except TransportError as error:  # its bytes have changed; or it has been delivered before
+                error.__traceback__ = None  # its frames hold the payload
+                end(read, delivered=isinstance(error, StaleSlotError))
+                self.refused(read, error)
+                continue
+            way.reads += 1
+            way.nbytes += ref.nbytes
+            way.recent_s.append(now_s - job.began_s)
+            self.over(read, payload if job.on_payload is None else self._passed_on(job.on_payload, read, payload))
+            end(read, delivered=True)
+
+    def _passed_on(self, on_payload: OnPayload, read: Read, payload: Payload) -> Outcome:
+        """A payload as its caller wants it."""
+        try:
+            return on_payload(read.index, payload)
+        except TransportError as error:
+            error.__traceback__ = None  # its frames hold the payload
+            self.counters.failed(error)
+            return error
+
     def refused(self, read: Read, error: TransportError) -> None:
         """The server has answered without a payload, or with something that is none."""
         key = read.connection.key
@@ -319,21 +361,6 @@ class Dispatch(ABC):
         job.left -= 1
         if not job.left:
             self.finished.append(job)
-
-    def abandon(self, job: Job) -> None:
-        """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
-        job.on_done = None
-        if job.held is not None:
-            job.held.connection.end_held(job.held, delivered=False)
-            job.held = None
-        for read in tuple(job.reads.values()):
-            self.over(read, PeerLostError("abandoned", reason="cancelled"))
-        for outcome in job.outcomes:
-            if isinstance(outcome, Payload):
-                outcome.release()
-        self.settle()
-        self.jobs.discard(job)
-        job.done = True
 
     def settle(self) -> None:
         """Do what follows from the last step: reads go on, and jobs that have all outcomes are reported."""

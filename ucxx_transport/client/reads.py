@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -26,16 +26,14 @@ from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
 from ucxx_transport.client.errands import Errand, Request
-from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, OnPayload, Outcome, Read, copy_of, removed, too_late
+from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Read, copy_of, removed, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
-from ucxx_transport.errors import ConfigError, StaleSlotError, TransportError
-from ucxx_transport.ring.reading import verify_checksum
+from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.settings import check_can
-from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from ucxx_transport.client.jobs import Carrier, ClientBase
+    from ucxx_transport.client.jobs import ClientBase
     from ucxx_transport.client.local import LocalReader
     from ucxx_transport.link.reactor import Reactor
     from ucxx_transport.membership.sources import SourceChange, SourceRecord
@@ -103,10 +101,8 @@ class Reads(Dispatch):
         super().__init__(base, reactor)
         self.connections = Connections(base, reactor, lambda key: Connection(self.connections, self, key))
         self._local = local
-        self._schemas = self.connections.schemas
         self._membership = membership
         self._gone = {} if membership is None else membership.gone
-        self._verify_checksum = base.config.verify_checksum
         if membership is not None:
             membership.announce = partial(reactor.submit, self.hear)
             if membership.news:
@@ -229,48 +225,6 @@ class Reads(Dispatch):
             self._check(job)
         self.settle()
 
-    def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
-        if self.ports.wary:
-            self.ports.forgive(connection.key, self.now())
-        end, schemas, way = connection.session.end, self._schemas, self.delivered
-        now_s = time.perf_counter()
-        for read in reads:
-            job, ref = read.job, read.ref
-            if job is None:  # it is not wanted
-                end(read, delivered=False)
-                continue
-            start = read.start + HEADER_BYTES
-            content = read.message[start : start + ref.nbytes]
-            try:
-                if ref.checksum is not None and self._verify_checksum:
-                    # Also a large one here, at 18-35 GB/s: less than receiving it has held this thread.
-                    verify_checksum(content, ref)
-                payload = Payload(ref, content, schemas[ref.fingerprint], "ucx")
-                if job.is_held:
-                    job.held = read
-                    self.over(read, payload)
-                    continue
-                self.claim(ref)  # while the slot is held: no newer payload of it can have been delivered yet
-            except TransportError as error:  # its bytes have changed; or it has been delivered before
-                error.__traceback__ = None  # its frames hold the payload
-                end(read, delivered=isinstance(error, StaleSlotError))
-                self.refused(read, error)
-                continue
-            way.reads += 1
-            way.nbytes += ref.nbytes
-            way.recent_s.append(now_s - job.began_s)
-            self.over(read, payload if job.on_payload is None else self._passed_on(job.on_payload, read, payload))
-            end(read, delivered=True)
-
-    def _passed_on(self, on_payload: OnPayload, read: Read, payload: Payload) -> Outcome:
-        """A payload as its caller wants it."""
-        try:
-            return on_payload(read.index, payload)
-        except TransportError as error:
-            error.__traceback__ = None  # its frames hold the payload
-            self.counters.failed(error)
-            return error
-
     def deliver(self, job: Job) -> None:
         """The caller has got this far: what was held for it is its own now, and the server hears so."""
         read, job.held = job.held, None
@@ -285,3 +239,18 @@ class Reads(Dispatch):
         else:
             self.counters.delivered("ucx", payload.nbytes, time.perf_counter() - job.began_s)
         read.connection.end_held(read, delivered=True)
+
+    def abandon(self, job: Job) -> None:
+        """Nobody wants a job any more: what is in flight is ended as not delivered when it comes."""
+        job.on_done = None
+        if job.held is not None:
+            job.held.connection.end_held(job.held, delivered=False)
+            job.held = None
+        for read in tuple(job.reads.values()):
+            self.over(read, PeerLostError("abandoned", reason="cancelled"))
+        for outcome in job.outcomes:
+            if isinstance(outcome, Payload):
+                outcome.release()
+        self.settle()
+        self.jobs.discard(job)
+        job.done = True
