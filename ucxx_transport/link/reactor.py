@@ -65,10 +65,9 @@ class Reactor(Usable):
         link_factory: makes the link at the first use of `link`.
         spin_s: how long to poll after the last progress before sleeping; not after a sleep that was longer than that:
             of many ports that share a host, each polling while the others have work, none would be faster for it.
-        clock: seconds.
 
     Attributes:
-        now: the clock.
+        now: the clock, in seconds.
         turns: of `run_once` and `poll`, so far.
         asleep: it sleeps, or is about to: an interrupt has then cut no step in two.
     """

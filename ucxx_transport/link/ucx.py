@@ -87,7 +87,6 @@ class UCXXLink(Link):
         return Endpoint(self, ucx, peer, events=events, address=(host, port), error=error)
 
     def listen(self, port: int, on_endpoint: OnEndpoint) -> UCXXListener:
-        """See `Link.listen`. Binds 0.0.0.0, as ucxx's API takes no address, and `ipv6`."""
         self.check_usable()
         try:
             listener = UCXXListener(self, port, on_endpoint)

@@ -65,8 +65,8 @@ class Reply(NamedTuple):
 class Serve(NamedTuple):
     """Acquire each slot and send it on its attempt's channel, or all in one message on channel `shared` (if not 0).
 
-    When a message has left: `sent()` for each in it, and `replied()` for a shared one. A name that the ring refuses:
-    `refused()` instead, or in a shared message `refused_part()` in its place.
+    What has left is `sent()`, a shared message also `replied()`. What the ring refuses is `refused()`, or, as a part of
+    a shared message, `refused_part()`.
     """
 
     attempts: list[Attempt]
