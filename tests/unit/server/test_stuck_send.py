@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import pytest
@@ -155,7 +156,8 @@ class LockedRing:
 
     def __init__(self, ring: SharedRingBuffer, schema_bytes: bytes) -> None:
         self._ring = ring
-        self.ring_id, self.fingerprint, self.schema_bytes = ring.ring_id, 0, schema_bytes
+        self.ring_id, self.fingerprint = ring.ring_id, 0
+        self.schema = SimpleNamespace(to_bytes=lambda: schema_bytes)
         self.server_words = ring.server_words
         self.is_locked = False
         self.waits = 0
