@@ -217,10 +217,13 @@ def test_a_rank_that_does_not_acknowledge_in_time_is_dropped_and_counted(
 ) -> None:
     clock = Clock()
     first, stuck_rank = ranks.joined(0, 1, clock=clock)
-    stuck, epoch = Stuck(stuck_rank), first.state.epoch
-    join = ranks.in_thread(lambda: ranks.make(2, clock=clock).join_group(60))
+    stuck = Stuck(stuck_rank)
+    joiner = ranks.make(2, clock=clock)
+    join = ranks.in_thread(lambda: joiner.join_group(60))
     assert stuck.is_in.wait(60)
-    wait_until(lambda: ranks.record_of(first).epoch > epoch, what="the other has acknowledged")
+    awaited = wait_until(lambda: stored_view(ranks).seat_of(2).awaited, what="the third is to be acknowledged")
+    for other in (first, joiner):
+        wait_until(lambda: ranks.record_of(other).epoch >= awaited, what="the others have done so")  # noqa: B023
     clock.now_s += 11.0
     state = join.result(60)
     assert state.active_ranks == (0, 2)
@@ -375,11 +378,13 @@ def test_a_store_that_goes_away_while_a_rank_joins_delays_it_and_drops_none(rank
 
 
 def test_a_rank_whose_lease_is_lost_finds_out_reports_it_and_joins_again(ranks: Ranks) -> None:
-    first, second = ranks.joined(0, 1)
+    clock = Clock()
+    first, second = ranks.joined(0, 1, clock=clock)
     epoch = second.state.epoch
     reasons: list[TransportError] = []
     second.on_gone(reasons.append)
     waiter = ranks.in_thread(lambda: second.wait_for_view(1000, 20))
+    wait_until(lambda: clock.asked_by.count(ranks.threads[-1]) >= 3, what="it waits")
     ranks.data.kill(ranks.lease_of(second))
     wait_until(lambda: second.state.state is RankState.GONE)
     with pytest.raises(LeaseLostError):
@@ -582,6 +587,7 @@ def test_a_member_s_death_is_seen_in_view_and_statistics_at_once(ranks: Ranks) -
 
     first.on_view(lambda _: found.append((first.state.active_ranks, first.state.statistics.lost)))
     reader = ranks.in_thread(read_until_alone)
+    wait_until(lambda: found, what="it has looked")
     ranks.data.kill(ranks.lease_of(second))
     reader.result(10)
     assert set(found) == {((0, 1), 0), ((0,), 1)}
