@@ -62,6 +62,11 @@ class Field:
         self.notes.append(source.worker_id)
 
 
+def is_called() -> bool:
+    """Whether a listener has a thread."""
+    return "ucxx-listener" in {thread.name for thread in threading.enumerate()}
+
+
 def waits(field: Field) -> None:
     refused: list[ConfigError] = []
 
@@ -327,7 +332,7 @@ def test_who_waits_for_listeners_is_bounded_and_says_so(log_events: list[Mutable
     listeners.close(0.01)
     assert [(event["event"], event["listeners"]) for event in log_events] == [("listener_hung", 1)]
     heard.free.set()
-    wait_until(lambda: "ucxx-listener" not in {thread.name for thread in threading.enumerate()}, MINUTE)
+    wait_until(lambda: not is_called(), MINUTE)
     assert heard.calls == 1, "what was closed is called no more"
 
 
@@ -335,10 +340,11 @@ def test_news_whose_thread_could_not_be_started_are_heard_with_no_further_news(
     log_events: list[MutableMapping[str, Any]],
 ) -> None:
     field = Field()
-    field.watcher.subscribe(on_remove=field.note)
+    came: list[SourceRecord] = []
+    field.watcher.subscribe(on_add=came.append, on_remove=field.note)
     with field.watcher:
         field.publish("a")
-        field.known("a")
+        wait_until(lambda: came and not is_called(), MINUTE, what="the thread of the first news has ended")
         with no_more_threads():
             field.end("a")
             wait_until(lambda: log_events, MINUTE)
