@@ -120,6 +120,9 @@ class ServerConfig(_OverUCX):
     host: units.OptionalHost = setting("own address, name or interface to publish; unset finds one", default=None)
     publish_host: units.OptionalHost = setting("published as it is instead of host, as in front of NAT", default=None)
     ports: units.Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
+    base_port: units.OptionalCount = setting(
+        "listen on the first free ports of 64 from this one on; unset takes any free ones", default=None, ge=1, le=65535
+    )
     mode: Literal["process", "thread"] = setting("each port a supervised process, or a thread", default="process")
     token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
@@ -142,23 +145,38 @@ class ServerConfig(_OverUCX):
         """Their numbers, 0 for any free one."""
         return (0,) * self.ports if isinstance(self.ports, int) else self.ports
 
+    def candidates(self, index: int) -> list[int]:
+        """What one of them tries, in this order: those that start side by side begin at different ones."""
+        wanted, base = self.numbered_ports[index], self.base_port
+        if wanted or base is None:
+            return [wanted]
+        every = range(base, min(65536, base + units.MAX_PORTS))
+        return [*every[index:], *every[:index]]
+
     def __post_init__(self) -> None:
         _check_host("host", self.host)
         _check_host("publish_host", self.publish_host)
+        count, base, listening = len(self.numbered_ports), self.base_port, self.numbered_ports
+        if base is not None:
+            if isinstance(self.ports, tuple):
+                raise _wrong("base_port", base, "ports names them already; drop one of the two")
+            if base + count > 65536:
+                raise _wrong("base_port", base, f"expected at most {65536 - count}: {count} ports end at 65535")
+            listening = tuple(range(base, base + count))
         if self.data_ports is not None:
             first, last = self.data_ports
-            value, count = f"{first}-{last}", len(self.numbered_ports)
+            value = f"{first}-{last}"
             if last - first + 1 < count:
                 problem = f"expected at least ports = {count}: each listening port takes one of these too"
                 raise _wrong("data_ports", value, problem)
-            if clash := [port for port in self.numbered_ports if first <= port <= last]:
+            if clash := [port for port in listening if first <= port <= last]:
                 raise _wrong("data_ports", value, f"{clash[0]} is to be listened on; choose others")
 
 
 def _check_host(field: str, host: str | None) -> None:
     name, _, port = (host or "").rpartition(":")
     if port.isdecimal() and name and (":" not in name or name.endswith("]")):
-        raise _wrong(field, host, f"it has a port in it: give {name!r}, and the port by ports")
+        raise _wrong(field, host, f"it has a port in it: give {name!r}, and the port by ports or base_port")
     if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - refused
         raise _wrong(field, host, "a wildcard, which clients cannot connect to; give an address, name or interface")
 

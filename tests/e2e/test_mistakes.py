@@ -322,7 +322,7 @@ DATA = [
         ConfigError,
         "host",
         "10.0.0.1:5000",
-        "by ports",
+        "base_port",
     ),
 ]
 RINGS = [

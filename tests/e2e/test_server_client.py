@@ -336,6 +336,16 @@ def test_explicit_ports_are_the_ones_that_listen() -> None:
         wait_until(lambda: [port.delivered for port in served.server.statistics().ports] == [4, 4], 60)
 
 
+def test_base_port_skips_what_is_taken() -> None:
+    first = free_ports(6)[0]
+    with (
+        socket.create_server(("", first)),
+        socket.create_server(("", first + 2)),
+        served_ring(base_port=first, ports=2) as served,
+    ):
+        assert sorted(served.server.ports) == [first + 1, first + 3]  # they start side by side
+
+
 def test_taken_port_is_named_in_a_config_error() -> None:
     port = free_ports(1)[0]
     with socket.create_server(("", port)), open_ring() as ring:

@@ -74,7 +74,7 @@ def test_settings_survive_a_trip_to_another_process() -> None:
 
 @pytest.mark.parametrize("restore", [lambda config: pickle.loads(pickle.dumps(config)), copy.copy, copy.deepcopy])  # noqa: S301 - as above
 def test_a_restored_copy_reads_no_source_again(restore: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ServerConfig(token="t", ucx={"TLS": "tcp"}, ports=[5000])
+    config = ServerConfig(token="t", ucx={"TLS": "tcp"}, base_port=5000)
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__UCX__TLS", "all")
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__NO_SUCH_SETTING", "1")
     assert restore(config) == config
@@ -204,6 +204,11 @@ class TestServer:
     def test_a_port_number_in_place_of_a_count_is_explained(self) -> None:
         assert "[7001]" in str(refusal(ServerConfig, ports=7001))
 
+    def test_a_base_port_leaves_room_for_all_ports(self) -> None:
+        assert ServerConfig(base_port=65532, ports=4).candidates(1) == [65533, 65534, 65535, 65532]
+        assert "65535" in str(refusal(ServerConfig, base_port=65533, ports=4))
+        assert "drop one" in str(refusal(ServerConfig, base_port=5000, ports=[5001]))
+
     def test_data_ports_are_a_range_that_becomes_ucx_s_own(self) -> None:
         rows: list[Any] = [(15100, 15131), [15100, 15131], "15100-15131", "15100,15131", "[15100, 15131]"]
         for given in rows:
@@ -223,6 +228,7 @@ class TestServer:
             ({"data_ports": "open"}, "first and the last"),
             ({"data_ports": (15100, 15102), "ports": 4}, "at least ports = 4"),
             ({"data_ports": (15100, 15131), "ports": [15001, 15120]}, "15120 is to be listened on"),
+            ({"data_ports": (15001, 15131), "base_port": 15000}, "15001 is to be listened on"),
         ]
         for given, problem in rows:
             with row(given=given, problem=problem):

@@ -169,10 +169,11 @@ def _ports() -> Finding:
         pinned or ("any free" if one.data_ports is None else "-".join(map(str, one.data_ports)))
         for one in (server, client)
     )
-    listening = f"{server.ports} any free" if isinstance(server.ports, int) else ", ".join(map(str, server.ports))
+    free = "any free" if server.base_port is None else f"from {server.base_port} on"
+    listening = f"{server.ports} {free}" if isinstance(server.ports, int) else ", ".join(map(str, server.ports))
     value = f"worker: listens on {listening}, data on {serving}; trainer: data on {reading}"
     remedy = (
-        "UCX connects both ways. Behind a firewall set server.ports and data_ports of both sides, and open: "
+        "UCX connects both ways. Behind a firewall set server.base_port and data_ports of both sides, and open: "
         "trainer to worker, listening and data ports; worker to trainer, data ports"
     )
     return Finding("ports", value, "note", remedy)
@@ -236,7 +237,7 @@ def _loopback() -> Iterator[Finding]:
     """Read payloads in place and, where ucxx is installed, over UCX; bytes are compared."""
     # What is set for this machine's own rings, such as a name or a token for one side, is not what is tried here.
     ring_config = RingConfig(slots=4, slot_bytes=_PAYLOAD_BYTES, name=None, readers=1, checksum=True)
-    server_config = ServerConfig(ports=1, host="127.0.0.1", mode="process", token=None, shm_lanes=False)
+    server_config = ServerConfig(ports=1, base_port=None, host="127.0.0.1", mode="process", token=None, shm_lanes=False)
     try:
         with SharedRingBuffer.create(ring_config) as ring:
             yield _reads(ring, ClientConfig(local="view", token=None), "in place")

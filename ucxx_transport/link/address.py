@@ -188,7 +188,7 @@ def _resolve(address: str) -> str:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
         return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
     except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
-        port = "; a port goes into ports" if ":" in address else ""
+        port = "; a port goes into ports or base_port" if ":" in address else ""
         raise ConfigError(
             f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
             host=address,

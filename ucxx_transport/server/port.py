@@ -20,6 +20,7 @@ from threading import Thread
 from typing import Final
 
 from ucxx_transport.config import ServerConfig
+from ucxx_transport.errors import ConfigError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.base import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.endpoint import Endpoint, Listener
@@ -65,9 +66,20 @@ class Port:
         self._reclaim_s = 0.0
         self._accepts_failed = 0
 
-    def start(self, port: int) -> int:
-        """Listen on a port, 0 being any free one; returns it. Errors as `Link.listen`, and of opening the link."""
-        self._listener = self._reactor.link.listen(port, self._admit)
+    def start(self, *candidates: int) -> int:
+        """Listen on the first of these that is free, 0 being any free one; returns the port.
+
+        Errors as `Link.listen` of the last one, and of opening the link.
+        """
+        link = self._reactor.link
+        for candidate in candidates:
+            try:
+                self._listener = link.listen(candidate, self._admit)
+                break
+            except ConfigError:
+                if candidate == candidates[-1]:
+                    raise
+        assert self._listener is not None
         port = self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0
         self._reclaim_s = self._reactor.now()
@@ -164,6 +176,8 @@ class Port:
 class PortThread:
     """A `Port`, and the thread that runs it; over UCX where no `link_factory` opens another link.
 
+    It listens on `port`; 0: by the settings.
+
     Attributes:
         up: the port, once it listens; or why it does not. `stop` it after an error.
     """
@@ -173,11 +187,11 @@ class PortThread:
         ring: SharedRingBuffer,
         settings: ServerConfig,
         index: int,
-        port: int,
+        port: int = 0,
         link_factory: LinkFactory | None = None,
     ) -> None:
         self._settings = replace(settings, max_connections=_max_connections(settings))
-        self._wanted = port
+        self._candidates = [port] if port else settings.candidates(index)
         self._name = f"ucxx-port-{index}"
         self._reactor = Reactor(link_factory or _ucxx_links(settings), spin_s=settings.spin_s)
         self._port = Port(ring, self._settings, index, self._reactor)
@@ -220,7 +234,7 @@ class PortThread:
     def _serve(self) -> None:
         port, reactor = self._port, self._reactor
         try:
-            self.up.set_result(port.start(self._wanted))
+            self.up.set_result(port.start(*self._candidates))
             while self._stop_by_s == math.inf:
                 reactor.run_once(math.inf)
                 if port.slots.is_clogged and self._settings.mode == "process":

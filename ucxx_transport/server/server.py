@@ -174,8 +174,8 @@ class UCXXServer(RingSource, Running):
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
         self._running = self._sidecars or [
-            PortThread(self._ring, self._config, index, port, self._link_factory)
-            for index, port in enumerate(self._config.numbered_ports)
+            PortThread(self._ring, self._config, index, link_factory=self._link_factory)
+            for index in range(len(self._counters))
         ]
         for port in self._running:
             port.start()
@@ -204,8 +204,9 @@ class UCXXServer(RingSource, Running):
                 "ring_folder": self._ring.folder,
                 "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
                 "index": index,
-                # after another's death the very port that it had
-                "port": sidecar.up.result() if sidecar.up.done() else self._config.numbered_ports[index],
+                "port": sidecar.up.result()
+                if sidecar.up.done()
+                else 0,  # after another's death the very port that it had
                 "settings": self._config,
             }
 

@@ -351,7 +351,7 @@ def _check_ucx(config: ServerConfig, ring: Mapping[str, Any]) -> None:
     """
     if config.link_settings or any(name.startswith("UCX_") for name in os.environ):
         sizes = {"slots": 1, "slot_bytes": 1, "name": None, "envelope_bytes": 0}
-        tried = replace(config, ports=1, publish_host="localhost")
+        tried = replace(config, ports=1, base_port=None, publish_host="localhost")
         with SharedRingBuffer.create(RingConfig(**{**ring, **sizes})) as tiny, UCXXServer(tiny, tried):
             pass
 

@@ -93,6 +93,22 @@ def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory
     assert [port.port for port in server.statistics().ports] == [0, 0]
 
 
+def test_from_a_base_port_taken_ones_are_stepped_over(
+    ring: SharedRingBuffer, another_ring: SharedRingBuffer, network: MemoryNetwork, factory: LinkFactory
+) -> None:
+    with (
+        server_of(ring, factory, ports=[5001, 5002]),
+        server_of(another_ring, factory, ports=3, base_port=5000) as second,
+    ):
+        assert sorted(second.ports) == [5000, 5003, 5004]  # two of them may meet at 5003
+    with (
+        server_of(ring, factory, ports=[*range(65530, 65536)]),
+        pytest.raises(ConfigError, match="port is in use"),
+    ):
+        server_of(another_ring, factory, ports=2, base_port=65530).start()
+    assert network.listeners == {}
+
+
 def test_a_port_whose_own_wait_was_in_vain_says_what_it_waited_for(ring: SharedRingBuffer) -> None:
     def waits(_: Reactor) -> NoReturn:
         raise DeadlineExceededError("the ring's lock was not to be had")
