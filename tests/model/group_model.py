@@ -11,8 +11,12 @@ from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
 STEPS = {
     (RankState.ISOLATED, RankState.JOINING),
     (RankState.JOINING, RankState.ACTIVE),
+    (RankState.JOINING, RankState.INACTIVE),
+    (RankState.ACTIVE, RankState.INACTIVE),
+    (RankState.INACTIVE, RankState.JOINING),
     (RankState.JOINING, RankState.GONE),
     (RankState.ACTIVE, RankState.GONE),
+    (RankState.INACTIVE, RankState.GONE),
     (RankState.GONE, RankState.JOINING),
 }
 
@@ -27,6 +31,7 @@ class GroupModel:
         applied: incarnation → the largest epoch that it has really applied.
         acknowledged: (incarnation, epoch) → when its record said so first.
         alive: incarnations whose lease lives.
+        resting: incarnations that were deactivated, and not recalled since.
         left: incarnations that left by themselves.
     """
 
@@ -35,6 +40,7 @@ class GroupModel:
     applied: dict[str, int] = field(default_factory=dict)
     acknowledged: dict[tuple[str, int], float] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
+    resting: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
 
     @property
@@ -76,6 +82,7 @@ class GroupModel:
                 was = self.view.state_of(seat.rank)
                 if was is RankState.ACTIVE or seat.rank == joiner.rank:
                     assert self.applied[seat.incarnation] >= joiner.awaited, "all active ones know of it"
+        assert joiner.incarnation not in self.resting
 
     def _judge_drop(self, dropped: Seat, now: float) -> None:
         """Some joiner had been waiting for it for as long as acknowledgements are waited for.
@@ -94,3 +101,10 @@ class GroupModel:
     def _acknowledged_at(self, incarnation: str, epoch: int) -> float:
         times = [when for (who, known), when in self.acknowledged.items() if who == incarnation and known >= epoch]
         return min(times, default=math.inf)
+
+    def expected(self, healthy: dict[int, str]) -> dict[int, RankState]:
+        """The states of healthy ranks once all is quiet: active, unless they were deactivated."""
+        return {
+            rank: RankState.INACTIVE if incarnation in self.resting else RankState.ACTIVE
+            for rank, incarnation in healthy.items()
+        }

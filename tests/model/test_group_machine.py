@@ -1,9 +1,9 @@
 """A Hypothesis state machine drives the ranks of a group, over a store in memory, beside `GroupModel`.
 
-Ranks join, leave, die, hang while their lease is kept, are cut off from the store; they see the store's changes late
-and one by one; another writes between a rank's decision and its write; answers are lost; the store is wiped. A *step*
-is one of these. Every view that is written is judged by the model; what is applied only grows; and whenever the
-machine lets things settle, all healthy ranks are active and have one view.
+Ranks join, leave, die, hang while their lease is kept, are cut off from the store, are deactivated and recalled; they
+see the store's changes late and one by one; another writes between a rank's decision and its write; answers are lost;
+the store is wiped. A *step* is one of these. Every view that is written is judged by the model; what is applied
+only grows; and whenever the machine lets things settle, all healthy ranks are as the model says and have one view.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
 )
 from ucxx_transport.groups.decisions import GroupSnapshot
-from ucxx_transport.groups.participant import MembershipEndedError, Participant, leave_view
+from ucxx_transport.groups.participant import MembershipEndedError, Participant, change_view
 from ucxx_transport.groups.state import RankContext, Retrying, SharedState
-from ucxx_transport.groups.view import GroupView, MemberRecord, RankState
+from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 
 RANKS = 4
 TTL_S = 6.0
@@ -56,6 +56,8 @@ _SHARES = {
     "cut_off": 1,
     "mend": 2,
     "moments_pass": 3,
+    "deactivate": 1,
+    "recall": 2,
     "leave": 1,
 }
 WHAT = [step for step, share in _SHARES.items() for _ in range(share)]
@@ -284,13 +286,31 @@ class GroupMachine(CountedMachine):
     def moments_pass(self, tenths: int, _: int) -> None:
         self.pass_seconds(0.1 + tenths / 10)
 
+    def deactivate(self, rank: int, other: int) -> None:
+        one = self.member(rank)
+        if one is None or not one.store.reachable:
+            return
+        seat = self.model.view.seat_of(other)
+        change_view(self.retrying(one), RankEvent.DEACTIVATE, [other])
+        self.judge()
+        if seat.state in (RankState.JOINING, RankState.ACTIVE):
+            self.model.resting.add(seat.incarnation)
+
+    def recall(self, rank: int, other: int) -> None:
+        one, seat = self.member(rank), self.model.view.seat_of(other)
+        if one is None or not one.store.reachable or not seat.state.is_seated:
+            return
+        self.model.resting.discard(seat.incarnation)
+        change_view(self.retrying(one), RankEvent.RECALL, [other])
+        self.judge()
+
     def leave(self, rank: int, _: int) -> None:
         one = self.member(rank)
         if one is None:
             return
         self.model.left.add(one.incarnation)
         with suppress(DeadlineExceededError):  # it is cut off, and its lease is given back by other means
-            leave_view(self.retrying(one), one.incarnation)
+            change_view(self.retrying(one), RankEvent.LEAVE, [rank], incarnation=one.incarnation)
         self.judge()
         self.drop_out(one)
 
@@ -340,7 +360,7 @@ class GroupMachine(CountedMachine):
         }
         view = self.model.view
         found = {rank: view.state_of(rank) for rank in healthy}
-        assert set(found.values()) <= {RankState.ACTIVE}
+        assert found == self.model.expected(healthy)
         for rank, incarnation in healthy.items():
             assert view.seats_incarnation(rank, incarnation)
             assert self.processes[rank].shared.now.view == view

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ucxx_transport.errors import ProtocolError
-from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, RankState, Seat
+from ucxx_transport.groups.view import NO_VIEW, TRANSITIONS, GroupView, MemberRecord, RankEvent, RankState, Seat
 from ucxx_transport.membership.entries import Entry, Event, Snapshot, policy_key, rank_of, view_key
 from ucxx_transport.schema.wire_form import describe
 
@@ -111,12 +111,19 @@ class GroupSnapshot:
                 changed[seat.rank] = seat.after(RankEvent.ACTIVATE, epoch=epoch)
         return view.with_seats(changed, epoch=epoch) if changed or epoch > view.epoch + 1 else None
 
-    def view_without(self, rank: int, incarnation: str) -> GroupView | None:
-        """The view after this life of the rank has left; None: it is not in there."""
-        if not self.view.seats_incarnation(rank, incarnation):
-            return None
-        seat = self.view.seat_of(rank).after(RankEvent.LEAVE, epoch=self.next_epoch)
-        return self.view.with_seats({rank: seat}, epoch=self.next_epoch)
+    def view_after(
+        self, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None
+    ) -> GroupView | None:
+        """The view after RECALL, DEACTIVATE or LEAVE of this life of the ranks or (None) any; None: no change."""
+        epoch = self.next_epoch
+        changed = {
+            seat.rank: seat.after(event, epoch=epoch)
+            for seat in self.view.seats
+            if seat.rank in ranks
+            and (seat.state, event) in TRANSITIONS
+            and (incarnation is None or seat.incarnation == incarnation)
+        }
+        return self.view.with_seats(changed, epoch=epoch) if changed else None
 
     def awaited_ranks(self, rank: int) -> tuple[int, ...]:
         """The ranks that a joining one still waits for: those to acknowledge it, or those that could admit it."""

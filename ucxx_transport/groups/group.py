@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,9 +14,9 @@ from typing import Final, Self
 
 from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
-from ucxx_transport.groups.participant import Participant, leave_view, put_policy_version
+from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
-from ucxx_transport.groups.view import GroupView, MemberRecord, RankState
+from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
 from ucxx_transport.membership.store import Store
@@ -138,7 +138,7 @@ class RankGroup(OfOneProcess):
                 seconds after its death.
 
         Returns:
-            The group's state at the epoch in which this rank became active.
+            The group's state at the epoch in which this rank became active (or INACTIVE, if it was deactivated).
 
         Raises:
             DuplicateSourceError: a live member has this rank.
@@ -196,6 +196,37 @@ class RankGroup(OfOneProcess):
 
     def __exit__(self, *error: object) -> None:
         self.leave()
+
+    def activate_ranks(self, ranks: Collection[int], timeout_s: float | str = CHANGE_TIMEOUT_S) -> GroupView:
+        """Wait until these ranks are ACTIVE, and let those join once more that were deactivated.
+
+        Ranks that are active already stay as they are; if all are, the epoch does not change. Called from a callback
+        it does not wait.
+
+        Returns:
+            The view in which they are.
+
+        Raises:
+            ConfigError: one of those is no rank.
+            NotReadyError: this rank or one of those is not a member, or is one no longer.
+            DeadlineExceededError: the store did not answer, or `facts["waiting_for"]` are not active yet.
+        """
+        return self._change(RankEvent.RECALL, ranks, timeout_s, active=ranks)
+
+    def deactivate_ranks(self, ranks: Collection[int], timeout_s: float | str = CHANGE_TIMEOUT_S) -> GroupView:
+        """Take these ranks out of the active ones; they stay members, and are not waited for.
+
+        This rank may be among them. Ranks that are not active, or not even members, stay as they are.
+
+        Returns:
+            The view in which they are not active; the others have it as soon as they see it.
+
+        Raises:
+            ConfigError: one of those is no rank.
+            NotReadyError: this rank is not a member.
+            DeadlineExceededError: the store did not answer.
+        """
+        return self._change(RankEvent.DEACTIVATE, ranks, timeout_s)
 
     def set_policy_version(
         self, version: int, timeout_s: float | str = CHANGE_TIMEOUT_S, *, rewind: bool = False
@@ -275,7 +306,7 @@ class RankGroup(OfOneProcess):
         def joined(now: GroupState) -> GroupState | None:
             view = now.notified_view()
             is_in = view is not None and view.seats_incarnation(self.rank, record.incarnation)
-            return now if is_in and now.state is RankState.ACTIVE else None
+            return now if is_in and now.state in (RankState.ACTIVE, RankState.INACTIVE) else None
 
         def waiting_for(now: GroupState) -> str | tuple[int, ...]:
             seen = now.snapshot
@@ -297,7 +328,8 @@ class RankGroup(OfOneProcess):
         teardown = Teardown("rank", group=self._context.group, rank=self.rank)
         if self.state.state.is_seated:
             leaving = Retrying(self._context, timeout_s, "leaving")
-            teardown.step("view", partial(leave_view, leaving, participant.incarnation), until_s)
+            change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=participant.incarnation)
+            teardown.step("view", change, until_s)
         self._shared.end()
         participant.stop(teardown, until_s)
 
@@ -305,3 +337,25 @@ class RankGroup(OfOneProcess):
         """A NotReadyError while this rank is not a member, a ConfigError in a forked child."""
         if not self.state.state.is_seated or self._participant is None:
             raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
+
+    def _change(
+        self, event: RankEvent, ranks: Collection[int], timeout_s: float | str, *, active: Collection[int] = ()
+    ) -> GroupView:
+        """Write a change, and wait for a view that has it, in which those that are to be `active` are."""
+        self._member()
+        retrying = Retrying(self._context, timeout_s, event.name.lower())
+        epoch = change_view(retrying, event, ranks)
+        if self._shared.listeners.is_calling_back() and self.view is not None:
+            return self.view  # the next one may come by this very thread
+
+        def changed(now: GroupState) -> GroupView | None:
+            view = now.notified_view(epoch)
+            if view is not None and (gone := sorted({*active}.difference(view.ranks))):
+                text = f"ranks {gone} have gone while they were waited for"
+                raise errors.NotReadyError(text, group=now.group, ranks=gone)
+            return view if view is not None and {*active} <= {*view.active_ranks} else None
+
+        def missing(now: GroupState) -> str | tuple[int, ...]:
+            return tuple(sorted({*active}.difference(now.active_ranks))) or f"epoch {epoch}"
+
+        return self._shared.wait(changed, retrying, missing)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -294,15 +295,23 @@ class Participant:
             pass  # `on_gone` waits for a thread, and this one has nothing else to do
 
 
-def leave_view(retrying: Retrying, incarnation: str) -> None:
-    """Take this life of the context's rank out of the view, unless it is not in there."""
-    context = retrying.context
+def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None) -> int:
+    """Make RECALL, DEACTIVATE or LEAVE happen to those of `ranks` that it concerns, in this life or (None) any.
+
+    Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
+    """
+    store, group = retrying.context.store, retrying.context.group
     while True:
-        found = retrying.call(context.store.snapshot, group_prefix(context.group))
-        snapshot = GroupSnapshot.of(context.group, found)
-        wanted = snapshot.view_without(context.rank, incarnation)
-        if wanted is None or retrying.swap(view_key(context.group), wanted.to_bytes(), snapshot.view_revision):
-            return
+        snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, group_prefix(group)))
+        absent = [rank for rank in ranks if not snapshot.view.state_of(rank).is_seated]
+        if absent and event is RankEvent.RECALL:
+            text = f"ranks {absent} are not in {group!r}: they can be active when they have joined"
+            raise errors.NotReadyError(text, group=group, ranks=absent, epoch=snapshot.view.epoch)
+        wanted = snapshot.view_after(event, ranks, incarnation=incarnation)
+        if wanted is None:
+            return snapshot.view.epoch
+        if retrying.swap(view_key(group), wanted.to_bytes(), snapshot.view_revision) is not None:
+            return wanted.epoch
 
 
 def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int:

@@ -120,7 +120,7 @@ class Member:
 
     Attributes:
         rank: the rank.
-        state: JOINING or ACTIVE.
+        state: JOINING, ACTIVE or INACTIVE.
         incarnation: which life of that rank: a new word at each join.
         address: where it can be reached, as it published it; "" when it did not.
         meta: what else it published.
@@ -200,7 +200,7 @@ class GroupState:
 
     @property
     def members(self) -> Mapping[int, Member]:
-        """By rank: all that are in the group, joining or active, this rank too, with what each has published."""
+        """By rank: all that are in the group, active or not, this rank too, with what each has published."""
         return {seat.rank: self._member(seat) for seat in (self.view or NO_VIEW).seats if seat.state.is_seated}
 
     def _member(self, seat: Seat) -> Member:
@@ -220,7 +220,7 @@ class SharedState:
 
     Attributes:
         now: everything at one moment; read it once for several facts that belong together.
-        has_joined: whether this life of the rank has been ACTIVE.
+        has_joined: whether this rank has been ACTIVE or INACTIVE since it published itself last.
         listeners: who hears of members that come ("add") and go ("remove"), and of the end of this rank's membership
             ("gone"), each in a thread of its own; whether the caller is one of them, or of `on_view`.
     """
@@ -289,7 +289,7 @@ class SharedState:
             after = replace(before, view=view)
             if view.seats_incarnation(before.rank, self._incarnation):
                 after = replace(after, state=view.state_of(before.rank))
-                self.has_joined = self.has_joined or after.state is RankState.ACTIVE
+                self.has_joined = self.has_joined or after.state is not RankState.JOINING
             were, are = ({_identity(one): one for one in state.members.values()} for state in (before, after))
             removed = [one for identity, one in were.items() if identity not in are]
             added = [one for identity, one in are.items() if identity not in were]

@@ -5,9 +5,13 @@
 | ISOLATED | `ADMIT`      | JOINING  | it has published itself, and the view has a seat for it                       |
 | GONE     | `ADMIT`      | JOINING  | a new incarnation of it has                                                   |
 | JOINING  | `ACTIVATE`   | ACTIVE   | all live active members, and the rank itself, have acknowledged that it joins |
+| JOINING  | `DEACTIVATE` | INACTIVE | `deactivate_ranks`, before it was active                                      |
+| ACTIVE   | `DEACTIVATE` | INACTIVE | `deactivate_ranks`                                                            |
+| INACTIVE | `RECALL`     | JOINING  | `activate_ranks`: it joins once more, and all acknowledge it                  |
 | a seated | `LEAVE`      | GONE     | it left, or gave up waiting                                                   |
 | a seated | `LOSE`       | GONE     | its lease ended: it died, or was cut off from the store for as long           |
-| a seated | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
+| JOINING  | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
+| ACTIVE   | `DROP`       | GONE     | the same; an INACTIVE rank's acknowledgement is never waited for              |
 
 | key              | value          | changed by                                                        |
 |------------------|----------------|-------------------------------------------------------------------|
@@ -56,12 +60,13 @@ class RankState(StrEnum):
     ISOLATED = "isolated"
     JOINING = "joining"
     ACTIVE = "active"
+    INACTIVE = "inactive"
     GONE = "gone"
 
     @property
     def is_seated(self) -> bool:
-        """Whether the rank is in the group: JOINING or ACTIVE."""
-        return self in (RankState.JOINING, RankState.ACTIVE)
+        """Whether the rank is in the group, active or not."""
+        return self in (RankState.JOINING, RankState.ACTIVE, RankState.INACTIVE)
 
 
 class RankEvent(StrEnum):
@@ -69,6 +74,8 @@ class RankEvent(StrEnum):
 
     ADMIT = "admit"
     ACTIVATE = "activate"
+    DEACTIVATE = "deactivate"
+    RECALL = "recall"
     LEAVE = "leave"
     LOSE = "lose"
     DROP = "drop"
@@ -81,7 +88,13 @@ TRANSITIONS: Final[Mapping[tuple[RankState, RankEvent], RankState]] = MappingPro
         (RankState.ISOLATED, RankEvent.ADMIT): RankState.JOINING,
         (RankState.GONE, RankEvent.ADMIT): RankState.JOINING,
         (RankState.JOINING, RankEvent.ACTIVATE): RankState.ACTIVE,
-        **{(state, event): RankState.GONE for state in RankState if state.is_seated for event in _ENDS},
+        (RankState.JOINING, RankEvent.DEACTIVATE): RankState.INACTIVE,
+        (RankState.ACTIVE, RankEvent.DEACTIVATE): RankState.INACTIVE,
+        (RankState.INACTIVE, RankEvent.RECALL): RankState.JOINING,
+        **{(state, RankEvent.LEAVE): RankState.GONE for state in RankState if state.is_seated},
+        **{(state, RankEvent.LOSE): RankState.GONE for state in RankState if state.is_seated},
+        (RankState.JOINING, RankEvent.DROP): RankState.GONE,
+        (RankState.ACTIVE, RankEvent.DROP): RankState.GONE,
     }
 )
 
@@ -176,7 +189,7 @@ class GroupView:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that are in the group, joining or active, in order."""
+        """The ranks that are in the group, active or not, in order."""
         return tuple(seat.rank for seat in self.seats if seat.state.is_seated)
 
     def seat_of(self, rank: int) -> Seat:

@@ -221,6 +221,8 @@ def main(url: str) -> None:
         "server.is_healthy": (60,),
         "group.join_group": (60,),
         "group.wait_for_view": (1, 60),
+        "group.activate_ranks": ([0],),
+        "group.deactivate_ranks": ([0],),
         "group.set_policy_version": (1,),
         "group.get_peer_state": (0,),
         "group.on_view": (print,),

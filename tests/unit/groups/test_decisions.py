@@ -139,7 +139,22 @@ def test_a_joiner_that_does_not_apply_its_own_admission_is_dropped_itself() -> N
     assert seen(admitted, alive).overdue_ranks(waits, now=10.0, ack_timeout_s=10) == {1}
 
 
-def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_admission() -> None:
+def test_an_inactive_member_is_neither_waited_for_nor_dropped() -> None:
+    view, alive = all_active(0, 1)
+    set_aside = seen(view, alive).view_after(RankEvent.DEACTIVATE, [1])
+    assert set_aside is not None
+    alive |= {0: alive[0].having_applied(set_aside.epoch), 2: record(2)}
+    admitted = follow(set_aside, alive)
+    alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
+    assert seen(admitted, alive).awaited_ranks(2) == ()
+    assert (
+        seen(admitted, alive).overdue_ranks(seen(admitted, {}).ack_waits({}, 0.0), now=99.0, ack_timeout_s=10)
+        == frozenset()
+    )
+    assert states(follow(admitted, alive)) == {0: "ACTIVE", 1: "INACTIVE", 2: "ACTIVE"}
+
+
+def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_recall() -> None:
     view, alive = all_active(0)
     admitted = follow(view, alive | members(record(1)))
     waits = seen(admitted, {}).ack_waits({}, 5.0)
@@ -151,15 +166,30 @@ def test_a_wait_begins_when_its_joiner_is_first_seen_and_again_with_each_admissi
     assert seen(NO_VIEW, alive).overdue_ranks(waits, now=99.0, ack_timeout_s=1) == frozenset()
 
 
-def test_a_life_that_leaves_is_gone_and_takes_no_other_along() -> None:
+def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_itself() -> None:
+    view, alive = all_active(0, 1)
+    aside = seen(view, alive).view_after(RankEvent.DEACTIVATE, [1])
+    assert aside is not None
+    assert states(aside) == {0: "ACTIVE", 1: "INACTIVE"}
+    alive = {rank: one.having_applied(aside.epoch) for rank, one in alive.items()}
+    assert seen(aside, alive).next_view() is None
+    recalled = seen(aside, alive).view_after(RankEvent.RECALL, [1])
+    assert recalled is not None
+    assert seen(recalled, alive).next_view() is None
+    alive = {rank: one.having_applied(recalled.epoch) for rank, one in alive.items()}
+    assert follow(recalled, alive).active_ranks == (0, 1)
+
+
+def test_a_request_changes_only_the_ranks_and_lives_that_it_concerns() -> None:
     view, alive = all_active(0)
-    assert seen(view, alive).view_without(7, "7.0") is None
-    assert seen(view, alive).view_without(0, "another") is None
-    left = seen(view, alive).view_without(0, "0.0")
+    assert seen(view, alive).view_after(RankEvent.RECALL, [0]) is None, "it is active already"
+    assert seen(view, alive).view_after(RankEvent.DEACTIVATE, [7]) is None, "it is not there"
+    assert seen(view, alive).view_after(RankEvent.LEAVE, []) is None
+    assert seen(view, alive).view_after(RankEvent.LEAVE, [0], incarnation="another") is None
+    left = seen(view, alive).view_after(RankEvent.LEAVE, [0], incarnation="0.0")
     assert left is not None
-    assert (states(left), left.seat_of(0).ended_by) == ({0: "GONE"}, RankEvent.LEAVE)
-    assert left.epoch == view.epoch + 1
-    assert seen(left, alive).view_without(0, "0.0") is None
+    assert states(left) == {0: "GONE"}
+    assert seen(left, alive).view_after(RankEvent.LEAVE, [0]) is None
 
 
 def test_an_epoch_is_larger_than_any_that_was_known_also_across_a_wiped_store() -> None:

@@ -283,18 +283,87 @@ def test_a_member_that_dies_while_it_should_acknowledge_is_not_waited_for(ranks:
     stuck.go_on.set()
 
 
+def test_only_a_rank_that_has_joined_can_be_activated_and_only_by_a_member(ranks: Ranks) -> None:
+    first = ranks.make(0)
+    with pytest.raises(NotReadyError):
+        first.activate_ranks([0])
+    first.join_group(10)
+    with pytest.raises(NotReadyError, match="when they have joined") as caught:
+        first.activate_ranks([0, 1])
+    assert caught.value.facts["ranks"] == [1]
+    assert caught.value.retryable
+
+
+def test_activating_twice_is_one_epoch_and_deactivating_twice_too(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    aside = first.deactivate_ranks([1])
+    assert aside.active_ranks == (0,)
+    assert first.deactivate_ranks([1]).epoch == aside.epoch
+    wait_until(lambda: second.state.state is RankState.INACTIVE)
+    assert first.get_peer_state(1) is RankState.INACTIVE
+    back = first.activate_ranks([1])
+    assert back.active_ranks == (0, 1)
+    assert first.activate_ranks([0, 1]).epoch == back.epoch
+    wait_until(lambda: second.state.state is RankState.ACTIVE)
+
+
+def test_a_rank_may_deactivate_itself_and_come_back(ranks: Ranks) -> None:
+    first, second = ranks.joined(0, 1)
+    assert second.deactivate_ranks([1]).active_ranks == (0,)
+    assert second.state.state is RankState.INACTIVE
+    assert first.deactivate_ranks([0]).active_ranks == ()
+    assert ranks.joined(2)[0].state.active_ranks == (2,), "a group without an active rank can be joined"
+    assert second.activate_ranks([1, 0]).active_ranks == (0, 1, 2)
+
+
+def test_deactivating_a_rank_that_is_not_there_is_done_already(ranks: Ranks) -> None:
+    (first,) = ranks.joined(0)
+    assert first.deactivate_ranks([5]).epoch == 2
+
+
+def test_activation_waits_for_acknowledgements_and_is_bounded(ranks: Ranks) -> None:
+    first, second, third = ranks.joined(0, 1, 2, ack_timeout_s=60)
+    first.deactivate_ranks([1])
+    wait_until(lambda: third.state.active_ranks == (0, 2))
+    stuck = Stuck(third)
+    with pytest.raises(DeadlineExceededError) as caught:
+        first.activate_ranks([1], timeout_s=0.1)
+    assert caught.value.facts["waiting_for"] == (1,)
+    assert second.state.state is RankState.JOINING
+    stuck.go_on.set()
+    assert first.activate_ranks([1]).active_ranks == (0, 1, 2)
+
+
+def test_a_rank_that_goes_while_its_activation_is_waited_for_ends_the_wait(ranks: Ranks) -> None:
+    first, second, third = ranks.joined(0, 1, 2, ack_timeout_s=60)
+    first.deactivate_ranks([1])
+    wait_until(lambda: third.state.active_ranks == (0, 2))
+    stuck = Stuck(third)
+    activation = ranks.in_thread(lambda: first.activate_ranks([1]))
+    assert stuck.is_in.wait(10)
+    ranks.data.kill(ranks.lease_of(second))
+    with pytest.raises(NotReadyError, match="gone while"):
+        activation.result(10)
+    stuck.go_on.set()
+
+
 def test_callbacks_may_change_the_group(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
+    done = threading.Event()
 
-    def leave_to_the_third(view: GroupView) -> None:
+    def without_the_third(view: GroupView) -> None:
         if 2 in view.active_ranks:
-            first.set_policy_version(7)
-            first.leave()
+            first.deactivate_ranks([2])
+            done.set()
 
-    first.on_view(leave_to_the_third)
+    first.on_view(without_the_third)
     ranks.joined(2)
-    wait_until(has_view(second, active_ranks=(1, 2), policy_version=7))
+    assert done.wait(10)
+    wait_until(has_view(second, active_ranks=(0, 1)))
+    first.on_view(lambda _: first.leave())
+    second.deactivate_ranks([1])
     wait_until(lambda: first.state.state is RankState.GONE)
+    wait_until(lambda: second.get_peer_state(0) is RankState.GONE and second.state.active_ranks == ())
 
 
 def test_a_policy_version_grows_unless_it_is_rewound(ranks: Ranks) -> None:
@@ -337,6 +406,8 @@ def test_a_write_whose_answer_is_lost_is_recognised_as_one_s_own(ranks: Ranks, l
     ranks.stores[joiner].lose_answers = lost
     ranks.stores[first].lose_answers = 1
     assert joiner.join_group(10).active_ranks == (0, 1)
+    ranks.stores[joiner].lose_answers = 1
+    joiner.deactivate_ranks([0])
     ranks.stores[joiner].lose_answers = 1
     joiner.set_policy_version(3)
     ranks.stores[joiner].lose_answers = 1
@@ -417,6 +488,7 @@ def test_a_rank_that_loses_its_lease_while_it_joins_starts_over_within_its_time(
 def test_a_wiped_store_ends_memberships_and_epochs_grow_across_it(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     first.set_policy_version(9)
+    first.deactivate_ranks([1])
     wait_until(has_view(second, epoch=first.state.epoch, policy_version=9))
     epoch = first.state.epoch
     ranks.data.wipe()
@@ -430,9 +502,9 @@ def test_a_wiped_store_ends_memberships_and_epochs_grow_across_it(ranks: Ranks) 
 
 def test_a_new_rank_s_small_epoch_does_not_hold_after_a_wipe(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
-    second.leave()
-    epoch = second.join_group(10).epoch
-    wait_until(has_view(first, epoch=epoch))
+    first.deactivate_ranks([1])
+    first.activate_ranks([1])
+    epoch = first.state.epoch
     ranks.data.wipe()
     wait_until(lambda: first.state.state is second.state.state is RankState.GONE)
     newcomer = ranks.joined(5)[0]
@@ -474,9 +546,9 @@ def test_another_view_of_an_epoch_that_was_applied_ends_the_membership(ranks: Ra
 def test_an_older_view_that_was_put_back_is_not_applied_but_followed_by_a_newer_one(ranks: Ranks) -> None:
     first, second = ranks.joined(0, 1)
     old = stored_view(ranks)
-    ranks.joined(2)[0].leave()
-    epoch = stored_view(ranks).epoch
-    wait_until(lambda: first.state.epoch == second.state.epoch == epoch)
+    first.deactivate_ranks([1])
+    epoch = first.activate_ranks([1]).epoch
+    wait_until(has_view(second, epoch=epoch))
     seen: list[int] = []
     first.on_view(lambda view: seen.append(view.epoch))
     ranks.admin.put(VIEW, old.to_bytes())
@@ -532,13 +604,14 @@ def test_a_write_that_loses_every_race_for_the_view_is_tried_again(ranks: Ranks)
             ranks.admin.put(VIEW, replace(view, epoch=view.epoch + 1).to_bytes())
 
     store.before_put = another_first
-    first.leave()
+    assert first.deactivate_ranks([1]).active_ranks == (0,)
     assert races == 0
-    wait_until(has_view(second, active_ranks=(1,)))
-    assert second.statistics().left == 1
     races = 2
-    assert first.join_group(10).active_ranks == (0, 1)
+    assert first.activate_ranks([1]).active_ranks == (0, 1)
+    races = 2
+    assert ranks.joined(2)[0].state.active_ranks == (0, 1, 2)
     assert first.statistics().conflicts >= 1
+    assert second.state.state is RankState.ACTIVE
 
 
 def test_a_join_under_way_is_given_up_by_leave(ranks: Ranks) -> None:
@@ -706,6 +779,8 @@ def test_a_group_has_a_name_and_waits_have_a_bound(ranks: Ranks) -> None:
         ranks.make(1).join_group(0)
     with pytest.raises(ConfigError):
         first.get_peer_state(-1)
+    with pytest.raises(ConfigError):
+        first.deactivate_ranks([0, -1])
 
 
 def test_its_own_leave_is_no_loss_even_if_its_thread_sees_it_first(

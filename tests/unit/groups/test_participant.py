@@ -11,7 +11,7 @@ from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, P
 from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.participant import Participant
 from ucxx_transport.groups.state import GroupStatistics, Retrying, SharedState
-from ucxx_transport.groups.view import MemberRecord, RankState
+from ucxx_transport.groups.view import MemberRecord, RankEvent, RankState
 
 KEY = "groups/g/members/1"
 
@@ -236,7 +236,7 @@ def test_a_member_is_not_dropped_for_a_joiner_that_the_group_has_no_longer() -> 
     before = step_until(lambda seen: seen.members[1].epoch == seen.view.epoch)
     member.step(before)  # the joiner is waited for from now on
     # Where the watch is behind, the joiner has left, and another rank is to be admitted.
-    left = before.view_without(3, "joiner")
+    left = before.view_after(RankEvent.LEAVE, [3])
     assert left is not None
     member.store.put("groups/g/view", left.to_bytes(), expected=before.view_revision)
     publish(MemberRecord(rank=4, incarnation="next", epoch=0, ttl_s=600.0))

@@ -25,14 +25,14 @@ VIEW = GroupView(
         Seat(rank=0, incarnation="a", state=RankState.ACTIVE, awaited=1),
         Seat(rank=1, incarnation="b", state=RankState.JOINING, awaited=7),
         Seat(rank=2, incarnation="c", state=RankState.GONE, awaited=3, ended_by=RankEvent.DROP),
-        Seat(rank=5, incarnation="d", state=RankState.ACTIVE, awaited=3),
+        Seat(rank=5, incarnation="d", state=RankState.INACTIVE, awaited=3),
     ),
 )
 RECORD = MemberRecord(rank=3, incarnation="e", epoch=7, ttl_s=6.5, address="10.0.0.1", meta={"ports": [1, 2]})
 
 
 def test_a_view_says_who_is_in_the_group() -> None:
-    assert VIEW.active_ranks == (0, 5)
+    assert VIEW.active_ranks == (0,)
     assert VIEW.ranks == (0, 1, 5)
     assert [VIEW.state_of(rank).name for rank in range(4)] == ["ACTIVE", "JOINING", "GONE", "ISOLATED"]
     assert VIEW.seats_incarnation(1, "b")
@@ -54,6 +54,14 @@ def test_an_incarnation_takes_a_free_or_a_gone_seat_and_no_other() -> None:
     assert (fresh.state, fresh.incarnation, fresh.awaited, fresh.ended_by) == (RankState.JOINING, "new", 8, None)
     with pytest.raises(RegistryError):
         VIEW.seat_of(0).after(RankEvent.ADMIT, epoch=8, incarnation="new")
+
+
+def test_a_recalled_rank_joins_once_more_with_the_epoch_that_recalls_it() -> None:
+    seat = VIEW.seats[3].after(RankEvent.RECALL, epoch=9)
+    assert (seat.state, seat.awaited) == (RankState.JOINING, 9)
+    assert VIEW.seats[0].after(RankEvent.DEACTIVATE, epoch=9).awaited == 1
+    with pytest.raises(RegistryError):
+        VIEW.seats[0].after(RankEvent.RECALL, epoch=9)
 
 
 def changed(raw: bytes, **values: object) -> bytes:
