@@ -22,4 +22,5 @@ def test_forked_children_are_refused_all_they_inherited_and_their_exit_hurts_not
         "active": [0],
         "healthy": True,
         "written": 1,
+        "alive": ["w0"],
     }

@@ -36,7 +36,7 @@ from ucxx_transport import (
     StaleSlotError,
     SyncUCXXClient,
 )
-from ucxx_transport.membership import SourceRecord, SourceStatus, Store
+from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceStatus, Store
 from ucxx_transport.ring.segment import sweep_orphans
 from ucxx_transport.teardown import Teardown
 
@@ -425,6 +425,25 @@ def test_a_read_that_waits_for_a_hanging_worker_ends_when_that_is_missed(host: S
         running.signal(signal.SIGKILL)
         assert lost.value.facts["reason"] == "removed"
         assert client.statistics().pooled_endpoints == 0
+
+
+@pytest.mark.exhaustive  # `tests/unit/membership` shows it in one process
+def test_a_monitor_fires_when_the_last_worker_is_killed_and_never_before_the_first_came(
+    host: StoreRig, heard: Heard
+) -> None:
+    dead: list[object] = []
+    all_gone: list[bool] = []
+    with ReplicaMonitor(on_dead=dead.append, on_all_gone=lambda: all_gone.append(True), feed=heard.watcher) as monitor:
+        wait_until(lambda: heard.watcher.statistics().synced, MINUTE, what="the watcher knows that there is none")
+        assert (dead, all_gone) == ([], [])
+        with worker(host, "v") as first, worker(host, "w") as second:
+            wait_until(lambda: monitor.alive == {"v", "w"}, MINUTE, what="both are there")
+            first.signal(signal.SIGKILL)
+            wait_until(lambda: dead == ["v"], MINUTE, what="the first is missed")
+            assert all_gone == []
+            second.signal(signal.SIGKILL)
+            wait_until(lambda: all_gone, MINUTE, what="none is left")
+    assert (dead, all_gone) == (["v", "w"], [True])
 
 
 def test_a_teardown_ends_while_the_store_does_not_answer_and_logs_each_step(

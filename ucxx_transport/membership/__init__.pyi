@@ -3,6 +3,7 @@ from ucxx_transport.membership.entries import Entry as Entry
 from ucxx_transport.membership.entries import Event as Event
 from ucxx_transport.membership.entries import Lease as Lease
 from ucxx_transport.membership.entries import Snapshot as Snapshot
+from ucxx_transport.membership.listeners import ReplicaMonitor as ReplicaMonitor
 from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatPublisher
 from ucxx_transport.membership.publisher import PublisherState as PublisherState
 from ucxx_transport.membership.publisher import PublisherStatistics as PublisherStatistics

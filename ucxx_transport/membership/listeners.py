@@ -14,17 +14,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.teardown import not_in_forks
+from ucxx_transport.teardown import Closing, not_in_forks, refuse_forked
 
 _log = get_logger(__name__)
 
@@ -244,3 +245,65 @@ class Listeners(Generic[T]):
                 yield REMOVE, heard
             if known is not None:
                 yield UPDATE if is_same else ADD, known
+
+
+class ReplicaFeed(Protocol):
+    """What reports arrivals and departures: a `SourceWatcher`, a `RankGroup`; `Any` is a record of the one's kind."""
+
+    def subscribe(self, *, on_add: Callable[[Any], None], on_remove: Callable[[Any], None]) -> Callable[[], None]: ...
+
+
+class ReplicaMonitor(Closing):
+    """Calls back when a replica is gone, and when all are.
+
+    A replica that was never there is never gone: before the first has registered nothing fires. One that registers
+    again is alive again, and its next death is another one.
+
+    The callbacks are those of one listener of the feed: they run one at a time, in order, under no lock, in a thread of
+    their own. An exception is logged, and keeps no other call from being made.
+
+    Args:
+        feed: a `SourceWatcher`, whose replicas are worker ids, or a `RankGroup`, whose are ranks: followed from now on
+            until `close`.
+        on_dead: called with the name of each replica that is gone.
+        on_all_gone: called, after that, when none is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        feed: ReplicaFeed,
+        on_dead: Callable[[Hashable], object] = lambda _: None,
+        on_all_gone: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_dead, self._on_all_gone = on_dead, on_all_gone
+        self._pid = os.getpid()
+        self._alive: frozenset[Hashable] = frozenset()
+        self._unsubscribe = feed.subscribe(on_add=self._added, on_remove=self._removed)
+
+    @property
+    def alive(self) -> frozenset[Hashable]:
+        """The names of those that are there."""
+        refuse_forked(self._pid, "ReplicaMonitor")
+        return self._alive
+
+    def close(self) -> None:
+        """Follow the feed no longer. Idempotent."""
+        self._unsubscribe()
+
+    def _added(self, replica: Any) -> None:
+        self._alive |= {_name_of(replica)}
+
+    def _removed(self, replica: Any) -> None:
+        name = _name_of(replica)
+        self._alive -= {name}
+        try:
+            self._on_dead(name)
+        finally:
+            if not self._alive:
+                self._on_all_gone()
+
+
+def _name_of(replica: Any) -> Hashable:
+    name: Hashable = replica.worker_id if hasattr(replica, "worker_id") else replica.rank
+    return name

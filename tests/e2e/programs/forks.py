@@ -39,6 +39,7 @@ from ucxx_transport import (
     UCXXServer,
     open_store,
 )
+from ucxx_transport.membership import ReplicaMonitor
 from ucxx_transport.trainer import Prefetcher
 from ucxx_transport.trainer.loss_policy import record_of
 
@@ -174,6 +175,7 @@ def main(url: str) -> None:
     episode = {"obs": np.zeros((3, 2), "f4")}
     writer.write(episode)
     end_of_news = watcher.subscribe(on_remove=lambda _: None)
+    monitor = ReplicaMonitor(feed=watcher)
     ref = ring.write_raw(b"unread")
     stream = EpisodeStream([ring.write_raw(b"streamed")], ClientConfig(local="off"))
     objects: dict[str, Any] = {
@@ -185,6 +187,7 @@ def main(url: str) -> None:
         "feed": feed,
         "stream": stream,
         "watcher": watcher,
+        "monitor": monitor,
         "writer": writer,
         "publisher": publisher,
         "server": server,
@@ -234,6 +237,7 @@ def main(url: str) -> None:
         "stream.close": stream.close,
         "group.on_view's": end_of_views,
         "watcher.subscribe's": end_of_news,
+        "monitor.close": monitor.close,
         "writer.close": writer.close,
         "pending.cancel": pending.cancel,
         "prefetcher.close": prefetcher.close,
@@ -267,6 +271,7 @@ def main(url: str) -> None:
         "active": list(group.state.active_ranks),
         "healthy": server.is_healthy(60),
         "written": writer.write(episode).sequence,
+        "alive": list(monitor.alive),
     }
     held.release()
     for end in ends.values():

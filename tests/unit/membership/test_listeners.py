@@ -18,7 +18,7 @@ from tests.support.thread_limit import no_more_threads
 from tests.support.waiting import wait_until
 from ucxx_transport.client.reads import Membership
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.membership import SourceRecord, SourceWatcher
+from ucxx_transport.membership import ReplicaMonitor, SourceRecord, SourceWatcher
 from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.listeners import ADD, REMOVE, UPDATE, Listeners
 
@@ -136,7 +136,22 @@ def reads(field: Field) -> None:
     client.close()
 
 
-@pytest.mark.parametrize("mode", [waits, reenters, blocks, locks, reads], ids=lambda mode: mode.__name__)
+def counts_replicas(field: Field) -> None:
+    slow = ReplicaMonitor(on_dead=field.block, feed=field.watcher)
+    other = ReplicaMonitor(on_dead=lambda name: field.notes.append(str(name)), feed=field.watcher)
+    field.watcher.start()
+    for worker_id in ("a", "b"):
+        field.publish(worker_id)
+        wait_until(lambda: other.alive, MINUTE)
+        field.end(worker_id)
+    wait_until(lambda: field.notes == ["a", "b"], MINUTE)
+    slow.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "mode", [waits, reenters, blocks, locks, reads, counts_replicas], ids=lambda mode: mode.__name__
+)
 def test_whatever_a_callback_does_others_hear_and_the_watcher_stops(mode: Callable[[Field], None]) -> None:
     field = Field()
     try:
