@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,7 +16,7 @@ import typer
 from ucxx_transport.cli.program import AsJson, Rows, console, logs_to_stderr, say
 from ucxx_transport.config import RingConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.membership import Store, open_store
+from ucxx_transport.membership import SourceRecord, SourceWatcher, Store, open_store
 from ucxx_transport.membership.entries import SOURCES, source_key
 from ucxx_transport.membership.sources import SourceView
 from ucxx_transport.ring import SharedRingBuffer
@@ -221,8 +222,8 @@ def _given(**options: object) -> dict[str, object]:
 
 def registry(
     action: Annotated[
-        Literal["ls", "reap"],
-        typer.Argument(help="ls: list them. reap: end sources' leases."),
+        Literal["ls", "watch", "reap"],
+        typer.Argument(help="ls: list them. watch: each change, a line. reap: end sources' leases."),
     ],
     workers: Annotated[list[str] | None, typer.Argument(help="reap: the worker ids to end.")] = None,
     *,
@@ -235,7 +236,7 @@ def registry(
     namespace: Annotated[str | None, typer.Option("--namespace", help="The job's part of the store.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the sources of a store, or end some whose workers are beyond reach.
+    """Show the sources of a store, follow them, or end some whose workers are beyond reach.
 
     A worker that lives after all notices that its lease has ended, and publishes itself again.
     """
@@ -245,6 +246,8 @@ def registry(
     with open_store(store or config.url or "local://", config) as opened:
         if action == "ls":
             _list(opened, as_json=as_json)
+        elif action == "watch":
+            _follow(opened, as_json=as_json)
         else:
             _reap(opened, workers or [], as_json=as_json)
 
@@ -263,6 +266,22 @@ def _list(store: Store, *, as_json: bool) -> None:
     say(document, f"{len(sources)} source(s) in {store.url}", table, as_json=as_json)
     if view.malformed and not as_json:
         typer.echo(f"{view.malformed} record(s) of another version, or none of ours", err=True)
+
+
+def _follow(store: Store, *, as_json: bool) -> None:
+    changes: SimpleQueue[tuple[str, SourceRecord]] = SimpleQueue()
+    with SourceWatcher(
+        store,
+        on_add=lambda source: changes.put(("add", source)),
+        on_update=lambda source: changes.put(("update", source)),
+        on_remove=lambda source: changes.put(("remove", source)),
+    ):
+        while True:  # until it is interrupted
+            change, source = changes.get()
+            where = f"{source.host}:{','.join(map(str, source.ports))}" if source.host else source.ring_name
+            what = f"{change:<6} {source.worker_id} epoch {source.epoch} {source.status.value} {where}"
+            line = f"{time.strftime('%H:%M:%S')} {what}"
+            say({"change": change, "source": source.to_dict()}, line, as_json=as_json)
 
 
 def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:

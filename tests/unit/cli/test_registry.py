@@ -1,13 +1,17 @@
-"""`registry ls|reap`: what operators see of a store, to people and as JSON."""
+"""`registry ls|watch|reap`: what operators see of a store, to people and as JSON."""
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.command_line import call
+from tests.support.command_line import call, running
 from tests.support.source_records import record
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import LeaseLostError
@@ -122,6 +126,7 @@ def test_reap_of_an_unknown_worker_fails_and_ends_the_others(url: str, store: St
         (["nonsense"], 2, "nonsense"),
         (["ls", "--nonsense"], 2, "nonsense"),
         (["ls", "worker"], 1, "ls takes no worker ids"),
+        (["watch", "worker"], 1, "watch takes no worker ids"),
         (["reap"], 1, "reap needs the ids"),
         (["ls", "--store", "redis://host"], 1, "redis"),
         (["ls", "--namespace", "a/b"], 1, "namespace"),
@@ -138,3 +143,59 @@ def test_wrong_use_is_json_where_json_was_asked_for(url: str, capsys: Capture) -
     answer = call(capsys, "registry", "reap", "--store", url, "--json")
     assert (answer.code, answer.document["error"]["kind"]) == (1, "ConfigError")
     assert answer.document["error"]["facts"] == {"field": "workers"}
+
+
+class Lines:
+    """What a process prints, line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def next(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "it has ended"
+        return line.rstrip("\n")
+
+
+def test_watch_prints_every_change_until_it_is_interrupted(url: str, store: Store) -> None:
+    publish(store, "a")
+    with running("registry", "watch", "--store", url, "--json") as process:
+        lines = Lines(process)
+        heard: list[dict[str, Any]] = [json.loads(lines.next())]
+        publish(store, "a", ports=(7,))
+        heard.append(json.loads(lines.next()))
+        store.delete("sources/a")
+        heard.append(json.loads(lines.next()))
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (130, "")
+    assert [(one["change"], one["source"]["ports"]) for one in heard] == [
+        ("add", [5001, 5002]),
+        ("update", [7]),
+        ("remove", [7]),
+    ]
+    assert heard[0]["source"] == record("a").to_dict()
+
+
+def test_watch_tells_people_a_line_a_change(url: str, store: Store) -> None:
+    publish(store, "a", 3)
+    publish(store, "b", host=None, ports=(), status=SourceStatus.STARTING)
+    with running("registry", "watch", "--store", url) as process:
+        lines = Lines(process)
+        first, second = lines.next(), lines.next()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert first.endswith("add    a epoch 3 ready 10.0.0.1:5001,5002")
+    assert second.endswith(f"add    b epoch 1 starting {record('b').ring_name}")
+    assert process.returncode == 130
+
+
+def test_watch_ends_when_its_reader_has_gone(url: str, store: Store) -> None:
+    publish(store, "a")
+    with running("registry", "watch", "--store", url) as process:
+        Lines(process).next()
+        assert process.stdout is not None
+        process.stdout.close()
+        publish(store, "b")
+        assert process.wait(60) == 1
