@@ -279,16 +279,17 @@ def test_buffers_of_every_kind_are_taken(sides: Sides) -> None:
 
 def test_unusable_buffers_are_refused_with_the_reason(sides: Sides) -> None:
     near = sides.connect().near
-    uses: list[Callable[[], Operation]] = [
-        lambda: near.post_receive(b"read-only", ignore),
-        lambda: near.post_receive(memoryview(bytearray(10)).toreadonly(), ignore),
-        lambda: near.post_receive(np.zeros((4, 4))[:, 1], ignore),
-        lambda: near.post_send(np.zeros((4, 4))[:, 1]),
-        lambda: near.post_send([1, 2, 3]),
-        lambda: near.post_send("text"),
+    uses: list[tuple[type[Exception], str, Callable[[], Operation]]] = [
+        (ConfigError, "read-only", lambda: near.post_receive(b"read-only", ignore)),
+        (ConfigError, "read-only", lambda: near.post_receive(memoryview(bytearray(10)).toreadonly(), ignore)),
+        (ConfigError, "not C-contiguous", lambda: near.post_receive(np.zeros((4, 4))[:, 1], ignore)),
+        (ConfigError, "not C-contiguous", lambda: near.post_send(np.zeros((4, 4))[:, 1])),
+        (TypeError, "a bytes-like object is required", lambda: near.post_receive([1, 2, 3], ignore)),
+        (TypeError, "a bytes-like object is required", lambda: near.post_send([1, 2, 3])),
+        (TypeError, "a bytes-like object is required", lambda: near.post_send("text")),
     ]
-    for use in uses:
-        with pytest.raises((ConfigError, TypeError)):
+    for error, reason, use in uses:
+        with row(reason=reason), pytest.raises(error, match=reason):
             use()
     assert in_flight(sides.client.link) == 0
 

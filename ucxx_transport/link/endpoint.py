@@ -46,7 +46,10 @@ GRACE_S: Final = 0.05
 
 
 class Endpoint(Posted):
-    """One connection. Both ways to post raise PeerLostError once it is closed or lost, and ConfigError for a buffer.
+    """One connection.
+
+    Both ways to post raise PeerLostError once it is closed or lost, and for a buffer a ConfigError if it is not
+    contiguous, or read-only where it must be written, a TypeError or ValueError if it is none.
 
     Args:
         ucx: the connection, which may not be up yet; None where UCX did not even begin, for the reason `error`.
@@ -110,7 +113,10 @@ class Endpoint(Posted):
         flight.post(greeting, flight.stream_receive, handle, place.address, 0)
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
-        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken."""
+        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken.
+
+        All of the buffer, or of a writable `Message`, is offered.
+        """
         operation, flight = Operation(), self._flight  # as `Operation.of`
         operation.owner, operation.on_done = self, on_done
         if type(buffer) is memoryview and buffer.c_contiguous and not buffer.readonly:
@@ -327,8 +333,8 @@ class Link(LinkCore):
         """Open a connection to a numeric address; see `Reactor.resolve` for names.
 
         Returns at once; then it gets its `handle`, or `events.lost` is called. With UCX, where nothing listens, neither
-        may be: the caller bounds it in time, and closes the endpoint. A ConfigError: the link is closed or
-        of another process.
+        may happen: the caller bounds it in time, and closes the endpoint. A ConfigError: the link is closed or of
+        another process. The port is one, from 1 to 65535: what a peer names was checked where it was read.
         """
 
     @abstractmethod

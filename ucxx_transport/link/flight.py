@@ -219,9 +219,12 @@ class LinkCore(Usable, Posted):
         super().__init__()  # last: another thread may fork, and the child forgets what it finds
 
     def message(self, buffer: object) -> Message:
-        """The buffer, prepared for posts, which pins it; a ConfigError where it is not contiguous."""
+        """The buffer, prepared for posts. It is pinned as long as the message lives: not resized, nor unmapped.
+
+        A ConfigError where it is not contiguous.
+        """
         self.check_usable()
-        view = memoryview(buffer)  # type: ignore[arg-type]  # else a TypeError
+        view = memoryview(buffer)  # type: ignore[arg-type]  # the failure, a TypeError or ValueError, is the check
         if not view.c_contiguous:
             raise ConfigError("buffer is not C-contiguous; pass a contiguous copy", type=type(buffer).__name__)
         return Message(view, self.make_array(view))
@@ -233,7 +236,10 @@ class LinkCore(Usable, Posted):
     def why_failed(
         self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
     ) -> TransportError:
-        """Our error for one of `root`, of a connection to the address that had been up or not."""
+        """Our error for one of `root`, of a connection to the address that had been up or not.
+
+        Of a link whose `root` is ours already, that error.
+        """
         del peer, address, connected
         assert isinstance(exc, TransportError)
         return exc.with_traceback(None)

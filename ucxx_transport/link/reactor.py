@@ -138,7 +138,8 @@ class Reactor(Usable):
     def resolve(self, host: str, on_resolved: Callable[[str | PeerLostError], None]) -> None:
         """Find the numeric address of a host, without a wait. By the thread that runs the reactor.
 
-        It calls back with it, at once where the host is one, else in a later turn; or with an error, `unreachable`.
+        It calls back with it, at once where the host is one, else in a later turn; or with an error, `unreachable`, at
+        once where no thread can be started.
         """
         try:
             address = str(ipaddress.ip_address(host))
@@ -163,6 +164,7 @@ class Reactor(Usable):
     def run_once(self, until_s: float, spin_s: float | None = None, *, sleeps: bool = True) -> bool:
         """One turn; where nothing is to be done, it sleeps, to the next timer or `until_s` at the latest, in whole ms.
 
+        With `sleeps=False` it does not sleep.
         It polls the link for `spin_s` while nothing moves, but not beyond the next timer, nor `until_s` (on the
         reactor's clock; inf is a second). Whether anything was done.
         """

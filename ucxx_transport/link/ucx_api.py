@@ -128,7 +128,7 @@ def _import_binding() -> Binding:
         arr = importlib.import_module("ucxx._lib.arr")
     except ModuleNotFoundError as exc:
         raise ConfigError(NOT_INSTALLED, missing=exc.name) from exc
-    except (ImportError, OSError) as exc:  # OSError: a shared library does not fit the others
+    except (ImportError, OSError, AttributeError) as exc:  # a shared library, or a stand-in, does not fit the others
         raise ConfigError(
             "ucxx cannot be imported; another UCX or ucxx of this machine may be in its way",
             reason=f"{type(exc).__name__}: {exc}",
@@ -200,7 +200,10 @@ def library_in_use() -> Path | None:
 
 
 def _wheel_folder() -> Path | None:
-    found = importlib.util.find_spec("libucx")
+    try:
+        found = importlib.util.find_spec("libucx")
+    except ValueError:  # an entry of sys.modules without a spec
+        return None
     if found is None or found.origin is None:
         return None
     folder = Path(found.origin).parent / "lib"

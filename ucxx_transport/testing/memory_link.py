@@ -1,8 +1,9 @@
 """A network in memory, for tests of programs that transport payloads.
 
 Endpoints, loss and close are those of the link over UCX; in UCX's place a `MemoryFlight` matches messages and receives,
-as there: small sends complete at once, larger ones when received. Links of one network reach each other in any threads:
-what one end does to the other lies in the inbox of the other's flight until its link progresses.
+as there: small sends complete at once, larger ones when received; a shorter message is a silent success, a longer one
+fails the receive alone, a closed end resets the other. Links of one network reach each other in any threads: what one
+end does to the other lies in the inbox of the other's flight until its link progresses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -33,7 +33,7 @@ _stream_tags: Final = itertools.count(-3, -1)
 
 
 class Hold(threading.Event):
-    """Keeps messages back until it is set, from any thread."""
+    """Keeps messages back until it is set, from any thread; `is_set()` says whether they pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,9 +42,12 @@ class Hold(threading.Event):
     def set(self) -> None:
         """Let what was kept back pass, and all that follows."""
         super().set()
-        with suppress(IndexError):  # another thread may have taken the last one
-            while True:
-                self._waiting.popleft()()
+        while True:
+            try:
+                action = self._waiting.popleft()
+            except IndexError:  # none is left; another thread may have taken the last one
+                return
+            action()
 
     def when_set(self, action: Callable[[], object]) -> None:
         """Call this when it is set: now, or by the thread that sets it."""
@@ -81,12 +84,9 @@ class Faults:
 
     def breaks_connection(self) -> bool:
         """Whether the connection breaks in the place of the next message."""
-        if self.reset_after == 0:
-            self.reset_after = None
-            return True
-        if self.reset_after is not None:
-            self.reset_after -= 1
-        return False
+        left = self.reset_after
+        self.reset_after = left - 1 if left else None
+        return left == 0
 
     def apply(self, content: bytes) -> bytes | None:
         """What of the next message arrives; None when it vanishes."""

@@ -183,8 +183,9 @@ class ClientSession:
     def verify(self, attempt: Attempt, message: Message) -> None:
         """Check that `message` carries exactly the payload of the attempt, whole: it is `message[64 : 64 + nbytes]`.
 
-        Of a shared message, the part of this attempt. Afterwards the attempt is to be ended; but not where the error is
-        raised that the server answers with. A ProtocolError with the session `broken`: it is not what was asked for.
+        Of a shared message, the part of this attempt. Afterwards the attempt is to be ended, unless this raises what
+        the server answers instead (a StaleSlotError, BusyError, NotReadyError …): the attempt is over then. A
+        ProtocolError with the session `broken`: another name, another length, a missing trailer, or not our protocol.
         """
         channel = attempt.number & MAX_CHANNEL
         awaited = self._awaited
@@ -261,7 +262,10 @@ class ClientSession:
         return asked
 
     def on_offer(self, attempt: int, message: Message) -> Offer:
-        """What the server has picked; `receive` it at once. Raises what it says, or that it was not asked for this."""
+        """What the server has picked; `receive` it at once.
+
+        Raises what the server says instead; a ProtocolError: an offer that was not asked for.
+        """
         sequence, header, body = self._answer(attempt, message)
         max_payloads, max_bytes = self._takes.pop(attempt)
         for number in range(attempt + 1, attempt + 1 + max_payloads):

@@ -290,7 +290,10 @@ def decode_offer(body: Message) -> list[frames.OfferedPayload]:
 
 
 def token_mac(token: bytes, role: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    """HMAC-SHA256 over the role ("client" or "server") and both nonces: it can be neither reflected nor replayed."""
+    """HMAC-SHA256 over the role of who sends it ("client" or "server") and both nonces.
+
+    The token never travels, and a mac can be neither reflected nor replayed.
+    """
     text = b"ucxx_transport/2 " + role.encode() + b"\0" + client_nonce + server_nonce
     return hmac.new(token, text, hashlib.sha256).digest()
 

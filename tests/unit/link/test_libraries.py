@@ -28,10 +28,10 @@ OPEN_A_LINK = (
 WHEEL = Path(find_spec("libucx").origin or "").parent / "lib"  # type: ignore[union-attr]  # the extra brings it
 
 
-def opened(*first: Path, **environment: str) -> str:
-    """What a fresh interpreter says that loads these before ucxx."""
+def opened(*first: Path, before: str = "", **environment: str) -> str:
+    """What a fresh interpreter says that runs this program, and loads these, before ucxx."""
     return subprocess.run(
-        [sys.executable, "-c", OPEN_A_LINK, *map(str, first)],
+        [sys.executable, "-c", before + OPEN_A_LINK, *map(str, first)],
         capture_output=True,
         text=True,
         check=True,
@@ -78,3 +78,12 @@ def test_system_s_ucx_that_cannot_be_loaded_is_a_configuration_error(old: Path) 
         (old / name).write_bytes((old / name).read_bytes()[:200])
     said = opened(LD_LIBRARY_PATH=str(old), RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY="true")
     assert said == "loaded" or "cannot be imported" in said  # the wheel's serve where the loader refuses the system's
+
+
+def test_a_program_s_stand_in_for_the_wheel_is_no_error_of_its_own() -> None:
+    stand_in = "import sys, types\nsys.modules['libucx'] = one = types.ModuleType('libucx')\n"
+    rows = {"with what ucxx calls": "one.load_library = lambda: None\n", "with nothing": ""}
+    for what, rest in rows.items():
+        with row(what=what):
+            said = opened(before=stand_in + rest)
+            assert said == "loaded" or "cannot be imported" in said

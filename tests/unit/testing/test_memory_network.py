@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport import (
     ClientConfig,
@@ -26,7 +27,7 @@ from ucxx_transport import (
 )
 from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.link.reactor import Reactor
-from ucxx_transport.testing import MemoryNetwork
+from ucxx_transport.testing import Faults, Hold, MemoryNetwork
 
 LARGE = bytes(range(256)) * 256  # does not fit an eager message
 
@@ -151,3 +152,29 @@ def test_a_close_that_was_late_because_its_thread_was_stopped_and_is_busy_leaks_
             accepted[1].post_send(b"there is something in every turn")
             near.poll()
         assert (closed, near.link.leaked_buffers) == ([True], 0)
+
+
+def test_a_hold_calls_what_waits_for_it_once_and_its_errors_are_the_callers() -> None:
+    hold = Hold()
+    called: list[str] = []
+
+    def fail() -> None:
+        raise IndexError("of the action")
+
+    hold.when_set(lambda: called.append("first"))
+    hold.when_set(fail)
+    hold.when_set(lambda: called.append("last"))
+    assert (hold.is_set(), called) == (False, [])
+    with pytest.raises(IndexError, match="of the action"):
+        hold.set()
+    assert (hold.is_set(), called) == (True, ["first"])
+    hold.set()
+    hold.when_set(lambda: called.append("late"))
+    assert called == ["first", "last", "late"]
+
+
+def test_the_connection_of_the_message_behind_so_many_breaks_and_no_other() -> None:
+    for passing in (0, 1, 3):
+        faults = Faults(reset_after=passing)
+        with row(passing=passing):
+            assert [faults.breaks_connection() for _ in range(6)] == [number == passing for number in range(6)]
