@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ucxx_transport.errors import ProtocolError
 from ucxx_transport.groups.view import NO_VIEW, TRANSITIONS, GroupView, MemberRecord, RankEvent, RankState, Seat
-from ucxx_transport.membership.entries import Entry, Event, Snapshot, policy_key, rank_of, view_key
+from ucxx_transport.membership.entries import Entry, Event, GroupKeys, Snapshot
 from ucxx_transport.schema.wire_form import describe
 
 MAX_POLICY_DIGITS: Final = 18
@@ -68,19 +68,19 @@ class GroupSnapshot:
 
     def after(self, revision: int, changes: Iterable[Entry]) -> GroupSnapshot:
         """The snapshot after these changes of its keys, which are all up to that revision."""
-        values: dict[str, Any] = {"revision": revision}
+        keys, values = GroupKeys(self.group), dict[str, Any](revision=revision)
         members, problems = dict(self.members), dict(self.problems)
         for entry in changes:
             key, is_there = entry.key, not (isinstance(entry, Event) and entry.kind == "delete")
             problems.pop(key, None)
             try:
-                if key == view_key(self.group):
+                if key == keys.view:
                     values |= {"view": NO_VIEW, "view_revision": entry.revision if is_there else 0}
                     values["view"] = GroupView.from_bytes(entry.value) if is_there else NO_VIEW
-                elif key == policy_key(self.group):
+                elif key == keys.policy:
                     values["policy_version"] = None
                     values["policy_version"] = parse_policy_version(entry.value) if is_there else None
-                elif (rank := rank_of(key, self.group)) is not None:
+                elif (rank := keys.rank_of(key)) is not None:
                     members.pop(rank, None)
                     if is_there:
                         members[rank] = MemberRecord.from_bytes(entry.value, rank=rank, revision=entry.revision)

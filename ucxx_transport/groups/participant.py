@@ -32,7 +32,7 @@ from ucxx_transport.groups.state import CALL_S, PAUSE_S, RankContext, Retrying, 
 from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.membership.entries import group_prefix, member_key, policy_key, view_key
+from ucxx_transport.membership.entries import GroupKeys
 from ucxx_transport.membership.renewal import Keeper, LeaseRenewer
 from ucxx_transport.membership.store import Watch
 from ucxx_transport.teardown import Teardown
@@ -65,7 +65,7 @@ class Participant:
 
     def __init__(self, context: RankContext, shared: SharedState, record: MemberRecord) -> None:
         self._context, self._shared, self._record = context, shared, record
-        self._group, self._rank, self.incarnation = context.group, context.rank, record.incarnation
+        self._keys, self._rank, self.incarnation = GroupKeys(context.group), context.rank, record.incarnation
         self.lease_id: int | None = None
         self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
@@ -90,7 +90,7 @@ class Participant:
         DuplicateSourceError. However this ends, `stop` takes back what it has published.
         """
         context, store = self._context, self._context.store
-        key, began = member_key(self._group, self._rank), context.clock()
+        key, began = self._keys.member(self._rank), context.clock()
         first: MemberRecord | None = None
         for attempt in count():
             entry = retrying.call(store.get, key)
@@ -156,13 +156,13 @@ class Participant:
         self._check_seat()
         if snapshot.revision < self._seen_revision:
             return TICK_S  # what this rank wrote has not come back yet: the snapshot is older than its own writes
-        known, key = self._shared.now.policy_version, policy_key(self._group)
+        known, key = self._shared.now.policy_version, self._keys.policy
         if snapshot.policy_version is None and known is not None and key not in snapshot.problems:
             self._put(key, str(known).encode(), expected=0)  # a store that lost its data has lost this too
         epoch = self._shared.now.epoch
         if own.epoch < epoch:  # acknowledge
             raw = own.having_applied(epoch).to_bytes()
-            self._put(member_key(self._group, self._rank), raw, expected=own.revision, lease_id=self.lease_id)
+            self._put(self._keys.member(self._rank), raw, expected=own.revision, lease_id=self.lease_id)
         return self._write(snapshot)
 
     def _apply(self, snapshot: GroupSnapshot) -> None:
@@ -200,18 +200,18 @@ class Participant:
         if self._due is None or self._due[0] != snapshot.view_revision:
             self._due = (snapshot.view_revision, now)
         if now - self._due[1] >= TURN_S * min(snapshot.turn_of(self._rank), LAST_TURN):
-            found = self._context.store.snapshot(group_prefix(self._group), timeout_s=CALL_S)
-            latest = GroupSnapshot.of(self._group, found)
+            found = self._context.store.snapshot(self._keys.prefix, timeout_s=CALL_S)
+            latest = GroupSnapshot.of(self._context.group, found)
             if (wanted := self._next(latest, now)) is not None:
                 try:
-                    self._put(view_key(self._group), wanted.to_bytes(), expected=latest.view_revision)
+                    self._put(self._keys.view, wanted.to_bytes(), expected=latest.view_revision)
                 except errors.ConflictError:  # the other member may have decided the same
                     self._shared.count(conflicts=1)
         return TICK_S
 
     def _next(self, snapshot: GroupSnapshot, now: float) -> GroupView | None:
         """The view that should follow, without those that have kept joiners waiting for too long; None: as it is."""
-        if view_key(self._group) in snapshot.problems:
+        if self._keys.view in snapshot.problems:
             return None
         self._waits = snapshot.ack_waits(self._waits, now)
         overdue = snapshot.overdue_ranks(self._waits, now=now, ack_timeout_s=self._context.ack_timeout_s)
@@ -247,11 +247,11 @@ class Participant:
 
     def _take_part(self) -> None:
         self._check_lease()
-        store, group = self._context.store, self._group
+        store, prefix = self._context.store, self._keys.prefix
         self.reset()
-        found = store.snapshot(group_prefix(group), timeout_s=CALL_S)
-        snapshot = GroupSnapshot.of(group, found)
-        with store.watch(group_prefix(group), after=snapshot.revision, identity=found.identity) as watch:
+        found = store.snapshot(prefix, timeout_s=CALL_S)
+        snapshot = GroupSnapshot.of(self._context.group, found)
+        with store.watch(prefix, after=snapshot.revision, identity=found.identity) as watch:
             self._watch = watch  # from here on it is closed to end this
             while not self._ending.is_set():
                 self._check_lease()
@@ -301,8 +301,9 @@ def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *,
     Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
     """
     store, group = retrying.context.store, retrying.context.group
+    keys = GroupKeys(group)
     while True:
-        snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, group_prefix(group)))
+        snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, keys.prefix))
         absent = [rank for rank in ranks if not snapshot.view.state_of(rank).is_seated]
         if absent and event is RankEvent.RECALL:
             text = f"ranks {absent} are not in {group!r}: they can be active when they have joined"
@@ -310,7 +311,7 @@ def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *,
         wanted = snapshot.view_after(event, ranks, incarnation=incarnation)
         if wanted is None:
             return snapshot.view.epoch
-        if retrying.swap(view_key(group), wanted.to_bytes(), snapshot.view_revision) is not None:
+        if retrying.swap(keys.view, wanted.to_bytes(), snapshot.view_revision) is not None:
             return wanted.epoch
 
 
@@ -319,7 +320,7 @@ def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int
 
     A ConfigError: a larger one is there, and it is not to `rewind`.
     """
-    key = policy_key(retrying.context.group)
+    key = GroupKeys(retrying.context.group).policy
     while True:
         entry = retrying.call(retrying.context.store.get, key)
         known = None if entry is None else parse_policy_version(entry.value)

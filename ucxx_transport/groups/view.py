@@ -32,21 +32,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES
 from ucxx_transport.schema.wire_form import (
     NO_META,
     WIRE_VERSION,
-    check_version,
     checked_meta,
     describe,
     is_unsigned,
     pack_json,
     refuse,
     take_fields,
-    unpack_json,
+    take_json,
     untrusted,
 )
 
@@ -217,7 +216,7 @@ class GroupView:
     @classmethod
     def from_bytes(cls, raw: bytes) -> GroupView:
         """From the store; a ProtocolError where it is malformed, or of another version."""
-        form = _form(raw, "group view", cls.__slots__)
+        form = take_json(raw, "group view", required=cls.__slots__, max_bytes=MAX_VALUE_BYTES)
         if not isinstance(form["seats"], list):
             raise ProtocolError(f"seats must be a list, not {describe(form['seats'])}", field="seats")
         with untrusted():
@@ -270,15 +269,9 @@ class MemberRecord:
     @classmethod
     def from_bytes(cls, raw: bytes, *, rank: int | None = None, revision: int = 0) -> MemberRecord:
         """From the store; a ProtocolError where it is malformed, of another version, or of another rank."""
-        form = _form(raw, "member record", _RECORD_KEYS)
+        form = take_json(raw, "member record", required=_RECORD_KEYS, max_bytes=MAX_VALUE_BYTES)
         with untrusted():
             record = cls(**form, revision=revision)
         if rank not in {None, record.rank}:
             raise ProtocolError(f"the record of rank {record.rank}", field="rank")
         return record
-
-
-def _form(raw: bytes, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    form = dict(take_fields(unpack_json(raw, what, max_bytes=MAX_VALUE_BYTES), what, required=("version", *keys)))
-    check_version(form.pop("version"), what)
-    return form

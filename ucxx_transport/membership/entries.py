@@ -36,30 +36,21 @@ def epoch_key(worker_id: str) -> str:
     return f"epochs/{quote(worker_id, safe='')}"
 
 
-def group_prefix(group: str) -> str:
-    """What the keys of a group begin with."""
-    return f"groups/{quote(group, safe='')}/"
+class GroupKeys:
+    """The keys of a group: all begin with `prefix`."""
 
+    def __init__(self, group: str) -> None:
+        self.prefix = f"groups/{quote(group, safe='')}/"
+        self.view, self.policy, self._members = (self.prefix + name for name in ("view", "policy", "members/"))
 
-def view_key(group: str) -> str:
-    """The key of a group's view."""
-    return f"{group_prefix(group)}view"
+    def member(self, rank: int) -> str:
+        """The key of a member."""
+        return f"{self._members}{rank}"
 
-
-def policy_key(group: str) -> str:
-    """The key of a group's policy version."""
-    return f"{group_prefix(group)}policy"
-
-
-def member_key(group: str, rank: int) -> str:
-    """The key of a member."""
-    return f"{group_prefix(group)}members/{rank}"
-
-
-def rank_of(key: str, group: str) -> int | None:
-    """The rank whose member key it is; None: it is another key of the group, or none of a member."""
-    rank = key.removeprefix(f"{group_prefix(group)}members/")
-    return int(rank) if rank != key and rank.isascii() and rank.isdecimal() else None
+    def rank_of(self, key: str) -> int | None:
+        """The rank whose member key it is; None: it is another key of the group, or none of a member."""
+        rank = key.removeprefix(self._members)
+        return int(rank) if rank != key and rank.isascii() and rank.isdecimal() else None
 
 
 class Namespace:

@@ -173,9 +173,7 @@ class SourceRecord(Offer):
         Raises:
             ProtocolError: it is malformed or of another version; the message names the field.
         """
-        data = wire_form.unpack_json(raw, "source record", max_bytes=MAX_RECORD_BYTES)
-        form = dict(wire_form.take_fields(data, "source record", required=("version", *_KEYS)))
-        wire_form.check_version(form.pop("version"), "source record")
+        form = wire_form.take_json(raw, "source record", required=_KEYS, max_bytes=MAX_RECORD_BYTES)
         # what is not taken here stays as it is, for __post_init__ to refuse by its name
         ring_id, status, ttl_s = form["ring_id"], form["status"], form["ttl_s"]
         form["ring_id"] = bytes.fromhex(ring_id) if _is_hex(ring_id) else ring_id

@@ -146,15 +146,20 @@ def pack_json(form: object) -> bytes:
     return json.dumps(form, allow_nan=False, separators=(",", ":")).encode()
 
 
-def unpack_json(raw: bytes, what: str, *, max_bytes: int) -> object:
-    """Decode JSON of bounded size, which may have NaN and infinities; a ProtocolError for anything else."""
+def take_json(raw: bytes, what: str, *, required: Collection[str], max_bytes: int) -> dict[str, Any]:
+    """The fields of a JSON record of bounded size, which may have NaN and infinities, written by this format's version.
+
+    A ProtocolError for anything else.
+    """
     if len(raw) > max_bytes:
         raise ProtocolError(f"{article(what)} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
     try:
         decoded: object = json.loads(raw)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"{article(what)} that is not JSON: {exc}", field=what) from exc
-    return decoded
+    form = dict(take_fields(decoded, what, required=("version", *required)))
+    check_version(form.pop("version"), what)
+    return form
 
 
 def record_and_meta(raw: bytes | memoryview) -> tuple[dict[str, object] | None, Mapping[str, object]]:

@@ -17,7 +17,7 @@ from ucxx_transport.groups.view import (
     RankState,
     Seat,
 )
-from ucxx_transport.membership.entries import member_key, policy_key, rank_of, view_key
+from ucxx_transport.membership.entries import GroupKeys
 
 VIEW = GroupView(
     epoch=7,
@@ -142,6 +142,7 @@ def test_an_acknowledgement_never_goes_back() -> None:
 
 
 GROUP = "a/b"
+KEYS = GroupKeys(GROUP)
 
 
 def record_of(rank: int) -> MemberRecord:
@@ -154,13 +155,13 @@ def test_a_group_s_snapshot_and_one_that_followed_a_watch_are_the_same() -> None
     snapshot = GroupSnapshot.of(GROUP, store.snapshot("groups/"))
     assert (snapshot.view, snapshot.view_revision, snapshot.members, snapshot.policy_version) == (NO_VIEW, 0, {}, None)
     lease = store.grant(60)
-    store.put(member_key(GROUP, 3), record_of(3).to_bytes(), lease_id=lease.lease_id)
-    store.put(member_key(GROUP, 12), record_of(12).to_bytes())
-    store.put(view_key(GROUP), GroupView(epoch=4).to_bytes())
-    store.put(policy_key(GROUP), b"7")
-    store.put(view_key(GROUP), GroupView(epoch=5).to_bytes())
+    store.put(KEYS.member(3), record_of(3).to_bytes(), lease_id=lease.lease_id)
+    store.put(KEYS.member(12), record_of(12).to_bytes())
+    store.put(KEYS.view, GroupView(epoch=4).to_bytes())
+    store.put(KEYS.policy, b"7")
+    store.put(KEYS.view, GroupView(epoch=5).to_bytes())
     store.revoke(lease.lease_id)
-    store.put(view_key("other"), GroupView(epoch=9).to_bytes())
+    store.put(GroupKeys("other").view, GroupView(epoch=9).to_bytes())
     while (batch := watch.next(0.0)) is not None:
         snapshot = snapshot.after(batch.revision, batch.events)
     assert snapshot == GroupSnapshot.of(GROUP, store.snapshot("groups/"))
@@ -173,27 +174,27 @@ def test_a_group_s_snapshot_and_one_that_followed_a_watch_are_the_same() -> None
 
 def test_what_is_not_understood_is_as_if_it_were_not_there_and_is_named() -> None:
     store = MemoryStore()
-    store.put(view_key(GROUP), b"garbage")
-    store.put(policy_key(GROUP), b"-1")
-    store.put(member_key(GROUP, 0), record_of(5).to_bytes())
-    store.put(member_key(GROUP, 1), b"{}")
-    store.put(member_key(GROUP, 2) + "x", b"{}")
+    store.put(KEYS.view, b"garbage")
+    store.put(KEYS.policy, b"-1")
+    store.put(KEYS.member(0), record_of(5).to_bytes())
+    store.put(KEYS.member(1), b"{}")
+    store.put(KEYS.member(2) + "x", b"{}")
     snapshot = GroupSnapshot.of(GROUP, store.snapshot())
     assert set(snapshot.problems) == {
-        view_key(GROUP),
-        policy_key(GROUP),
-        member_key(GROUP, 0),
-        member_key(GROUP, 1),
+        KEYS.view,
+        KEYS.policy,
+        KEYS.member(0),
+        KEYS.member(1),
     }
     assert (snapshot.view, snapshot.view_revision, snapshot.members) == (NO_VIEW, 1, {})
-    store.put(member_key(GROUP, 1), record_of(1).to_bytes())
-    assert member_key(GROUP, 1) not in GroupSnapshot.of(GROUP, store.snapshot()).problems
+    store.put(KEYS.member(1), record_of(1).to_bytes())
+    assert KEYS.member(1) not in GroupSnapshot.of(GROUP, store.snapshot()).problems
 
 
 def test_a_member_s_key_names_its_rank_and_no_other_key_does() -> None:
-    assert rank_of(member_key(GROUP, 12), GROUP) == 12
-    for key in (view_key(GROUP), member_key("other", 1), member_key(GROUP, 1) + "/x", "12", "groups/a%2Fb/members/²"):
-        assert rank_of(key, GROUP) is None
+    assert KEYS.rank_of(KEYS.member(12)) == 12
+    for key in (KEYS.view, GroupKeys("other").member(1), KEYS.member(1) + "/x", "12", "groups/a%2Fb/members/²"):
+        assert KEYS.rank_of(key) is None
 
 
 def test_a_policy_version_is_digits() -> None:

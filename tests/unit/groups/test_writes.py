@@ -12,7 +12,7 @@ from ucxx_transport.errors import DeadlineExceededError
 from ucxx_transport.groups.participant import change_view
 from ucxx_transport.groups.state import Retrying
 from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
-from ucxx_transport.membership.entries import view_key
+from ucxx_transport.membership.entries import GroupKeys
 
 VIEW = GroupView(epoch=4, seats=(Seat(rank=1, incarnation="new", state=RankState.ACTIVE, awaited=3),))
 
@@ -20,7 +20,7 @@ VIEW = GroupView(epoch=4, seats=(Seat(rank=1, incarnation="new", state=RankState
 @pytest.fixture
 def store() -> MemoryStore:
     store = MemoryStore()
-    store.put(view_key("g"), VIEW.to_bytes())
+    store.put(GroupKeys("g").view, VIEW.to_bytes())
     return store
 
 
@@ -36,7 +36,7 @@ def change(store: MemoryStore, event: RankEvent, rank: int, *, incarnation: str 
 
 
 def stored(store: MemoryStore) -> GroupView:
-    return GroupView.from_bytes(store.data.entries[view_key("g")].value)
+    return GroupView.from_bytes(store.data.entries[GroupKeys("g").view].value)
 
 
 def test_a_life_that_leaves_does_not_take_the_next_one_s_seat_along(store: MemoryStore) -> None:
