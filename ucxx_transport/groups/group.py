@@ -134,8 +134,8 @@ class RankGroup(OfOneProcess):
         wiped, it starts over within the same time.
 
         Args:
-            timeout_s: how long it may take. A dead member's rank is free when its lease has ended, which is some
-                seconds after its death.
+            timeout_s: how long it may take; 0 is enough for a member alone. A dead member's rank is free when its lease
+                has ended, which is some seconds after its death.
 
         Returns:
             The group's state at the epoch in which this rank became active (or INACTIVE, if it was deactivated).

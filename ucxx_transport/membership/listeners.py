@@ -2,7 +2,7 @@
 
 | what happens               | what follows                                                                        |
 |----------------------------|-------------------------------------------------------------------------------------|
-| news                       | goes into the queue of each listener; who brings it never waits                     |
+| news                       | goes into the queue of each listener of its kind; who brings it never waits         |
 | a queue is no longer empty | a daemon thread calls back, in order, one at a time, and ends when it is empty      |
 | a listener subscribes      | it is called for what is known, in the subscriber's thread, before it has returned  |
 | a callback raises          | logged and counted; the next one is called                                          |
@@ -50,6 +50,8 @@ class _Subscription(Generic[T]):
 
     def __init__(self, callbacks: Callbacks, limit: int) -> None:
         self.callbacks, self.limit = callbacks, limit
+        wanted = {kind for kind, callback in callbacks.items() if callback is not None}
+        self.kinds = wanted | _STATE if wanted & _STATE else wanted  # all changes of a state, of which some are merged
         self.queue: deque[tuple[str, T]] = deque()
         self.is_called = True  # first by who subscribes; then by a thread, or one is being started
         self.is_waiting = False  # for a thread, which could not be started
@@ -105,7 +107,10 @@ class Listeners(Generic[T]):
         return end
 
     def put(self, news: Iterable[tuple[str, T]]) -> None:
-        """Give news to all listeners, who see them as one change: a new one is called for what is known after it."""
+        """Give news to the listeners of their kinds, who see them as one change.
+
+        A new listener is called for what is known after it.
+        """
         overflows: list[int] = []
         with self._lock:
             for kind, record in news:
@@ -115,6 +120,8 @@ class Listeners(Generic[T]):
                 elif kind in _STATE:
                     self._known[name] = record
                 for one in self._subscriptions:
+                    if kind not in one.kinds:
+                        continue
                     if len(one.queue) >= one.limit:
                         overflows.append(one.limit)
                         one.queue = deque(self._shortened(one.queue))

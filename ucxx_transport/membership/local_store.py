@@ -243,6 +243,7 @@ class LocalWatch(Watch):
 
 
 def _state(db: sqlite3.Connection) -> tuple[str, str, int, int]:
+    """Identity, boot, revision, and bytes in the log."""
     found: tuple[str, str, int, int] = db.execute("SELECT * FROM state").fetchone()
     return found
 

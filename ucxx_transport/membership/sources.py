@@ -203,6 +203,7 @@ class Publication:
         self.lease = lease = store.grant(ttl_s)
         self._call_s = lease.ttl_s / 3  # a call that takes longer would keep the next renewal waiting too long
         self.record = replace(record, status=SourceStatus.STARTING, ttl_s=float(lease.ttl_s))
+        self._is_in_doubt = False  # whether a write that got no answer may still arrive
         try:
             self._revision = store.put(self._key, self.record.to_bytes(), lease_id=lease.lease_id, expected=0)
         except TransportError:
@@ -215,14 +216,17 @@ class Publication:
         renew(self._store, self.lease.lease_id, timeout_s=self._call_s)
 
     def update(self, status: SourceStatus, offer: Offer | None = None, *, timeout_s: float | None = None) -> bool:
-        """Write the record again where it has changed; returns whether it had. Without an `offer`, that is as before.
+        """Write the record where it has changed; returns whether it was written. Without an `offer`, that is as before.
 
+        After a write that got no answer it is written in any case: should that arrive later, it is refused then.
         A ConflictError or LeaseLostError: the record is not ours any more.
         """
         record = replace(self.record, status=status, **({} if offer is None else asdict(offer)))
-        if record == self.record:
+        if record == self.record and not self._is_in_doubt:
             return False
-        raw, lease_id, timeout_s = record.to_bytes(), self.lease.lease_id, timeout_s or self._call_s
+        raw, lease_id = record.to_bytes(), self.lease.lease_id
+        timeout_s = self._call_s if timeout_s is None else timeout_s
+        self._is_in_doubt = True
         try:
             revision = self._store.put(self._key, raw, lease_id=lease_id, expected=self._revision, timeout_s=timeout_s)
         except ConflictError:
@@ -230,7 +234,7 @@ class Publication:
             if entry is None or entry.value != raw:
                 raise
             revision = entry.revision  # an earlier try had arrived, its answer had not
-        self._revision, self.record = revision, record
+        self._revision, self.record, self._is_in_doubt = revision, record, False
         return True
 
     def require_there(self) -> None:

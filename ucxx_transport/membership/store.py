@@ -177,7 +177,7 @@ class Store(Protocol):
         """
 
     def close(self) -> None:
-        """Close connections and files, and end the watches; every later call is a ConfigError. Leases live on."""
+        """Close connections and files, and end the watches; leases live on. Idempotent; a later call: a ConfigError."""
 
     def __enter__(self) -> Self:
         return self

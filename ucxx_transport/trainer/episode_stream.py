@@ -13,7 +13,7 @@ from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.trainer.batch import FetchLimits, FetchSettings, LimitSettings
-from ucxx_transport.trainer.loss_policy import Loss, is_ours
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
 from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
 from ucxx_transport.trainer.unpacking import checked_device
 
@@ -143,7 +143,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                 if not is_ours(reference):
                     message = f"{describe(reference)} is no episode record and no SlotRef; give what the worker sent"
                     raise ConfigError(message, field="references")  # noqa: TRY301 - raised to who iterates
-                if not self._append(reference):
+                if not self._append(record_of(reference)):  # read before the next is asked for, which may reuse it
                     return
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates, sys.exit() too
             end = error
@@ -153,13 +153,13 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                 self._begun.append(end)
                 self.changed.notify_all()
 
-    def _append(self, reference: Any) -> bool:
+    def _append(self, record: AskedFor) -> bool:
         """Begin to fetch an episode when there is room for it; False when the stream is closed."""
         with self.lock:
             self.changed.wait_for(lambda: len(self._begun) < self._ahead or self.closed)
             if self.closed:
                 self.accounts.count_closed(1)
                 return False
-            self._begun.append(self.begin([reference]))
+            self._begun.append(self.begin([record]))
             self.changed.notify_all()
         return True

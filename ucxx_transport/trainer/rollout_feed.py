@@ -118,9 +118,9 @@ class RolloutFeed(Prefetcher):
 
     Args:
         config: settings of the client.
-        on_loss: called with every episode that could not be had, once, in the thread that collects or resolves. What it
-            raises is raised when it was called with all of them, and the batch is in use. One line a batch and reason
-            is logged in any case.
+        on_loss: called with every episode that could not be had, in the thread that collects or resolves: once, and
+            again where it is resolved after its batch, and lost again. What it raises is raised when it was called with
+            all of them, and the batch is in use. One line a batch and reason is logged in any case.
         on_missing: what `collect` gives of a batch of which episodes are lost. "shrink": the others. "refill": as many
             as were asked for, those that came repeated in the places of the lost ones, in turn; a TransportError when
             none came. A function is called with the others and the losses, and gives the rollouts.

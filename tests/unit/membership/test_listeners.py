@@ -368,6 +368,24 @@ def test_news_whose_thread_could_not_be_started_are_heard_with_no_further_news(
     assert [(event["event"], event["log_level"]) for event in log_events] == [("listener_waits", "warning")]
 
 
+def test_news_of_a_kind_that_is_not_listened_for_cost_no_thread_and_are_no_overflow(
+    log_events: list[MutableMapping[str, Any]],
+) -> None:
+    counts: list[str] = []
+    listeners: Listeners[SourceRecord] = Listeners(
+        lambda source: (source.worker_id, source.life), counts.append, keys={"store": "s"}, limit=2
+    )
+    heard: list[SourceRecord] = []
+    listeners.subscribe({"gone": heard.append})
+    with no_more_threads():
+        listeners.put([(ADD, record(name)) for name in "abc"])
+        assert not listeners.retry()
+    assert (counts, log_events) == ([], [])
+    listeners.put([("gone", record("a"))])
+    wait_until(lambda: heard == [record("a")], MINUTE)
+    listeners.close()
+
+
 def test_a_retry_says_whether_a_listener_still_waits_for_its_thread() -> None:
     listeners: Listeners[SourceRecord] = Listeners(
         lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from tests.support.record_history import History
+from tests.support.rows import row
 from tests.support.source_records import record
 from tests.support.store_in_front import Call, StoreInFront
 from ucxx_transport.errors import (
@@ -125,6 +127,34 @@ def test_a_write_whose_answer_was_lost_is_recognised(history: History, front: St
     assert history.statuses() == ["starting", "ready", "stale"]
 
 
+def test_a_write_without_an_answer_never_arrives_behind_the_one_that_takes_it_back(
+    store: Store, history: History, front: StoreInFront
+) -> None:
+    for withdrawn in (False, True):
+        with row(withdrawn=withdrawn):
+            publication = begun(front)
+            publication.update(SourceStatus.STALE)
+            entry = store.get(KEY)
+            assert entry is not None
+            front.before = failing("put", AWAY)
+            with pytest.raises(StoreUnavailableError):
+                publication.update(SourceStatus.READY)
+            late = replace(publication.record, status=SourceStatus.READY).to_bytes()
+
+            def arrive(call: Call, late: bytes = late, revision: int = entry.revision) -> None:
+                if call.name == "revoke":
+                    with pytest.raises(ConflictError):
+                        store.put(KEY, late, expected=revision)
+
+            front.before = arrive
+            if not withdrawn:
+                assert publication.update(SourceStatus.STALE)
+                assert not publication.update(SourceStatus.STALE)
+                arrive(Call(name="revoke"))
+            publication.withdraw(1.0)
+    assert history.statuses() == ["starting", "stale", "stale", "gone"] * 2
+
+
 def test_another_s_record_is_never_overwritten(store: Store) -> None:
     publication = begun(store)
     other = record("w", 4, session="f" * 32)
@@ -198,6 +228,12 @@ def test_a_withdrawal_that_the_store_does_not_hear_says_so(history: History, fro
     with pytest.raises(StoreUnavailableError):
         publication.withdraw(1.0)
     assert history.statuses() == ["starting"]
+
+
+def test_a_withdrawal_without_time_asks_for_none(front: StoreInFront) -> None:
+    publication = begun(front)
+    publication.withdraw(0.0)
+    assert [(call.name, call.timeout_s) for call in front.calls[-2:]] == [("put", 0.0), ("revoke", 0.0)]
 
 
 def test_epochs_count_up_from_the_last_one_ever(store: Store) -> None:

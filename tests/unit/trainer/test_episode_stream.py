@@ -41,6 +41,18 @@ def test_episodes_come_in_the_order_of_their_references(worker: LocalWorker) -> 
     assert worker.ring.slot_states() == [SlotState.FREE] * 32
 
 
+def test_a_reference_is_read_before_the_next_is_asked_for(worker: LocalWorker) -> None:
+    def references() -> Iterator[object]:
+        reused: dict[str, object] = {}
+        for record in worker.play(3):
+            reused.update(record.to_dict())
+            yield reused
+            reused.clear()
+
+    with EpisodeStream(references(), LOCAL) as stream:
+        assert [episode.record.sequence for episode in stream] == [0, 1, 2]
+
+
 def test_no_more_episodes_are_held_than_was_asked_for(worker: LocalWorker) -> None:
     taken = itertools.count()
 
