@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Literal, NamedTuple, NoReturn, Self
 
 from ucxx_transport.errors import ConfigError, TransportError, article
@@ -95,11 +96,16 @@ class Running(OfOneProcess):
         """Start, without blocking the event loop; what came up under a cancellation does not stay."""
         import asyncio  # ports have none
 
+        from anyio import CancelScope
+
         starting = asyncio.ensure_future(in_thread(self.start))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
-            await asyncio.gather(starting, return_exceptions=True)
+            with CancelScope(shield=True):  # a scope of anyio cancels again and again
+                while not starting.done():
+                    with suppress(asyncio.CancelledError):  # and a caller may
+                        await asyncio.wait([starting])
             self.stop()
             raise
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
-from ucxx_transport.teardown import Teardown, dump_stacks
+from tests.support.rows import row
+from ucxx_transport.teardown import Running, Teardown, dump_stacks
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 30.0
@@ -186,3 +189,41 @@ def test_a_step_runs_in_place_where_no_thread_can_be_started() -> None:
 def test_stacks_can_be_dumped_where_standard_error_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
     dump_stacks()
     assert capsys.readouterr().out == ""
+
+
+class SlowStart(Running):
+    """Runs once the gate is opened; what began it is to stop it."""
+
+    def __init__(self) -> None:
+        self.gate, self.begun, self.runs = threading.Event(), threading.Event(), False
+
+    def start(self) -> None:
+        self.begun.set()
+        self.gate.wait(LONG_S)
+        self.runs = True
+
+    def stop(self) -> None:
+        self.runs = False
+
+
+@pytest.mark.anyio
+async def test_what_comes_up_under_a_cancellation_does_not_stay() -> None:
+    async def use(running: SlowStart, scope: anyio.CancelScope) -> None:
+        with scope:
+            async with running:
+                pytest.fail("it was cancelled")
+
+    for cancels in (["task"], ["task", "task"], ["scope"], ["scope", "task"]):
+        with row(cancels=cancels):
+            running, scope = SlowStart(), anyio.CancelScope()
+            task = asyncio.ensure_future(use(running, scope))
+            await asyncio.to_thread(running.begun.wait, LONG_S)
+            for cancelled in cancels:
+                (task if cancelled == "task" else scope).cancel()
+                for _ in range(5):  # turns of the loop: it is delivered, where one is again and again
+                    await asyncio.sleep(0)
+                assert not task.done()
+            running.gate.set()
+            await asyncio.wait([task])
+            assert not running.runs
+            assert task.cancelled() == ("task" in cancels)
