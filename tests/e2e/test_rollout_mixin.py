@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -133,3 +134,22 @@ def test_ports_that_are_threads_need_no_interpreter_to_start_processes_with(monk
         assert writer.write({"obs": [1.0]}).ref is not None
         assert writer.server is not None
         assert len(writer.server.ports) == 1
+
+
+def test_a_program_may_fork_after_it_has_set_up_a_worker_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is set of UCX: it is tried elsewhere, since none survives a fork."""
+    monkeypatch.setenv("UCX_LOG_LEVEL", "fatal")
+    program_text = """
+import os
+from ucxx_transport import TrajectoryWriter
+server = {"host": "127.0.0.1", "ports": 1, "mode": "thread"}
+writer = TrajectoryWriter("parent", server=server)
+child = os.fork()
+if child == 0:
+    with TrajectoryWriter("child", server=server) as own:
+        os._exit(0 if own.write({"obs": [1.0]}).ref is not None else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bool(writer.write({"obs": [1.0]}).ref))
+writer.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program_text], capture_output=True, text=True, check=False)
+    assert done.stdout == "0 True\n", done.stderr

@@ -28,6 +28,7 @@ from ucxx_transport.schema.schema import Schema, checked_varlen
 from ucxx_transport.schema.wire_form import checked_meta, finite_meta, refuse
 from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_names, gather, known_options, made_of
+from ucxx_transport.sidecar.launch import interpreter
 from ucxx_transport.teardown import Closing, may_end, refuse_forked
 from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
 
@@ -345,13 +346,20 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_ucx(config: ServerConfig, ring: Mapping[str, Any]) -> None:
-    """Refuse settings of UCX that the server would not start with, which UCX alone can judge: by the start of one.
+    """Refuse settings of UCX that the server would not start with, which UCX alone can judge: in a process of its own.
 
-    That takes the second that a process takes; where no one has set anything of UCX there is none.
+    This process may fork before its first episode, which no UCX survives. That takes the second that the start of a
+    process takes; where no one has set anything of UCX there is none. Nor is there one for ports that are threads where
+    no process can be started: the first episode shows it.
     """
+    if config.mode == "thread":
+        try:
+            interpreter()
+        except ConfigError:
+            return
     if config.link_settings or any(name.startswith("UCX_") for name in os.environ):
         sizes = {"slots": 1, "slot_bytes": 1, "name": None, "envelope_bytes": 0}
-        tried = replace(config, ports=1, base_port=None, publish_host="localhost")
+        tried = replace(config, mode="process", ports=1, base_port=None, publish_host="localhost")
         with SharedRingBuffer.create(RingConfig(**{**ring, **sizes})) as tiny, UCXXServer(tiny, tried):
             pass
 
