@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from queue import SimpleQueue
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from ucxx_transport.ring.segment import SegmentInfo, list_segments, sweep_orphan
 from ucxx_transport.settings import gather
 from ucxx_transport.teardown import exit_on_sigterm
 from ucxx_transport.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 
 def inspect(
@@ -52,10 +55,8 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show the rings on this host as they fill and empty, until interrupted."""
-    from rich.live import Live
-
     before: dict[str, dict[str, Any]] = {}
-    with nullcontext() if as_json or once else Live(console=console(), auto_refresh=False) as live:
+    with nullcontext() if as_json or once else _live() as live:
         while True:
             now = {segment["name"]: segment for segment in _described()}
             if live is None:
@@ -67,6 +68,12 @@ def top(
                 return
             before = now
             time.sleep(interval_s)
+
+
+def _live() -> Live:
+    from rich.live import Live
+
+    return Live(console=console(), auto_refresh=False)
 
 
 def _rate(before: dict[str, Any] | None, now: dict[str, Any], interval_s: float) -> str:

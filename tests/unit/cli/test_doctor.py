@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import call
+from tests.support.rows import row
 from ucxx_transport.cli.doctor import memory_limit_finding, segments_finding, transport_findings
 from ucxx_transport.machine import Finding, MemoryLimit
 from ucxx_transport.ring.segment import SegmentInfo, segment_folder, segment_path
@@ -82,12 +83,17 @@ def test_settings_of_ucx_are_shown_since_they_win(capsys: Capture, monkeypatch: 
 def test_ports_of_both_directions_are_named_with_those_that_are_set(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("UCXX_TRANSPORT_SERVER__PORTS", "15001,15002")
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__DATA_PORTS", "15100-15131")
-    answer = call(capsys, "doctor", "--no-loopback", "--json")
-    (ports,) = (finding for finding in answer.document["findings"] if finding["name"] == "ports")
-    assert ports["value"] == "worker: listens on 15001, 15002, data on 15100-15131; trainer: data on any free"
-    assert "worker to trainer" in ports["remedy"]
+    for setting, value, listens in (
+        ("BASE_PORT", "15001", "2 from 15001 on"),
+        ("PORTS", "15001,15002", "15001, 15002"),
+    ):
+        with row(setting=setting), monkeypatch.context() as patch:
+            patch.setenv(f"UCXX_TRANSPORT_SERVER__{setting}", value)
+            answer = call(capsys, "doctor", "--no-loopback", "--json")
+            (ports,) = (finding for finding in answer.document["findings"] if finding["name"] == "ports")
+            assert ports["value"] == f"worker: listens on {listens}, data on 15100-15131; trainer: data on any free"
+            assert "worker to trainer" in ports["remedy"]
 
 
 def test_environment_without_a_network_and_the_library_in_use_are_named(

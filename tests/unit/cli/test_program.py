@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from tests.support.command_line import COMMAND, call
+from tests.support.rows import row
 from ucxx_transport.cli.program import EXTRA_OF, VERBS
 from ucxx_transport.errors import PeerLostError
 
@@ -129,11 +131,19 @@ def test_without_its_extra_the_command_says_so_in_json_where_json_was_asked_for(
         assert f"ucxx_transport[{error['facts']['extra']}]" in error["message"]
 
 
-def test_a_table_without_rich_says_what_to_install() -> None:
+def test_a_table_without_rich_says_what_to_install(tmp_path: Path) -> None:
     done = run_without("rich", "config")
     assert done.returncode == 1
     assert "pip install 'ucxx_transport[cli]'" in done.stderr
-    assert run_without("rich", "config", "--json").returncode == 0
+    for verb in (
+        ["config"],
+        ["top", "--once"],
+        ["inspect"],
+        ["registry", "ls", "--store", f"local://{tmp_path}/store"],
+    ):
+        with row(verb=verb):
+            done = run_without("rich", *verb, "--json")
+            assert done.returncode == 0, done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
