@@ -1,6 +1,8 @@
 """Frozen settings of the ring, the server, the client and membership, validated where they are made.
 
-Where their values come from: see `settings`; what may stand for a size or a duration: see `units`.
+Where their values come from: see `settings`; what may stand for a size or a duration: see `units`. What is wrong is a
+`ConfigError` that names the field, the value, where it came from, and what would be right. `dataclasses.replace` makes
+a changed copy, validated again.
 """
 
 from __future__ import annotations
@@ -104,6 +106,7 @@ class _OverUCX:
 
     @property
     def token_bytes(self) -> bytes | None:
+        """The shared secret itself, or None."""
         return None if self.token is None else self.token.reveal()
 
     @property
@@ -117,13 +120,19 @@ class _OverUCX:
 class ServerConfig(_OverUCX):
     """How a `UCXXServer` listens, and what it allows a peer."""
 
-    host: units.OptionalHost = setting("own address, name or interface to publish; unset finds one", default=None)
-    publish_host: units.OptionalHost = setting("published as it is instead of host, as in front of NAT", default=None)
+    host: units.OptionalHost = setting(
+        "address, name or interface of this machine to publish; unset finds one (RDMA first)", default=None
+    )
+    publish_host: units.OptionalHost = setting(
+        "published instead of host, as it is: what trainers connect to, in front of address translation", default=None
+    )
     ports: units.Ports = setting("how many ports, or a list of port numbers (0 for any free one)", default=2)
     base_port: units.OptionalCount = setting(
         "listen on the first free ports of 64 from this one on; unset takes any free ones", default=None, ge=1, le=65535
     )
-    mode: Literal["process", "thread"] = setting("each port a supervised process, or a thread", default="process")
+    mode: Literal["process", "thread"] = setting(
+        "each port a supervised process, or a thread of this one", default="process"
+    )
     token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
     spin_s: units.Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
@@ -220,7 +229,9 @@ class StoreConfig:
     url: units.OptionalStoreURL = setting(
         "local://, local:///abs/path or etcd://host:2379,…; used where code names no store", default=None
     )
-    namespace: units.Name = setting("keeps jobs that share a store apart; the same in all of one", default="default")
+    namespace: units.Name = setting(
+        "keeps the jobs that share a store apart; the same for all of one job", default="default"
+    )
     timeout_s: units.Seconds = setting("bound on one call", default=5.0, gt=0)
     user: units.OptionalText = setting("etcd: the user's name", default=None)
     password: units.OptionalToken = setting("etcd: the user's password", default=None)
@@ -246,7 +257,9 @@ class PublisherConfig:
     publish_timeout_s: units.Seconds = setting(
         "how long a worker tries to publish itself before on_timeout", default=1800.0, gt=0
     )
-    on_timeout: Literal["retry", "stop"] = setting("then retry on, with errors in the log, or stop", default="retry")
+    on_timeout: Literal["retry", "stop"] = setting(
+        "then keep retrying, with errors in the log, or stop", default="retry"
+    )
     backoff_s: units.Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
     max_backoff_s: units.Seconds = setting("longest pause between two tries", default=5.0, gt=0)
     keeper: Literal["process", "thread"] = setting(

@@ -45,9 +45,9 @@ _PORTABLE: Final = 1
 _NOTHING_LEFT_TO_DO: Final = frozenset({SUCCESS, CUDART_UNLOADING, NOT_REGISTERED})
 
 
-_EXTRAS: Final = {
-    "torch": "'ucxx_transport[torch]'",
-    "cupy": "'ucxx_transport[cu12]' (or '[cu13]', by the CUDA of the driver)",
+_INSTALL: Final = {
+    "torch": "pip install 'ucxx_transport[torch]'",
+    "cupy": "pip install 'ucxx_transport[cu12]' (or '[cu13]', by the CUDA of the driver)",
 }
 
 
@@ -56,8 +56,10 @@ def import_library(name: str, device: str) -> Any:
     try:
         return import_module(name)
     except ImportError as exc:
-        remedy = f"pip install {_EXTRAS[name]}, or leave device out for numpy arrays"
-        raise ConfigError(f"device={device!r} needs {name}: {remedy} ({exc})", field="device") from exc
+        remedy = _INSTALL[name]
+        raise ConfigError(
+            f"device={device!r} needs {name}: {remedy}, or leave device out for numpy arrays ({exc})", field="device"
+        ) from exc
 
 
 class PageLockError(ConfigError):

@@ -69,16 +69,23 @@ class Port:
     def start(self, *candidates: int) -> int:
         """Listen on the first of these that is free, 0 being any free one; returns the port.
 
-        Errors as `Link.listen` of the last one, and of opening the link.
+        Errors as `Link.listen`, of a range with how many are tried, and of opening the link.
         """
         link = self._reactor.link
         for candidate in candidates:
             try:
                 self._listener = link.listen(candidate, self._admit)
                 break
-            except ConfigError:
-                if candidate == candidates[-1]:
+            except ConfigError as error:
+                if len(candidates) == 1:
                     raise
+                if candidate == candidates[-1]:
+                    raise ConfigError(
+                        f"none of {len(candidates)} ports from {min(candidates)} on can be listened on; choose another "
+                        "base_port, or leave it out for any free ones",
+                        field="base_port",
+                        last=str(error),
+                    ) from error
         assert self._listener is not None
         port = self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0

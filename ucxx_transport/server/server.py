@@ -204,9 +204,8 @@ class UCXXServer(RingSource, Running):
                 "ring_folder": self._ring.folder,
                 "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
                 "index": index,
-                "port": sidecar.up.result()
-                if sidecar.up.done()
-                else 0,  # after another's death the very port that it had
+                # after another's death the very port that it had
+                "port": sidecar.up.result() if sidecar.up.done() else 0,
                 "settings": self._config,
             }
 

@@ -50,9 +50,8 @@ class Slots:
         self._answers: dict[tuple[int, int], Answer] = {}
         self._ring = ring
         self.reactor = reactor
-        self.is_clogged = (
-            False  # UCX has not ended so many sends that only the end of this process gives their slots back
-        )
+        # UCX has not ended the sends of so many slots that only the end of this process can give them back
+        self.is_clogged = False
         self._locked_turn = -1
         self._kept: list[Attempt] = []
         self._spare: list[ReadLease] = []
