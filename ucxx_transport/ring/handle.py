@@ -152,9 +152,10 @@ class RingHandle(Closing):
         """Store where the ring's server listens; every SlotRef made after that, in any process, carries it.
 
         None and no ports withdraw it: the server has stopped. A ConfigError: no host of 1 to 255 bytes of
-        printable characters, or not 1 to 64 ports in a list or tuple.
+        printable characters, or not 1 to 64 ports.
         """
         self._require_open()
+        ports = tuple(ports)
         name = (host or "").encode()
         is_one = is_plain_text(host, MAX_HOST_CHARS) and len(name) <= MAX_HOST_CHARS and ports and are_ports(ports)
         if not is_one and (host is not None or ports):

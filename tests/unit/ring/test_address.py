@@ -17,7 +17,7 @@ def test_references_carry_the_address_published_last(ring: SharedRingBuffer) -> 
     with SharedRingBuffer.attach(ring.name) as other:
         after = other.write_raw(b"x")
         assert (after.host, after.ports) == other.address() == ("10.0.0.7", (5001, 5002))
-        other.publish_address("fe80::1", [65535])
+        other.publish_address("fe80::1", range(65535, 65536))
     assert ring.write_raw(b"x", meta={"n": 1}).ports == (65535,)
     assert [ref.host for ref in ring.ready_refs()] == ["fe80::1"] * 3
 
