@@ -107,12 +107,9 @@ class MemoryStore(Store):
         self.before_put: Callable[[str], None] = lambda _: None
         self.after_put: Callable[[str], object] = lambda _: None
         self.watches: set[MemoryWatch] = set()
+        self.url = "memory://"
         self._namespace = Namespace("memory")
         self._closed = False
-
-    @property
-    def url(self) -> str:
-        return "memory://"
 
     def beside(self) -> MemoryStore:
         """Another user's way to the same data."""

@@ -47,7 +47,7 @@ class StoreInFront(Store):
     """
 
     def __init__(self, behind: Store) -> None:
-        self.behind = behind
+        self.behind, self.url = behind, behind.url
         self.calls: list[Call] = []
         self.before: Callable[[Call], None] = _nothing
         self.after: Callable[[Call], None] = _nothing
@@ -70,10 +70,6 @@ class StoreInFront(Store):
     def _require_reachable(self) -> None:
         if not self.reachable:
             raise StoreUnavailableError("the connection is cut", url=self.url)
-
-    @property
-    def url(self) -> str:
-        return self.behind.url
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         return self.passed_on(

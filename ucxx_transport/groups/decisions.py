@@ -25,18 +25,6 @@ MAX_POLICY_DIGITS: Final = 18
 AckWaits = Mapping[tuple[int, int], float]
 """Joiners whose acknowledgements are waited for: rank and epoch → when this member first saw that."""
 
-MARGIN_S: Final = 1.0
-"""How long after its lease's end a dead member's key may still be there: etcd takes up to 0.5 s, a local store less."""
-
-
-def is_alive(holder: MemberRecord, *, first: MemberRecord | None, waited_s: float) -> bool:
-    """Whether a rank's holder is known to live, so that the rank is refused to another process.
-
-    It does when it came after `first`, the holder of `waited_s` ago, or when its lease, which a dead one's
-    does not, has outlived its TTL since.
-    """
-    return first is None or holder.incarnation != first.incarnation or waited_s >= holder.ttl_s + MARGIN_S
-
 
 def parse_policy_version(value: bytes) -> int:
     """A policy version, from the store; a ProtocolError where it is no number."""

@@ -27,7 +27,7 @@ from itertools import count
 from typing import Final
 
 from ucxx_transport import errors
-from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, is_alive, parse_policy_version
+from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, parse_policy_version
 from ucxx_transport.groups.state import CALL_S, PAUSE_S, RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent
 from ucxx_transport.logs import get_logger
@@ -38,6 +38,9 @@ from ucxx_transport.membership.store import Watch
 from ucxx_transport.teardown import Teardown
 
 _log = get_logger(__name__)
+
+MARGIN_S: Final = 1.0
+"""How long after its lease's end a dead member's key may still be there: etcd takes up to 0.5 s, a local store less."""
 
 TURN_S: Final = 0.1
 """How long each live member has to write the next view before the one behind it does: several round trips."""
@@ -87,15 +90,16 @@ class Participant:
         """Publish this life, once the rank is free, under a new lease, whose TTL its record asks for.
 
         A dead member has its rank until its lease ends, and that is waited for. A live one keeps it: a
-        DuplicateSourceError. However this ends, `stop` takes back what it has published.
+        DuplicateSourceError; it is one that came since the first look, or whose lease outlives its TTL from then on.
+        However this ends, `stop` takes back what it has published.
         """
         context, store = self._context, self._context.store
         key, began = self._keys.member(self._rank), context.clock()
-        first: MemberRecord | None = None
+        first = ""
         for attempt in count():
             entry = retrying.call(store.get, key)
             holder = None if entry is None else MemberRecord.from_bytes(entry.value)
-            first = holder if attempt == 0 else first
+            first = holder.incarnation if holder is not None and attempt == 0 else first
             if holder is None:
                 lease = retrying.call(store.grant, self._record.ttl_s)
                 self.lease_id = lease.lease_id  # before the key has it: an interrupt may come between any two lines
@@ -106,7 +110,7 @@ class Participant:
                     break
             elif holder.incarnation == self.incarnation:
                 break
-            elif is_alive(holder, first=first, waited_s=context.clock() - began):
+            elif holder.incarnation != first or context.clock() - began >= holder.ttl_s + MARGIN_S:
                 text = "a live member has this rank: give this process another one, or end that one"
                 facts = {"incarnation": holder.incarnation, "address": holder.address}
                 raise errors.DuplicateSourceError(text, **facts, **context.keys)

@@ -48,7 +48,7 @@ class EtcdStore(Store):
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
         config = config or StoreConfig()
-        self._url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
+        self.url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._endpoints = endpoints
         self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
         self.tls = tls_context(config, is_wanted=tls)
@@ -56,10 +56,6 @@ class EtcdStore(Store):
         self._token: Secret | None = None if self._user else NO_TOKEN
         self._is_closed = False
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
-
-    @property
-    def url(self) -> str:
-        return self._url
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         whole = math.ceil(checked_ttl_s(ttl_s))  # etcd counts in seconds, from 1 on

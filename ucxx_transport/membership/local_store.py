@@ -76,10 +76,7 @@ class LocalStore(Store):
         self._clock = clock
         self._boot_id = machine.boot_id().hex() if boot_id is None else boot_id
         self.file = StoreFile(checked_path(path or default_path()), _TABLES)
-
-    @property
-    def url(self) -> str:
-        return self.file.path.as_uri().replace("file://", "local://", 1)
+        self.url = self.file.path.as_uri().replace("file://", "local://", 1)
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         ttl_s = checked_ttl_s(ttl_s)

@@ -123,9 +123,8 @@ class Store(Protocol):
     forked child may go on using a store, but not a watch.
     """
 
-    @property
-    def url(self) -> str:
-        """Where it is, without secrets."""
+    url: str
+    """Where it is, without secrets."""
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         """A new lease that lives at least `ttl_s` seconds unless it is renewed."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ucxx_transport.groups.decisions import GroupSnapshot, is_alive
+from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent, RankState
 
 
@@ -209,12 +209,3 @@ def test_the_group_writes_its_view_before_those_who_join() -> None:
     assert seen(view, alive).turn_of(3) == 0
     assert seen(NO_VIEW, members(record(4), record(7))).turn_of(7) == 1
     assert seen(NO_VIEW, {}).turn_of(7) == 0
-
-
-def test_a_holder_is_alive_once_it_came_after_the_first_read_or_outlived_its_lease() -> None:
-    holder, other = record(1), record(1, life=1)
-    assert not is_alive(holder, first=holder, waited_s=0.0)
-    assert not is_alive(holder, first=holder, waited_s=6.9)
-    assert is_alive(holder, first=holder, waited_s=7.0), "its lease's time and a margin"
-    assert is_alive(other, first=holder, waited_s=1.0), "another took the rank: just now, so it lives"
-    assert is_alive(holder, first=None, waited_s=0.0), "it was free a moment ago"
