@@ -196,7 +196,8 @@ def parse_store_url(value: object) -> str:
     return value
 
 
-def _ports(value: object) -> int | tuple[int, ...]:
+def parse_ports(value: object) -> int | tuple[int, ...]:
+    """`Ports` at run time."""
     if isinstance(value, str) and {"[", ","} & {*value}:
         value = value.strip().strip("[]").split(",")
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -276,7 +277,7 @@ OptionalText = Annotated[str | None, partial(_matching, r"(?s:.)+", "text that i
 OptionalHost = Annotated[str | None, partial(_matching, r"\S{1,255}", "an address, or the name of a host")]
 OptionalToken = Annotated[_Field[Secret | None, Secret | bytes | str | None], parse_token]
 OptionalStoreURL = Annotated[str | None, parse_store_url]
-Ports = Annotated[_Field[int | tuple[int, ...], int | Sequence[int]], _ports]
+Ports = Annotated[_Field[int | tuple[int, ...], int | Sequence[int]], parse_ports]
 OptionalPortRange = Annotated[_Field[tuple[int, int] | None, Sequence[int] | str | None], _port_range]
 UCXSettings = Annotated[_Field[Mapping[str, str], Mapping[str, str | int | float | bool]], parse_ucx_settings]
 

@@ -23,7 +23,7 @@ from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.segment import SegmentInfo, list_segments, sweep_orphans
 from ucxx_transport.settings import gather
 from ucxx_transport.teardown import exit_on_sigterm
-from ucxx_transport.units import format_bytes, parse_bytes
+from ucxx_transport.units import format_bytes, parse_bytes, parse_ports
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -170,13 +170,24 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def _checked_ports(text: str | None) -> str | None:
+    try:
+        if text is not None:
+            parse_ports(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
 def serve(
     *,
     slots: Annotated[int | None, typer.Option(min=1, max=65536, help="Slots of the ring; 16 unless set.")] = None,
     slot_bytes: Annotated[
         int | None, typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set.")
     ] = None,
-    ports: Annotated[str | None, typer.Option(help="How many ports, or their numbers: 5001,5002.")] = None,
+    ports: Annotated[
+        str | None, typer.Option(callback=_checked_ports, help="How many ports, or their numbers: 5001,5002.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to publish; without it the best one of this host.")] = None,
     fill: Annotated[int, typer.Option(min=0, help="Payloads of random bytes to write, one slot each.")] = 0,
     as_json: AsJson = False,

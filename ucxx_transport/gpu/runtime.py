@@ -146,7 +146,10 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """Begin one copy, made contiguous on the device, to page-locked memory of the same shape and dtype."""
+        """Begin one copy to contiguous page-locked memory of the same shape and dtype; does not wait for it.
+
+        What is not contiguous is made so on the device.
+        """
 
     @abstractmethod
     def wait(self, device: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.command_line import running
+from tests.support.command_line import call, running
+from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, SlotRef, SyncUCXXClient
 from ucxx_transport.ring.segment import list_segments
@@ -59,6 +60,14 @@ def test_what_is_not_given_comes_from_the_settings(monkeypatch: pytest.MonkeyPat
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert (serving["slots"], serving["slot_bytes"], len(serving["ports"])) == (2, 8192, 2)
+
+
+def test_a_wrong_number_of_ports_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (("0", "1 to 64 ports"), ("65", "1 to 64 ports"), ("5001,5001", "each port number once")):
+        with row(words=words):
+            answer = call(capsys, "serve", "--ports", words)
+            assert answer.code == 2
+            assert said in answer.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -25,7 +25,7 @@ def test_settings_arrive_as_they_were_given_and_the_sidecar_s_environment_has_no
         ServerConfig(ports=2, idle_timeout_s=7.0),
         *(
             ServerConfig(host="10.0.0.7", ports=[5001, 5002], token=token, max_connections=3, ucx={"TLS": "tcp"})
-            for token in ("plain", b"\x00\xffbytes")
+            for token in ("plain", "größe", b"\x00\xffbytes", bytes(range(256)), b"\xed\xa0\x80")
         ),
     ]
     sent = [packed({"settings": config}) for config in given]
