@@ -83,7 +83,7 @@ _PUBLIC: Final = {PublisherState.LIVE, PublisherState.UNWELL}
 
 
 class HeartbeatPublisher(Running):
-    """Publishes a worker under a lease and keeps it there. Start it, stop it; or use `with`.
+    """Publishes a worker under a lease and keeps it there. Start it, stop it; or use `with` or `async with`.
 
     A read that comes before the worker has its epoch is answered NOT_READY. When the lease is lost, since the worker
     was stopped or the store wiped, it publishes again under a larger epoch, and what was written under the old one is
