@@ -101,7 +101,8 @@ def test_callbacks_that_fail_stop_nothing(log_events: list[MutableMapping[str, A
         with ReplicaMonitor(feed=watcher, on_dead=fails, on_all_gone=fails):
             store.delete(source_key("a"))
             store.delete(source_key("b"))
-            wait_until(lambda: watcher.statistics().listener_errors == 2, what="both failures are counted")
+            wait_until(lambda: len(log_events) == 2, what="both failures are logged, once they are counted")
+            assert watcher.statistics().listener_errors == 2
     assert called == [("a",), ("b",), ()]
     assert [event["event"] for event in log_events] == ["listener_failed"] * 2
 
