@@ -59,7 +59,7 @@ class Message:
     Attributes:
         cls: the class of errors.py whose error has it.
         text: its words, `…` for what is filled in.
-        module: where it is raised, such as `client/line.py`.
+        module: where it is raised, such as `client/connections.py`.
     """
 
     cls: str

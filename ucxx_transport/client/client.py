@@ -222,6 +222,8 @@ class SyncUCXXClient(Closing):
         atexit.unregister(self.close)
         core.closed = True
         lead = self._lead
+        if lead.lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - as `threading.Condition` asks
+            core.damaged = True  # a signal handler closes what it has interrupted
         if not lead.lock.acquire(blocking=False):
             core.reactor.submit(core.fail_all)  # so that the thread that leads has no reason to
             if not lead.lock.acquire(timeout=_CLOSE_WAIT_S):

@@ -246,14 +246,16 @@ class ClientCore(ClientBase):
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
         if self.reactor.closed or self.inherited:
             return
-        if not self.damaged:
-            goodbye = Call(math.inf)
-            with suppress(ConfigError):  # the link was closed before: the interpreter exits
-                self.begin_goodbye(goodbye)
-                while not goodbye.done and self.reactor.has_link:
-                    self.reactor.run_once(math.inf)
-        self.closed = True
-        self.end()
+        try:
+            if not self.damaged:
+                goodbye = Call(math.inf)
+                with suppress(ConfigError):  # the link was closed before: the interpreter exits
+                    self.begin_goodbye(goodbye)
+                    while not goodbye.done and self.reactor.has_link:
+                        self.reactor.run_once(math.inf)
+        finally:  # also where Ctrl-C ends the wait for a server that is stopped
+            self.closed = True
+            self.end()
 
     def begin_goodbye(self, goodbye: Call) -> None:
         """The first half of closing: refuse further reads, fail those under way, take leave of the servers."""

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ucxx_transport.config import RingConfig
-from ucxx_transport.errors import ConfigError, SlotError
+from ucxx_transport.errors import SlotError
 from ucxx_transport.machine import owner_alive
 from ucxx_transport.ring import layout, leases
 from ucxx_transport.ring.layout import RingStatistics
@@ -30,7 +30,7 @@ from ucxx_transport.ring.segment import host_id
 from ucxx_transport.ring.states import STATE_MASK, SlotState, state_of
 from ucxx_transport.ring.transitions import Transitions, create_ring, open_ring
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, Common, are_ports
-from ucxx_transport.schema.wire_form import is_plain_text
+from ucxx_transport.schema.wire_form import is_plain_text, refuse
 from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import Closing
 from ucxx_transport.units import MAX_PORTS
@@ -156,11 +156,12 @@ class RingHandle(Closing):
         """
         self._require_open()
         ports = tuple(ports)
+        if host is not None or ports:
+            if not (is_plain_text(host, MAX_HOST_CHARS) and len(host.encode()) <= MAX_HOST_CHARS):
+                refuse("host", host, f"1 to {MAX_HOST_CHARS} bytes of printable characters")
+            if not (are_ports(ports) and ports):
+                refuse("ports", ports, f"1 to {MAX_PORTS} ports from 1 to 65535")
         name = (host or "").encode()
-        is_one = is_plain_text(host, MAX_HOST_CHARS) and len(name) <= MAX_HOST_CHARS and ports and are_ports(ports)
-        if not is_one and (host is not None or ports):
-            text = f"an address is a host of 1 to {MAX_HOST_CHARS} bytes and 1 to {MAX_PORTS} ports from 1 to 65535"
-            raise ConfigError(text, field="host", value=host)
         bank = _BANK.pack(len(ports), len(name), *ports, *[0] * (MAX_PORTS - len(ports)), name)
         self.transitions.call("publish", bank)
 

@@ -289,8 +289,8 @@ def _inspect(fd: int, path: Path) -> SegmentInfo:
             identity, problem = Identity.from_bytes(head, nbytes), ""
         except ProtocolError as exc:
             problem = exc.message
-    alive, here = True, (machine.boot_id(), machine.pid_namespace())
-    if identity is not None and (identity.boot_id, identity.pid_namespace) == here:
+    alive = True
+    if identity and (identity.boot_id, identity.pid_namespace) == (machine.boot_id(), machine.pid_namespace()):
         alive = machine.owner_alive(identity.creator_pid, identity.creator_start)
     if alive and _lock(fd, 0.0):
         # a pid of elsewhere says nothing, and a process may have become another program: who made it has the lock

@@ -48,9 +48,9 @@ class Transitions:
     Each waits for the lock as long as the segment says, or less if it is asked to. The memory stays mapped as long as
     this object or any view of it is referenced.
 
-    `address` is of what the calls know of the segment, `HOLD_RING` of the holds that they are given. Slot 0's payload
-    is at `first_payload` in this process's memory, at `first_byte` in the segment; the next slot's is `stride` bytes
-    further. `owner` takes the holds.
+    `words` are for single aligned loads and stores. `address` is of what the calls know of the segment, `HOLD_RING` of
+    the holds that they are given. Slot 0's payload is at `first_payload` in this process's memory, at `first_byte` in
+    the segment, its envelope at `first_envelope`; the next slot's are `stride` bytes further. `owner` takes the holds.
     """
 
     def __init__(

@@ -192,6 +192,20 @@ def test_a_client_takes_leave_of_a_server_once(beside: PortBeside) -> None:
     assert beside.client_faults.spare == 99
 
 
+def test_an_interrupt_while_it_takes_leave_of_a_server_closes_a_client_all_the_same(beside: PortBeside) -> None:
+    def interrupt() -> None:
+        raise Interrupted
+
+    client = beside.client()
+    client.read(beside.ring.write_raw(EPISODE)).release()
+    beside.faults.drop = 1000  # the server is stopped
+    core = client._core  # noqa: SLF001 - an interrupt comes in its turn
+    core.reactor.submit(interrupt)
+    with pytest.raises(Interrupted):
+        client.close()
+    assert core.reactor.closed
+
+
 def test_closing_while_other_threads_wait_ends_their_reads(beside: PortBeside) -> None:
     client = beside.client()
     client.read(beside.ring.write_raw(EPISODE)).release()
@@ -446,3 +460,24 @@ def test_a_signal_handler_cannot_use_the_client_that_it_interrupts(beside: PortB
             signal.signal(signal.SIGUSR1, before)
         assert "signal handler" in refused[0].message
         client.read(refs[1]).release()
+
+
+def test_a_signal_handler_that_closes_the_client_which_it_interrupts_takes_no_leave(beside: PortBeside) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        ref = beside.ring.write_raw(EPISODE)
+        beside.faults.hold = Hold()
+
+        def handler(_signal: int, _frame: FrameType | None) -> None:
+            beside.client_faults.spare = 100
+            client.close()
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            asked = signalled_when(lambda: beside.ring.slot_state(ref.slot) is SlotState.READING, signal.SIGUSR1)
+            with pytest.raises((OSError, TransportError)), asked:
+                client.read(ref)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            beside.faults.hold.set()
+        assert beside.client_faults.spare == 100  # the reactor is not run inside of its own turn

@@ -29,21 +29,25 @@ def test_the_longest_address_fits(ring: SharedRingBuffer) -> None:
 
 
 def test_an_address_that_is_none_changes_nothing(ring: SharedRingBuffer) -> None:
-    rows: list[tuple[str, Sequence[int]]] = [
-        ("", [1]),
-        ("h" * 256, [1]),
-        ("h\n", [1]),
-        ("h", []),
-        ("h", range(1, 66)),
-        ("h", [0]),
-        ("h", [65536]),
-        ("h", [-1]),
+    rows: list[tuple[str | None, Sequence[int], str]] = [
+        ("", [1], "host"),
+        ("h" * 256, [1], "host"),
+        ("é" * 128, [1], "host"),
+        ("h\n", [1], "host"),
+        ("h\udc80", [1], "host"),
+        (None, [1], "host"),
+        ("h", [], "ports"),
+        ("h", range(1, 66), "ports"),
+        ("h", [0], "ports"),
+        ("h", [65536], "ports"),
+        ("h", [-1], "ports"),
     ]
-    for host, ports in rows:
+    for host, ports, field in rows:
         with row(host=host, ports=ports):
             ring.publish_address("good", [1])
-            with pytest.raises(ConfigError):
+            with pytest.raises(ConfigError) as caught:
                 ring.publish_address(host, ports)
+            assert caught.value.facts["field"] == field
             assert ring.address() == ("good", (1,))
 
 
