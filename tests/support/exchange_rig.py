@@ -36,7 +36,13 @@ __all__ = ["HOST", "ExchangeRig", "RigClient", "SilentPeer", "cut_in_two_anywher
 HOST = "10.0.0.1"
 MANY_PORTS = 840  # divisible by any number of ports up to 8
 TURNS = 100_000
-OVER_A_LINK = ("client/errands.py", "client/dispatch.py", "client/connection.py", "client/reads.py")
+OVER_A_LINK = (
+    "client/errands.py",
+    "client/dispatch.py",
+    "client/connection.py",
+    "client/connections.py",
+    "client/reads.py",
+)
 
 CallT = TypeVar("CallT", bound=Call)
 
