@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.support.rows import row
 from ucxx_transport import ClientConfig, ConfigError, RingConfig, SharedRingBuffer, SlotState, StaleSlotError
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.client.errands import Discard
+from ucxx_transport.client.ports import PROBE_S
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(5000)
@@ -153,6 +155,18 @@ def test_a_discard_at_a_worker_that_is_gone_is_over_by_its_deadline() -> None:
         began_s = rig.now_s
         assert client.discard([ref], deadline_s=0.25) == 0
         assert rig.now_s - began_s == pytest.approx(0.25)
+
+
+def test_a_worker_that_is_gone_does_not_hold_up_the_discard_of_another_s_payloads() -> None:
+    with open_rig(ports=1) as rig:
+        client = rig.client()
+        ref = rig.write(EPISODE)
+        gone = replace(ref, ring_id=b"G" * 16, host="10.9.9.9", ports=(9,))
+        began_s = rig.now_s
+        assert client.discard([gone, ref], deadline_s=60.0) == 1
+        assert rig.now_s - began_s < PROBE_S
+        assert rig.states(ref) == [SlotState.FREE]
+        assert list(client.core.reads.connections.unsettled) == [gone.ring_id]
 
 
 def test_a_discard_of_very_many_is_said_in_parts() -> None:
