@@ -159,31 +159,22 @@ class Connection:
             or ref.ring_id in self.pool.unsettled
         ):
             return False
-        engine, endpoint, due_s, unsent = self._engine, self.endpoint, read.limit_s, None
+        engine, endpoint, due_s = self._engine, self.endpoint, read.limit_s
         assert endpoint is not None
+        read.connection = self
+        self.attempts.add(read)
         try:
             endpoint.post_send(self.session.fetch_one(read))
-        except TransportError as error:
-            unsent = error
-        read.connection = self
-        if read.call < engine.read_attempts or read.alternate is not None:
-            due_s = (now + due_s) / 2  # as `Dispatch.asked`
-        read.due_s = due_s
-        if due_s < engine.look_s:
-            engine.look_at(due_s)
-        self.used_s = now
-        self.attempts.add(read)
-        _, _, end, whole = read.seal = seal_of(ref)
-        try:
+            if read.call < engine.read_attempts or read.alternate is not None:
+                due_s = (now + due_s) / 2  # as `Dispatch.asked`
+            read.due_s = due_s
+            if due_s < engine.look_s:
+                engine.look_at(due_s)
+            self.used_s = now
+            _, _, end, whole = read.seal = seal_of(ref)
             read.message = message = self.lend(whole if whole > SHORTEST_BYTES else SHORTEST_BYTES)  # noqa: FURB136 - `max` takes longer
-        except TransportError as error:
-            self.lost(error)
-            return True
-        read.view = view = message.data
-        clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
-        try:
-            if unsent is not None:
-                raise unsent
+            read.view = view = message.data
+            clear_trailer(view, end)  # of an earlier answer, which could pass for this one's
             endpoint.post_receive(view, partial(self._one_came, read), channel=read.number & MAX_CHANNEL)
         except TransportError as error:
             self.lost(error)
@@ -233,17 +224,16 @@ class Connection:
         """Receive what the server has picked, each payload for its read; one without a job is given back."""
         self.session.receive(offer, reads)
         self.attempts.update(reads)
+        is_lone = len(reads) == 1 and offer.fingerprint in self.schemas
+        receives: list[tuple[memoryview, OnDone, int]] = []
         try:
             for read in reads:
                 self._lend_to(read)
+                on_done = partial(self._one_came, read) if is_lone else partial(self.came, (read,))
+                receives.append((read.view, on_done, read.number))
         except TransportError as error:  # they are on their way all the same
             self.lost(error)
             return
-        is_lone = len(reads) == 1 and offer.fingerprint in self.schemas
-        receives: list[tuple[memoryview, OnDone, int]] = [
-            (read.view, partial(self._one_came, read) if is_lone else partial(self.came, (read,)), read.number)
-            for read in reads
-        ]
         self._engine.asked(self, reads)
         self._post(None, receives)
 
@@ -362,7 +352,8 @@ class Connection:
                 self.rested = True
                 if self.pool.waiting:
                     self.pool.rested(self)
-        engine.settle()
+        if engine.again or engine.finished:
+            engine.settle()
 
     def send_ends(self) -> None:
         if self.session.ends and not self.closed:

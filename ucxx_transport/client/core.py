@@ -71,7 +71,7 @@ class ClientCore(ClientBase):
             )
         super().__init__(config, page_locker, clock)
         self.local = LocalReader(self, page_locker is None if in_place is None else in_place)
-        self._membership = None if watcher is None else Membership(watcher)
+        self._membership = Membership(watcher)
         self.damaged = False
         self.pid = os.getpid()
         self._link_factory = link_factory
@@ -269,8 +269,7 @@ class ClientCore(ClientBase):
 
     def end(self) -> None:
         """The second half: nothing is left behind. Payloads still held stay valid."""
-        if self._membership is not None:
-            self._membership.close()
+        self._membership.close()
         self.reads.connections.close()
         self.reactor.close()
         self.local.close()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ucxx_transport import errors
 from ucxx_transport.client import ports
-from ucxx_transport.client.jobs import Outcome, copy_of, too_late
+from ucxx_transport.client.jobs import Outcome, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
@@ -89,9 +90,10 @@ class Dispatch:
                     if read.job is not None and not read.job.alone:
                         read.limit_s = min(read.limit_s, now + ports.PROBE_S)
         first, count = source.first(keys, alone=source.under_way <= len(reads)), len(keys)
-        nbytes = sum(read.ref.nbytes for read in reads) if count > 1 and len(reads) > 1 else 0
-        start = 0
-        for number, share in enumerate(ports.shares(len(reads), nbytes, count), start=first):
+        parts, start = [len(reads)], 0
+        if count > 1 and len(reads) > 1:
+            parts = ports.shares(len(reads), sum([read.ref.nbytes for read in reads]), count)
+        for number, share in enumerate(parts, start=first):
             group = reads[start : start + share]
             start += share
             for read in group:
@@ -162,7 +164,7 @@ class Dispatch:
             for source in {read.source for read in failed}:
                 source.advance()
             for read in failed:
-                self.failed(read, copy_of(error))
+                self.failed(read, copy(error))  # each is raised somewhere else
             if connection.is_open:
                 self.reassign(queued)
         self.settle()

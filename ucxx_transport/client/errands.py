@@ -139,7 +139,7 @@ class Take(Errand):
         alternate = next((key for key in source.keys if key != connection.key), None)
         common = _common(self.source, offer.ring_id, offer.fingerprint)
         reads: list[Read] = []
-        records = []
+        refs, records = [], []
         try:
             for index, (slot, generation, nbytes, checksum, _, envelope) in enumerate(offer.payloads):
                 record, meta = record_and_meta(envelope)
@@ -147,6 +147,7 @@ class Take(Errand):
                 read = Read(job, index, ref, source, self.until_s)
                 read.alternate = alternate
                 reads.append(read)
+                refs.append(ref)
                 records.append(record)
         except TransportError as error:
             if job is not None:
@@ -154,7 +155,7 @@ class Take(Errand):
             connection.lost(error)
             return
         if job is not None:
-            self.reads, self.refs, self.left = dict(enumerate(reads)), [read.ref for read in reads], len(reads)
+            self.reads, self.refs, self.left = dict(enumerate(reads)), refs, len(reads)
             self.began_s = time.perf_counter()
             outcomes: list[Outcome | None] = [None] * self.left
             # no call in between, at which an interrupt comes: `result` and `repair` need all three

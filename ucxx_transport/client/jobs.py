@@ -262,11 +262,6 @@ def too_late(ref: SlotRef, **facts: object) -> DeadlineExceededError:
     return DeadlineExceededError(message, host=ref.host, slot=ref.slot, nbytes=ref.nbytes, **facts)
 
 
-def copy_of(error: TransportError) -> TransportError:
-    """An error of a read's own: several fail by one event, and each is raised somewhere else."""
-    return type(error)(error.message, **error.facts)
-
-
 def clear_frames(error: BaseException) -> None:
     """Empty the variables of the frames that `error` has left behind, from this package on downwards.
 

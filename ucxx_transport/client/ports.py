@@ -165,7 +165,7 @@ class Ports:
 
 def shares(count: int, nbytes: int, ports: int) -> list[int]:
     """How many reads of a group each of `ports` healthy ports is given, one after the other: all to one, or even."""
-    if ports == 1 or count == 1 or (count < SPREAD_READS and nbytes < SPREAD_BYTES):
+    if count < SPREAD_READS and nbytes < SPREAD_BYTES:
         return [count]
     parts = min(ports, count)
     return [count // parts + (part < count % parts) for part in range(parts)]

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -26,7 +27,7 @@ from ucxx_transport.client.connection import Connection
 from ucxx_transport.client.connections import Connections
 from ucxx_transport.client.dispatch import Dispatch
 from ucxx_transport.client.errands import Errand, Request
-from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Read, copy_of, removed, too_late
+from ucxx_transport.client.jobs import REMEMBERED_RINGS, Job, Read, removed, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.ports import Source
 from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
@@ -49,7 +50,7 @@ class Watcher(Protocol):
 
 
 class Membership:
-    """Which sources are gone: what a watcher reports, in its thread, for the reads, in the reactor's.
+    """Which sources are gone: what a watcher, if there is one, reports in its thread, for the reads in the reactor's.
 
     A read of a source that is gone fails at once, in whatever it was waiting, instead of by its deadline.
 
@@ -60,13 +61,15 @@ class Membership:
         announce: called when there are news and were none. close: ends the reports.
     """
 
-    def __init__(self, watcher: Watcher) -> None:
-        check_can(watcher, "report_to", "watcher", "a SourceWatcher")
+    def __init__(self, watcher: Watcher | None) -> None:
         self.gone: OrderedDict[bytes, None] = OrderedDict()
         self.news: dict[bytes, tuple[SourceRecord, bool]] = {}
         self.announce: Callable[[], None] | None = None
         self._lock = threading.Lock()
-        self.close = watcher.report_to(self._report)
+        self.close: Callable[[], None] = lambda: None
+        if watcher is not None:
+            check_can(watcher, "report_to", "watcher", "a SourceWatcher")
+            self.close = watcher.report_to(self._report)
 
     def take_news(self) -> Iterable[tuple[SourceRecord, bool]]:
         """The news, which are none then: whose, and whether it is there."""
@@ -97,21 +100,18 @@ class Membership:
 class Reads(Dispatch):
     """All calls of a client that are under way, and its connections, to any port of any source."""
 
-    def __init__(self, base: ClientBase, reactor: Reactor, local: LocalReader, membership: Membership | None) -> None:
+    def __init__(self, base: ClientBase, reactor: Reactor, local: LocalReader, membership: Membership) -> None:
         super().__init__(base, reactor)
         self.connections = Connections(base, reactor, lambda key: Connection(self.connections, self, key))
         self._local = local
         self._membership = membership
-        self._gone = {} if membership is None else membership.gone
-        if membership is not None:
-            membership.announce = partial(reactor.submit, self.hear)
-            if membership.news:
-                membership.announce()
+        membership.announce = partial(reactor.submit, self.hear)
+        if membership.news:
+            membership.announce()
 
     def hear(self) -> None:
         """Take in what a watcher has reported; before a read begins, which a report from before does not concern."""
-        membership = self._membership
-        for record, is_there in () if membership is None or not membership.news else membership.take_news():
+        for record, is_there in self._membership.take_news() if self._membership.news else ():
             keys = [] if record.host is None else [(record.host, port) for port in record.ports]
             if is_there:
                 for key in keys:  # worth a try
@@ -163,7 +163,7 @@ class Reads(Dispatch):
         now = self.now()
         self.hear()
         groups: dict[tuple[str, tuple[int, ...]], tuple[Source, list[Read]]] = {}
-        refs, until_s, gone = job.refs, job.until_s, self._gone
+        refs, until_s, gone = job.refs, job.until_s, self._membership.gone
         make: Callable[..., Read] = Read if job.counts else Request
         for index in indices:
             ref = refs[index]
@@ -202,7 +202,7 @@ class Reads(Dispatch):
             and now - connection.used_s <= connections.max_age_s
             and now < job.until_s
             and not self.ports.wary
-            and (membership is None or not (membership.news or ref.ring_id in membership.gone))
+            and not (membership.news or ref.ring_id in membership.gone)
         ):
             source.under_way = 1
             job.reads[0] = read = Read(job, 0, ref, source, job.until_s)
@@ -219,9 +219,9 @@ class Reads(Dispatch):
         for job in tuple(self.jobs):
             for read in tuple(job.reads.values()):
                 if ring_id in (None, read.ref.ring_id):
-                    self.fail(read, copy_of(error))
+                    self.fail(read, copy(error))
             for index in job.missing if ring_id is None else ():  # they wait for the lock of a ring of this host
-                self._local.over(job, index, copy_of(error))
+                self._local.over(job, index, copy(error))
             self._check(job)
         self.settle()
 

@@ -278,7 +278,7 @@ class ClientSession:
         picked = codec.decode_offer(body)
         if (
             len(picked) > min(max_payloads, self.window.attempts - self._taken)
-            or sum(payload.nbytes for payload in picked) > max_bytes
+            or sum([payload.nbytes for payload in picked]) > max_bytes
             or len({(payload.slot, payload.generation) for payload in picked}) != len(picked)
         ):
             raise ProtocolError("an offer is more than was asked for", payloads=len(picked))

@@ -10,7 +10,7 @@ from tests.support.port_beside import port_beside
 from ucxx_transport.client import Payload
 
 A_FURTHER_NAME = 18
-A_FURTHER_SOURCE = 18
+A_FURTHER_SOURCE = 17
 READS = 20
 
 
