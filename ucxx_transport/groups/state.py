@@ -20,7 +20,7 @@ from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.view import NO_VIEW, GroupView, RankEvent, RankState, Seat, advance
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners
+from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners, identity_of
 from ucxx_transport.membership.store import Store
 from ucxx_transport.teardown import not_in_forks
 
@@ -232,7 +232,12 @@ class SharedState:
         self.has_joined = False
         self._view_callbacks: dict[object, ViewCallback] = {}
         self._keys = {"group": group, "rank": rank}
-        self.listeners = Listeners(_identity, lambda what: self.count(**{f"callback_{what}": 1}), keys=self._keys)
+        self.listeners: Listeners[Member | errors.TransportError] = Listeners(
+            self._changed,
+            lambda: self.now.members.values(),  # noqa: PLW0108 - of the state there is then
+            lambda what: self.count(**{f"callback_{what}": 1}),
+            keys=self._keys,
+        )
 
     def wait(
         self,
@@ -290,7 +295,7 @@ class SharedState:
             if view.seats_incarnation(before.rank, self._incarnation):
                 after = replace(after, state=view.state_of(before.rank))
                 self.has_joined = self.has_joined or after.state is not RankState.JOINING
-            were, are = ({_identity(one): one for one in state.members.values()} for state in (before, after))
+            were, are = ({identity_of(one): one for one in state.members.values()} for state in (before, after))
             removed = [one for identity, one in were.items() if identity not in are]
             added = [one for identity, one in are.items() if identity not in were]
             # by the seat of its next life, perhaps: then it was lost before
@@ -323,8 +328,3 @@ class SharedState:
             if self.has_joined and error is not None:
                 self.listeners.put([(GONE, error)])
             self._changed.notify_all()
-
-
-def _identity(fact: Member | errors.TransportError) -> tuple[int, str]:
-    assert isinstance(fact, Member)  # only what stays known is asked for
-    return fact.rank, fact.incarnation

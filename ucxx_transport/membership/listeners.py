@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
@@ -45,6 +46,17 @@ _STATE: Final = frozenset((ADD, UPDATE, REMOVE))
 Callbacks = Mapping[str, Callable[..., object] | None]
 
 
+def name_of(replica: Any) -> Hashable:
+    """The name of a worker, or a rank."""
+    name: Hashable = replica.worker_id if hasattr(replica, "worker_id") else replica.rank
+    return name
+
+
+def identity_of(replica: Any) -> tuple[Hashable, Hashable]:
+    """The name, and the life, in which two records of that name may differ."""
+    return name_of(replica), replica.life if hasattr(replica, "life") else replica.incarnation
+
+
 class _Subscription(Generic[T]):
     """One listener: its callbacks, and its news. All but `callbacks` under the lock of the owner."""
 
@@ -58,24 +70,25 @@ class _Subscription(Generic[T]):
 
 
 class Listeners(Generic[T]):
-    """All listeners of one feed, and what is known of it by its changes. Thread-safe; see the module.
+    """All listeners of one feed. Thread-safe; see the module.
 
     Args:
-        identify: of a record: its name, which sorts, and its life, in which two records of that name may differ.
+        changed: the feed's own condition: what is `known` changes under it.
+        known: all records there are now, in order.
         count: called with "errors" or "overflows" at each of them.
     """
 
     def __init__(
         self,
-        identify: Callable[[T], tuple[Any, Hashable]],
+        changed: threading.Condition,
+        known: Callable[[], Iterable[T]],
         count: Callable[[str], object],
         *,
         keys: Mapping[str, object],
         limit: int = QUEUE_LIMIT,
     ) -> None:
-        self._identify, self._count, self._keys, self._limit = identify, count, keys, limit
-        self._lock = threading.Condition()
-        self._known: dict[Any, T] = {}
+        self._lock, self._known = changed, known
+        self._count, self._keys, self._limit = count, keys, limit
         self._subscriptions: tuple[_Subscription[T], ...] = ()
         self._callers: set[int] = set()  # threads inside a callback
 
@@ -95,7 +108,7 @@ class Listeners(Generic[T]):
 
         try:
             with self._lock:
-                known = [self._known[name] for name in sorted(self._known)]
+                known = list(self._known())
                 subscription.queue.extend((ADD, record) for record in known)
                 self._subscriptions += (subscription,)
             for _ in known:
@@ -109,24 +122,18 @@ class Listeners(Generic[T]):
     def put(self, news: Iterable[tuple[str, T]]) -> None:
         """Give news to the listeners of their kinds, who see them as one change.
 
-        A new listener is called for what is known after it.
+        In the lock under which what is known has changed: a new listener is called for what is known after it.
         """
         overflows: list[int] = []
         with self._lock:
-            for kind, record in news:
-                name, _ = self._identify(record) if kind in _STATE else (None, None)
-                if kind == REMOVE:
-                    self._known.pop(name, None)
-                elif kind in _STATE:
-                    self._known[name] = record
-                for one in self._subscriptions:
-                    if kind not in one.kinds:
-                        continue
-                    if len(one.queue) >= one.limit:
-                        overflows.append(one.limit)
-                        one.queue = deque(self._shortened(one.queue))
-                        one.limit = max(self._limit, 2 * len(one.queue))
-                    one.queue.append((kind, record))
+            for one, (kind, record) in product(self._subscriptions, news):
+                if kind not in one.kinds:
+                    continue
+                if len(one.queue) >= one.limit:
+                    overflows.append(one.limit)
+                    one.queue = deque(self._shortened(one.queue))
+                    one.limit = max(self._limit, 2 * len(one.queue))
+                one.queue.append((kind, record))
         for limit in overflows:
             self._count("overflows")
             _log.warning("listener_behind", limit=limit, **self._keys)
@@ -233,7 +240,7 @@ class Listeners(Generic[T]):
     def failed(self, kind: str, record: T) -> None:
         """Count and log the exception under way, which a callback for these news has raised."""
         self._count("errors")
-        name = self._identify(record)[0] if kind in _STATE else None
+        name = name_of(record) if kind in _STATE else None
         _log.exception("listener_failed", event_kind=kind, source=name, **self._keys)
 
     def _shortened(self, queue: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
@@ -243,11 +250,11 @@ class Listeners(Generic[T]):
             if kind not in _STATE:
                 yield kind, record
                 continue
-            name, _ = self._identify(record)
+            name = name_of(record)
             heard, _ = changes.get(name, (None if kind == ADD else record, None))
             changes[name] = (heard, None if kind == REMOVE else record)
         for heard, known in changes.values():
-            is_same = heard is not None and known is not None and self._identify(heard) == self._identify(known)
+            is_same = heard is not None and known is not None and identity_of(heard) == identity_of(known)
             if heard is not None and not is_same:
                 yield REMOVE, heard
             if known is not None:
@@ -299,18 +306,13 @@ class ReplicaMonitor(Closing):
         self._unsubscribe()
 
     def _added(self, replica: Any) -> None:
-        self._alive |= {_name_of(replica)}
+        self._alive |= {name_of(replica)}
 
     def _removed(self, replica: Any) -> None:
-        name = _name_of(replica)
+        name = name_of(replica)
         self._alive -= {name}
         try:
             self._on_dead(name)
         finally:
             if not self._alive:
                 self._on_all_gone()
-
-
-def _name_of(replica: Any) -> Hashable:
-    name: Hashable = replica.worker_id if hasattr(replica, "worker_id") else replica.rank
-    return name

@@ -118,7 +118,7 @@ class SourceWatcher(Running):
         self._changed = threading.Condition()
         self._view = SourceView()
         self._listeners: Listeners[SourceRecord] = Listeners(
-            lambda record: (record.worker_id, record.life), self._count_listener, keys={"store": self._store.url}
+            self._changed, lambda: self._view.sources, self._count_listener, keys={"store": self._store.url}
         )
         self._reports: tuple[Callable[[SourceChange], object], ...] = ()
         self._counts: Counter[str] = Counter()

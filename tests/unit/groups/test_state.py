@@ -115,3 +115,11 @@ def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: Sh
     assert shared.now.view == view(1), "what was known stays known"
     shared.begin("0.1")
     assert (shared.now.state, shared.now.ended) == (RankState.JOINING, None)
+
+
+def test_a_listener_that_comes_later_hears_of_the_members_as_they_are_now(shared: SharedState) -> None:
+    shared.apply(GroupView(epoch=1, seats=(seat(0, 0, RankState.JOINING),)))
+    shared.apply(GroupView(epoch=2, seats=(seat(0, 0),)))
+    heard: list[RankState] = []
+    shared.listeners.subscribe({ADD: lambda member: heard.append(member.state)})
+    assert heard == [RankState.ACTIVE]

@@ -163,7 +163,7 @@ def test_whatever_a_callback_does_others_hear_and_the_watcher_stops(mode: Callab
 
 
 def test_what_is_no_function_is_refused_where_it_subscribes() -> None:
-    listeners = Listeners[str](lambda name: (name, None), lambda _: None, keys={})
+    listeners = Listeners[str](threading.Condition(), tuple, lambda _: None, keys={})
     with pytest.raises(ConfigError, match="on_remove must be a function, not 5"):
         listeners.subscribe({"add": print, "remove": 5})  # type: ignore[dict-item]  # what is refused
 
@@ -217,7 +217,7 @@ def test_a_listener_whose_queue_overflows_gets_the_difference_and_that_is_counte
 ) -> None:
     counts: list[str] = []
     listeners: Listeners[SourceRecord] = Listeners(
-        lambda source: (source.worker_id, source.life), counts.append, keys={"store": "s"}, limit=4
+        threading.Condition(), tuple, counts.append, keys={"store": "s"}, limit=4
     )
     slow, quick = Heard(), Heard()
     quick.free.set()
@@ -253,7 +253,7 @@ def test_a_listener_whose_queue_overflows_gets_the_difference_and_that_is_counte
 
 def test_news_that_are_no_state_outlast_a_full_queue() -> None:
     listeners: Listeners[SourceRecord] = Listeners(
-        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}, limit=2
+        threading.Condition(), tuple, lambda _: None, keys={"store": "s"}, limit=2
     )
     is_in, go_on = threading.Event(), threading.Event()
     calls: list[str] = []
@@ -314,9 +314,8 @@ def test_an_interrupt_in_a_first_callback_ends_the_subscription_that_was_not_ret
 
 def test_an_interrupt_at_any_bytecode_of_a_subscription_leaves_none_that_was_not_returned() -> None:
     listeners: Listeners[SourceRecord] = Listeners(
-        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}
+        threading.Condition(), lambda: [record("a"), record("b")], lambda _: None, keys={"store": "s"}
     )
-    listeners.put([(ADD, record("a")), (ADD, record("b"))])
     calls: list[SourceRecord] = []
     returned: list[Callable[[], None]] = []
     points = 0
@@ -337,9 +336,7 @@ def test_an_interrupt_at_any_bytecode_of_a_subscription_leaves_none_that_was_not
 
 
 def test_who_waits_for_listeners_is_bounded_and_says_so(log_events: list[MutableMapping[str, Any]]) -> None:
-    listeners: Listeners[SourceRecord] = Listeners(
-        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}
-    )
+    listeners: Listeners[SourceRecord] = Listeners(threading.Condition(), tuple, lambda _: None, keys={"store": "s"})
     heard = Heard()
     listeners.subscribe(heard.callbacks)
     listeners.put([(ADD, record("a")), (REMOVE, record("a"))])
@@ -373,7 +370,7 @@ def test_news_of_a_kind_that_is_not_listened_for_cost_no_thread_and_are_no_overf
 ) -> None:
     counts: list[str] = []
     listeners: Listeners[SourceRecord] = Listeners(
-        lambda source: (source.worker_id, source.life), counts.append, keys={"store": "s"}, limit=2
+        threading.Condition(), tuple, counts.append, keys={"store": "s"}, limit=2
     )
     heard: list[SourceRecord] = []
     listeners.subscribe({"gone": heard.append})
@@ -387,9 +384,7 @@ def test_news_of_a_kind_that_is_not_listened_for_cost_no_thread_and_are_no_overf
 
 
 def test_a_retry_says_whether_a_listener_still_waits_for_its_thread() -> None:
-    listeners: Listeners[SourceRecord] = Listeners(
-        lambda source: (source.worker_id, source.life), lambda _: None, keys={"store": "s"}
-    )
+    listeners: Listeners[SourceRecord] = Listeners(threading.Condition(), tuple, lambda _: None, keys={"store": "s"})
     heard = Heard()
     heard.free.set()
     listeners.subscribe(heard.callbacks)
