@@ -102,11 +102,11 @@ def one_job(url: str, config: StoreConfig | None = CONFIG) -> Iterator[tuple[Hea
     """A worker with its sidecar, a watcher and a rank of a group; the store is the watcher's and the rank's."""
     with ExitStack() as stack:
         store, publishers = (stack.enter_context(opened(url, config)) for _ in range(2))
-        publisher = stack.enter_context(HeartbeatPublisher(publishers, "w", FakeSource(), OFTEN, store_config=config))
+        publisher = stack.enter_context(HeartbeatPublisher(publishers, "w", FakeSource(), OFTEN))
         publisher.wait_published(MINUTE)
         watcher = stack.enter_context(SourceWatcher(store))
         watcher.wait_for(1, MINUTE)
-        rank = RankGroup(store, "trainers", 0, config=OFTEN, store_config=config)
+        rank = RankGroup(store, "trainers", 0, config=OFTEN)
         stack.callback(rank.leave)
         rank.join_group(timeout_s=MINUTE)
         wait_until(lambda: publisher.statistics().keeper_keeps, MINUTE, what="the sidecar renews the lease")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import CompactedError, ConfigError, StoreResetError, StoreUnavailableError
 from ucxx_transport.membership.entries import Batch, Entry, Event, Lease, Namespace, Snapshot
 from ucxx_transport.membership.store import Store, Watch, check_write, checked_ttl_s, lease_lost, revision_conflict
@@ -107,7 +108,7 @@ class MemoryStore(Store):
         self.before_put: Callable[[str], None] = lambda _: None
         self.after_put: Callable[[str], object] = lambda _: None
         self.watches: set[MemoryWatch] = set()
-        self.url = "memory://"
+        self.url, self.config = "memory://", StoreConfig()
         self._namespace = Namespace("memory")
         self._closed = False
 

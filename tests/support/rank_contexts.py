@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ucxx_transport.config import PublisherConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig
 from ucxx_transport.groups.state import RankContext
 from ucxx_transport.membership.store import Store
 
@@ -28,7 +28,6 @@ def rank_context(
         group=group,
         rank=rank,
         config=config,
-        store_config=StoreConfig(),
         ack_timeout_s=ack_timeout_s,
         clock=clock,
     )

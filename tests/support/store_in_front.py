@@ -47,7 +47,7 @@ class StoreInFront(Store):
     """
 
     def __init__(self, behind: Store) -> None:
-        self.behind, self.url = behind, behind.url
+        self.behind, self.url, self.config = behind, behind.url, behind.config
         self.calls: list[Call] = []
         self.before: Callable[[Call], None] = _nothing
         self.after: Callable[[Call], None] = _nothing

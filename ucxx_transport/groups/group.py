@@ -45,8 +45,7 @@ class RankGroup(OfOneProcess):
             leaving: a dict or a `PublisherConfig`; None: those of the environment and the file.
         ack_timeout_s: how long a joining rank is kept waiting by one that does not acknowledge it, before that one is
             dropped. Longer than a lease lives, so that a dead one has gone by then.
-        store_config: the store's settings, a dict or a `StoreConfig`, for the process that renews the lease; None:
-            those of the environment and the file.
+        store_config: not needed, and checked alone: the process that renews the lease has the store's own settings.
         clock: seconds.
 
     Raises:
@@ -72,12 +71,12 @@ class RankGroup(OfOneProcess):
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
+        made_of(StoreConfig, store_config, "store_config")
         self._context = RankContext(
             store=store,
             group=group,
             rank=rank,
             config=made_of(PublisherConfig, config, "config"),
-            store_config=made_of(StoreConfig, store_config, "store_config"),
             ack_timeout_s=ack_timeout_s,
             clock=clock,
         )

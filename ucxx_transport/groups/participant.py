@@ -76,7 +76,7 @@ class Participant:
         self._watch: Watch | None = None
         # what the store has answered last, since it was last heard
         self._away: type[errors.RegistryError] | None = None
-        self._keeper = Keeper(context.store, context.store_config, context.config)
+        self._keeper = Keeper(context.store, context.config)
         self._renewer: LeaseRenewer | None = None
         self._thread: threading.Thread | None = None
         self.reset()

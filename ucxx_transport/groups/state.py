@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
-from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
+from ucxx_transport.config import PublisherConfig, checked_seconds
 from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.view import NO_VIEW, GroupView, RankEvent, RankState, Seat, advance
 from ucxx_transport.logs import get_logger
@@ -55,7 +55,6 @@ class RankContext:
     group: str
     rank: int
     config: PublisherConfig
-    store_config: StoreConfig
     ack_timeout_s: float
     clock: Callable[[], float]
 

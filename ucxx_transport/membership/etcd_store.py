@@ -47,7 +47,7 @@ class EtcdStore(Store):
     """
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:
-        config = config or StoreConfig()
+        self.config = config = config or StoreConfig()
         self.url = f"{'etcds' if tls else 'etcd'}://{','.join(endpoints)}"
         self._endpoints = endpoints
         self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s

@@ -71,7 +71,7 @@ class LocalStore(Store):
         clock: Callable[[], float] = _boot_time,
         boot_id: str | None = None,
     ) -> None:
-        config = config or StoreConfig()
+        self.config = config = config or StoreConfig()
         self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
         self._clock = clock
         self._boot_id = machine.boot_id().hex() if boot_id is None else boot_id

@@ -101,7 +101,7 @@ class HeartbeatPublisher(Running):
         worker_id: this worker's name in the job, 1 to 128 printable characters.
         source: what is published: a `UCXXServer`, or a `RingSource` without one.
         config: settings, a dict or a `PublisherConfig`.
-        store_config: settings of the store, a dict or a `StoreConfig`.
+        store_config: settings of a store that is opened here, a dict or a `StoreConfig`.
         meta: what else the record holds, JSON values.
         clock: monotonic seconds.
 
@@ -125,7 +125,7 @@ class HeartbeatPublisher(Running):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = made_of(PublisherConfig, config, "config")
-        self._store_config = made_of(StoreConfig, store_config, "store_config")
+        settings = made_of(StoreConfig, store_config, "store_config")
         self.worker_id = worker_id
         check_can(source, "offer", "source", "a UCXXServer")
         self._source = source
@@ -140,11 +140,11 @@ class HeartbeatPublisher(Running):
         )
         self._record.to_bytes()  # refused here rather than in the thread
         self._owns_store = store is None or isinstance(store, str)
-        self._store = open_store(store, self._store_config) if store is None or isinstance(store, str) else store
+        self._store = open_store(store, settings) if store is None or isinstance(store, str) else store
         check_can(self._store, "grant", "store", "a store or its URL")
         self._rival: tuple[int | None, float] | None = None  # another's lease, and since when it is seen
         self._publication: Publication | None = None
-        self._keeper = Keeper(self._store, self._store_config, self._config)
+        self._keeper = Keeper(self._store, self._config)
         # Both reentrant: a signal handler may stop what is just being stopped.
         self._changed, self._stop_lock = threading.Condition(threading.RLock()), threading.RLock()
         self._now = PublisherStatistics()

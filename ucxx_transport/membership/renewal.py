@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from ucxx_transport.config import PublisherConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
@@ -89,11 +89,11 @@ class LeaseRenewer:
 class Keeper:
     """The process that renews its owner's lease too; none with `keeper="thread"`. Start it, close it.
 
-    It opens the store's URL with `store_config`: a password in that travels to it and nowhere else.
+    It opens the store's URL as the store was opened: a password travels to it and nowhere else.
     """
 
-    def __init__(self, store: Store, store_config: StoreConfig, config: PublisherConfig) -> None:
-        self._order: Order = {"url": store.url, "config": store_config, "interval_s": config.interval_s}
+    def __init__(self, store: Store, config: PublisherConfig) -> None:
+        self._order: Order = {"url": store.url, "config": store.config, "interval_s": config.interval_s}
         self._is_wanted = config.keeper == "process"
         self._lease_id: int | None = None
         self._owns_host = False

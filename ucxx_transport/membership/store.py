@@ -21,7 +21,7 @@ import time
 from collections import deque
 from typing import Final, Protocol, Self
 
-from ucxx_transport.config import checked_seconds
+from ucxx_transport.config import StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, StoreUnavailableError, TransportError
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Entry, Lease, Snapshot
 from ucxx_transport.teardown import Closing
@@ -125,6 +125,8 @@ class Store(Protocol):
 
     url: str
     """Where it is, without secrets."""
+    config: StoreConfig
+    """What it was opened with: a process that is to use it too opens its URL with that."""
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
         """A new lease that lives at least `ttl_s` seconds unless it is renewed."""

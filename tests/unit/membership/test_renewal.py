@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.waiting import wait_until
-from ucxx_transport.config import PublisherConfig, StoreConfig
+from ucxx_transport.config import PublisherConfig
 from ucxx_transport.membership.local_store import LocalStore
 from ucxx_transport.membership.renewal import Keeper
 from ucxx_transport.sidecar.launch import Sidecar
@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 @pytest.fixture
 def keeper(store: LocalStore) -> Iterator[Keeper]:
-    keeper = Keeper(store, StoreConfig(), CONFIG)
+    keeper = Keeper(store, CONFIG)
     yield keeper
     keeper.close()
 
@@ -92,7 +92,7 @@ def test_it_is_closed_before_it_has_begun(store: LocalStore, keeper: Keeper) -> 
 
 def test_a_sidecar_that_has_other_work_renews_all_leases_that_it_is_given(store: LocalStore) -> None:
     host = Sidecar("server", pauses_s=(0.0, 0.0))
-    first, second = (Keeper(store, StoreConfig(), CONFIG) for _ in range(2))
+    first, second = (Keeper(store, CONFIG) for _ in range(2))
     for keeper in (first, second):
         keeper.start(host)
         keeper.keep(store.grant(TTL_S).lease_id)
@@ -110,7 +110,7 @@ def test_a_sidecar_that_has_other_work_renews_all_leases_that_it_is_given(store:
 
 
 def test_without_a_process_its_owner_alone_renews(store: LocalStore) -> None:
-    keeper = Keeper(store, StoreConfig(), PublisherConfig(keeper="thread"))
+    keeper = Keeper(store, PublisherConfig(keeper="thread"))
     keeper.start()
     keeper.keep(store.grant(TTL_S).lease_id)
     assert (keeper.host, keeper.keeps, keeper.restarts) == (None, False, 0)

@@ -40,6 +40,8 @@ def test_settings_arrive_as_they_were_given_and_the_sidecar_s_environment_has_no
 
 
 def test_secrets_are_never_printed() -> None:
-    keeper = Keeper(MemoryStore(), STORE, PublisherConfig())
+    store = MemoryStore()
+    store.config = STORE
+    keeper = Keeper(store, PublisherConfig())
     for words in (repr(keeper), repr(STORE), repr(ServerConfig(token=SECRET))):
         assert SECRET not in words
