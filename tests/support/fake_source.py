@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from ucxx_transport.errors import SlotError
 from ucxx_transport.membership import Offer
+from ucxx_transport.server import RingSource
 from ucxx_transport.sidecar.launch import Sidecar
 
 __all__ = ["FakeSource"]
@@ -14,8 +15,8 @@ OFFER = Offer(ring_id=b"R" * 16, ring_name="ucxx_transport-test", host_id="here"
 
 
 @dataclass
-class FakeSource:
-    """A `Publishable`.
+class FakeSource(RingSource):
+    """A `RingSource` without a ring.
 
     Attributes:
         offered: what it offers; None: it is closed, and asking is an error.

@@ -24,7 +24,7 @@ from ucxx_transport import (
     open_store,
 )
 from ucxx_transport.membership.local_store import LocalStore
-from ucxx_transport.server.server import RingSource
+from ucxx_transport.server import RingSource
 
 
 class Taker(NamedTuple):

@@ -8,7 +8,6 @@ from ucxx_transport.membership.publisher import HeartbeatPublisher as HeartbeatP
 from ucxx_transport.membership.publisher import PublisherState as PublisherState
 from ucxx_transport.membership.publisher import PublisherStatistics as PublisherStatistics
 from ucxx_transport.membership.sources import Offer as Offer
-from ucxx_transport.membership.sources import Publishable as Publishable
 from ucxx_transport.membership.sources import SourceRecord as SourceRecord
 from ucxx_transport.membership.sources import SourceStatus as SourceStatus
 from ucxx_transport.membership.store import Store as Store

@@ -30,7 +30,7 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.renewal import RETRIES_AN_INTERVAL, Keeper
-from ucxx_transport.membership.sources import Publication, Publishable, SourceRecord, SourceStatus, next_epoch
+from ucxx_transport.membership.sources import Publication, RingSource, SourceRecord, SourceStatus, next_epoch
 from ucxx_transport.membership.store import Store
 from ucxx_transport.membership.store_url import open_store
 from ucxx_transport.settings import check_can, made_of
@@ -117,7 +117,7 @@ class HeartbeatPublisher(Running):
         self,
         store: Store | str | None,
         worker_id: str,
-        source: Publishable,
+        source: RingSource,
         config: PublisherConfig | Mapping[str, object] | None = None,
         *,
         store_config: StoreConfig | Mapping[str, object] | None = None,

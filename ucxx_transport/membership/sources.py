@@ -20,16 +20,23 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from math import isfinite
-from typing import Final, Literal, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeGuard
 
 from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, ProtocolError, TransportError
 from ucxx_transport.membership.entries import Batch, Snapshot, epoch_key, source_key
 from ucxx_transport.membership.renewal import renew
 from ucxx_transport.membership.store import Store
+from ucxx_transport.ring.layout import AWAITED
+from ucxx_transport.ring.segment import host_id
 from ucxx_transport.schema import wire_form
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS
 from ucxx_transport.schema.slot_ref import MAX_HOST_CHARS, MAX_HOST_ID_CHARS, MAX_RING_NAME_CHARS, are_ports
-from ucxx_transport.sidecar.launch import Sidecar
+from ucxx_transport.settings import check_can
+from ucxx_transport.teardown import OfOneProcess
+
+if TYPE_CHECKING:
+    from ucxx_transport.ring import SharedRingBuffer
+    from ucxx_transport.sidecar.launch import Sidecar
 
 MAX_RECORD_BYTES: Final = 64 << 10
 
@@ -66,30 +73,52 @@ class Offer:
     ports: tuple[int, ...] = ()
 
 
-class Publishable(Protocol):
-    """What can be published: a ring with or without a server; `UCXXServer` is one."""
+class RingSource(OfOneProcess):
+    """A ring as it is published: trainers of this host read it in place; `UCXXServer` puts ports in front of it.
 
-    @property
-    def sidecar(self) -> Sidecar | None:
-        """A process beside this one that may renew the lease of what is published, None where there is none."""
+    The ring's creator keeps and closes it.
+    """
+
+    sidecar: Sidecar | None = None  # it may renew the lease beside its other work; a ring alone has none
+
+    def __init__(self, ring: SharedRingBuffer) -> None:
+        check_can(ring, "publish_address", "ring", "a SharedRingBuffer")
+        self._ring = ring
+        self._awaited = ring.server_words[AWAITED : AWAITED + 1]
+        self._last_old: int | None = None
+        self._was_bound = False
 
     def offer(self) -> Offer:
-        """What can be read now."""
+        """What can be read now, and where."""
+        ring = self._ring
+        host, ports = ring.address()
+        return Offer(ring_id=ring.ring_id, ring_name=ring.name, host_id=host_id(ring.folder), host=host, ports=ports)
 
     def hold(self) -> None:
-        """There is no epoch: answer NOT_READY."""
+        """Answer NOT_READY until it is bound; what is written up to now belongs to the epoch that ended, if any."""
+        self._awaited[0] = 1
+        if self._was_bound:
+            self._last_old = self._ring.write_sequence
 
     def bind(self) -> None:
-        """There is an epoch: serve. Raises a `TransportError` when it cannot be done now; then it holds on."""
+        """Serve, without what was written under an epoch before; errors as `discard_old`, then it still holds."""
+        self.discard_old()
+        self._was_bound = True
+        self._awaited[0] = 0
 
     def discard_old(self) -> None:
-        """Drop what an ended epoch has left and no one reads now."""
+        """Drop what an epoch before has left and no one reads now. A DeadlineExceededError: the ring is locked."""
+        if self._last_old is not None and self._ring.discard_until(self._last_old) == 0:
+            self._last_old = None
 
     def release(self) -> None:
-        """Nothing is published any more, by wish: serve as if there were no store."""
+        """Published no longer: serve everyone who has a reference."""
+        self._awaited[0] = 0
 
     def is_healthy(self, within_s: float) -> bool:
-        """Whether it has shown, within the last `within_s` seconds, that it serves."""
+        """Whether it has shown, within the last `within_s` seconds, that it can be read."""
+        del within_s
+        return not self._ring.closed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

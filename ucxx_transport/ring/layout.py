@@ -42,6 +42,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
+from ucxx_transport.units import MAX_PORTS
 
 MAGIC: Final = int.from_bytes(b"UCXXRING", "little")
 LAYOUT_VERSION: Final = 4
@@ -51,7 +52,10 @@ HEADER_WORDS: Final = 512
 HEADROOM_BYTES: Final = 64
 TAILROOM_BYTES: Final = 64
 TRAILER_BYTES: Final = 16
-SERVER_WORDS: Final = 64 * 32 + 64
+PORT_WORDS: Final = 32
+# Of the server's words, after those of its ports: 1 while the source waits for its epoch: reads are answered NOT_READY.
+AWAITED: Final = MAX_PORTS * PORT_WORDS
+SERVER_WORDS: Final = AWAITED + 64
 MAX_SLOTS: Final = 65536
 MAX_READERS: Final = 64
 MAX_SCHEMA_BYTES: Final = 4 << 20

@@ -15,11 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-from ucxx_transport.units import MAX_PORTS
-
-PORT_WORDS: Final = 32
-# The general block's one word: 1 while the source waits for its epoch, and reads are answered NOT_READY.
-AWAITED: Final = MAX_PORTS * PORT_WORDS
+from ucxx_transport.ring.layout import PORT_WORDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,64 +12,15 @@ from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.reactor import LinkFactory
 from ucxx_transport.logs import get_logger
-from ucxx_transport.membership.sources import Offer
+from ucxx_transport.membership.sources import RingSource
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.segment import host_id
-from ucxx_transport.server.counters import AWAITED, BEAT, PORT, PortCounters, ServerStatistics
+from ucxx_transport.server.counters import BEAT, PORT, PortCounters, ServerStatistics
 from ucxx_transport.server.port import PortThread
-from ucxx_transport.settings import check_can, made_of
+from ucxx_transport.settings import made_of
 from ucxx_transport.sidecar.launch import Sidecar
-from ucxx_transport.teardown import OfOneProcess, Running, Teardown, may_end, refuse_forked
+from ucxx_transport.teardown import Running, Teardown, may_end, refuse_forked
 
 _log = get_logger(__name__)
-
-
-class RingSource(OfOneProcess):
-    """A ring as it is published: trainers of this host read it in place; `UCXXServer` puts ports in front of it.
-
-    The ring's creator keeps and closes it.
-    """
-
-    sidecar: Sidecar | None = None  # it may renew the lease beside its other work; a ring alone has none
-
-    def __init__(self, ring: SharedRingBuffer) -> None:
-        check_can(ring, "publish_address", "ring", "a SharedRingBuffer")
-        self._ring = ring
-        self._awaited = ring.server_words[AWAITED : AWAITED + 1]
-        self._last_old: int | None = None
-        self._was_bound = False
-
-    def offer(self) -> Offer:
-        """What can be read now, and where."""
-        ring = self._ring
-        host, ports = ring.address()
-        return Offer(ring_id=ring.ring_id, ring_name=ring.name, host_id=host_id(ring.folder), host=host, ports=ports)
-
-    def hold(self) -> None:
-        """Answer NOT_READY until it is bound; what is written up to now belongs to the epoch that ended, if any."""
-        self._awaited[0] = 1
-        if self._was_bound:
-            self._last_old = self._ring.write_sequence
-
-    def bind(self) -> None:
-        """Serve, without what was written under an epoch before; errors as `discard_old`, then it still holds."""
-        self.discard_old()
-        self._was_bound = True
-        self._awaited[0] = 0
-
-    def discard_old(self) -> None:
-        """Drop what an epoch before has left and no one reads now. A DeadlineExceededError: the ring is locked."""
-        if self._last_old is not None and self._ring.discard_until(self._last_old) == 0:
-            self._last_old = None
-
-    def release(self) -> None:
-        """Published no longer: serve everyone who has a reference."""
-        self._awaited[0] = 0
-
-    def is_healthy(self, within_s: float) -> bool:
-        """Whether it can be read; `within_s` as for `UCXXServer.is_healthy`."""
-        del within_s
-        return not self._ring.closed
 
 
 class UCXXServer(RingSource, Running):

@@ -15,9 +15,9 @@ from ucxx_transport.link.base import Message
 from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import SharedRingBuffer
-from ucxx_transport.ring.layout import HOLD_NBYTES
+from ucxx_transport.ring.layout import AWAITED, HOLD_NBYTES
 from ucxx_transport.ring.leases import ReadLease
-from ucxx_transport.server.counters import AWAITED, BYTES_SENT, DELIVERED, RELEASED, REQUESTS, PortCounters
+from ucxx_transport.server.counters import BYTES_SENT, DELIVERED, RELEASED, REQUESTS, PortCounters
 from ucxx_transport.wire.actions import Attempt
 from ucxx_transport.wire.frames import Status
 

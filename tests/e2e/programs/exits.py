@@ -61,7 +61,7 @@ from ucxx_transport import (
     open_store,
 )
 from ucxx_transport.config import PublisherConfig
-from ucxx_transport.server.server import RingSource
+from ucxx_transport.server import RingSource
 
 LARGE = 3 << 20
 """Bytes that the asyncio client copies in a thread."""

@@ -21,7 +21,7 @@ from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.local_store import LocalStore
 from ucxx_transport.membership.sources import SourceChange
 from ucxx_transport.ring import SlotState
-from ucxx_transport.server.counters import AWAITED
+from ucxx_transport.ring.layout import AWAITED
 from ucxx_transport.testing import Hold
 
 EPISODE = bytes(range(256)) * 16

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 
+from ucxx_transport.ring.layout import AWAITED
 from ucxx_transport.server.counters import (
-    AWAITED,
     BEAT,
     PORT,
     PortCounters,

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from ucxx_transport.config import RingConfig
-from ucxx_transport.membership import Publishable
 from ucxx_transport.ring import SharedRingBuffer, SlotState
+from ucxx_transport.ring.layout import AWAITED
 from ucxx_transport.ring.segment import host_id
 from ucxx_transport.server import RingSource
-from ucxx_transport.server.counters import AWAITED
 
 
 @pytest.fixture
@@ -38,14 +37,13 @@ def test_the_offer_is_the_ring_and_the_address_that_it_has_now(ring: SharedRingB
 
 
 def test_it_is_awaited_from_the_hold_to_the_binding(ring: SharedRingBuffer, source: RingSource) -> None:
-    publishable: Publishable = source
     assert not is_awaited(ring)
-    publishable.hold()
+    source.hold()
     assert is_awaited(ring)
-    publishable.bind()
+    source.bind()
     assert not is_awaited(ring)
-    publishable.hold()
-    publishable.release()
+    source.hold()
+    source.release()
     assert not is_awaited(ring)
 
 
