@@ -1,15 +1,14 @@
 """Batches of episodes: the rounds in which one is fetched under one deadline.
 
-They are driven by a client's core and the timers of its reactor (`BatchFetch`), or by a task (`fetch_batch`).
+They are driven by a client's core and the timers of its reactor (`PendingBatch`), or by a task (`fetch_batch`).
 """
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
@@ -26,12 +25,9 @@ from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Wante
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload, UCXXClient
-    from ucxx_transport.client.core import ClientCore
-    from ucxx_transport.client.jobs import Job
     from ucxx_transport.client.reads import Watcher
-    from ucxx_transport.link.reactor import LinkFactory, Timer
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.schema import SlotRef
-    from ucxx_transport.trainer.unpacking import DeviceUploader
 
 _log = get_logger(__name__)
 
@@ -63,6 +59,27 @@ class Batch:
         """Release all payloads."""
         for payload in self.payloads.values():
             payload.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchStatistics:
+    """What a prefetcher has handed out.
+
+    Attributes:
+        batches: collected or fetched; those that were given up, or whose fetch failed, are losses alone.
+        episodes: their payloads.
+        nbytes: their bytes.
+        fetch_s: seconds that fetching them took, added up; the trainer did not wait for what was fetched ahead.
+        retried: episodes asked for again, in a later round of their batch.
+        losses: episodes that are in no batch, by the reason's word.
+    """
+
+    batches: int = 0
+    episodes: int = 0
+    nbytes: int = 0
+    fetch_s: float = 0.0
+    retried: int = 0
+    losses: Mapping[str, int] = field(default_factory=dict)
 
 
 class FetchLimits:
@@ -213,113 +230,6 @@ async def fetch_batch(
                     await anyio.sleep(ROUND_PAUSE_S)
         except StopIteration as end:
             return cast("Batch", end.value)
-
-
-class BatchFetch:
-    """The fetch of one batch by a client's core. Its methods are for the thread that runs the core's reactor.
-
-    `uploader` takes every payload to a GPU as it comes; what it raises beside TransportErrors ends the fetch.
-
-    Attributes:
-        outputs: what its episodes were given as, by their places.
-        alone: whether it is of one episode, asked for by itself.
-        policy_version: of the trainer's weights; whether it is needed, and a number, is not looked at here.
-        is_counted: whether it has a batch, and that is in the accounts.
-        unreported: its losses that are to be reported, one by one.
-        problem: what is to be raised after that, once.
-    """
-
-    batch: Batch
-    is_counted = False
-    problem: Exception | None = None
-    has_begun = False
-    _job: Job | None = None
-    _timer: Timer | None = None
-    _error: Exception | None = None
-
-    def __init__(
-        self,
-        core: ClientCore,
-        limits: FetchLimits,
-        outputs: Mapping[int, object],
-        policy_version: int | None,
-        *,
-        uploader: DeviceUploader | None = None,
-        alone: bool = False,
-    ) -> None:
-        self._core, self._limits, self.outputs, self.alone = core, limits, outputs, alone
-        self.policy_version = policy_version
-        self.unreported: Iterator[Loss] = iter(())
-        self._on_payload = None if uploader is None else partial(self._uploaded, uploader)
-        self._rounds = rounds_of(self.sorted_out, limits, core.reactor.now)
-
-    @cached_property
-    def records(self) -> Mapping[int, AskedFor]:
-        """Its episodes, by their places; read by the thread, once the fetch begins, since that takes long."""
-        return {place: record_of(output) for place, output in self.outputs.items()}
-
-    def sorted_out(self) -> SortedOut:
-        """What is to be fetched, and what is lost already."""
-        return self._limits.sorter(self.policy_version)(self.records)
-
-    def ended(self, outcome: Batch | Exception) -> None:
-        """What comes of it, a batch or what ended it that was no TransportError of one episode. Must not raise."""
-        raise NotImplementedError
-
-    def start(self, after_s: float = 0.0) -> None:
-        """Begin, or `after_s` seconds later; a batch of which nothing is to be fetched is over at once."""
-        self.has_begun = True
-        if after_s > 0:
-            self._timer = self._core.reactor.call_at(self._core.reactor.now() + after_s, self._step)
-        else:
-            self._step()
-
-    def abandon(self) -> None:
-        """Give it up: what came of it is released, and it does not end. Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
-        job, self._job = self._job, None
-        if job is not None:
-            self._core.abandon(job)
-        self._rounds.close()
-
-    def fail(self, error: Exception) -> None:
-        """Give it up: it ends with this."""
-        self.abandon()
-        self.ended(error)
-
-    def _step(self, outcomes: Outcomes | None = None) -> None:
-        """Go on, within a callback of the reactor: what is raised here ends this fetch and nothing else."""
-        reactor = self._core.reactor
-        try:
-            asked = self._rounds.send(outcomes)
-            if asked is None:
-                self._timer = reactor.call_at(reactor.now() + ROUND_PAUSE_S, self._step)
-                return
-            job = self._core.begin(*asked, on_done=self._round_over, on_payload=self._on_payload)
-            self._job = None if job.done else job
-        except StopIteration as end:
-            self.ended(end.value)
-        except Exception as error:  # noqa: BLE001 - raised to the trainer, in the thread that takes the batch
-            self.fail(error)
-
-    def _round_over(self, job: Job) -> None:
-        if self._error is None:
-            self._job = None
-            self._step([outcome for outcome in job.outcomes if outcome is not None])
-        else:
-            self._job = job
-            self.fail(self._error)
-
-    def _uploaded(self, uploader: DeviceUploader, _: int, payload: Payload) -> Payload:
-        try:
-            return uploader.upload(payload, self._core.reactor)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the payload's memory, and the error may be kept
-            if isinstance(error, TransportError):
-                raise
-            self._error = error
-            raise TransportError(f"the payload could not be taken: {type(error).__name__}: {error}") from error
 
 
 class LimitSettings(TypedDict, total=False):

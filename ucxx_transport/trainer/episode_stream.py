@@ -14,7 +14,8 @@ from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.schema.wire_form import describe
 from ucxx_transport.trainer.batch import FetchLimits, FetchSettings, LimitSettings
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, is_ours, record_of
-from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
+from ucxx_transport.trainer.pending import PendingBatch
+from ucxx_transport.trainer.prefetcher import Prefetcher
 from ucxx_transport.trainer.unpacking import checked_device
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                     del self._begun[0]
                     self.changed.notify_all()
                 batch = pending.settle()
-                self.accounts.report(pending)
+                self.report(pending)
                 for payload in batch.payloads.values():
                     record = pending.records[0]
                     assert isinstance(record, EpisodeRecord)
@@ -158,7 +159,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         with self.lock:
             self.changed.wait_for(lambda: len(self._begun) < self._ahead or self.closed)
             if self.closed:
-                self.accounts.count_closed(1)
+                self.count_closed(1)
                 return False
             self._begun.append(self.begin([record]))
             self.changed.notify_all()

@@ -240,7 +240,7 @@ class Sources:
         answered = {
             (record.worker_id, record.ref.host) for record in came if isinstance(record, EpisodeRecord) and record.ref
         }
-        self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Accounts.count`
+        self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Fetches.count`
         for source in answered:
             _remember(self._answered, source)
         silent: dict[_Source, Loss] = {}

@@ -1,15 +1,4 @@
-"""Prefetcher: batches fetched side by side while a trainer does something else, by one plain thread with one client.
-
-| a batch    | its outcome | in `untaken` | counts, when the prefetcher is closed           |
-|------------|-------------|--------------|-------------------------------------------------|
-| added      |             | yes          | its episodes, as lost by "closed"               |
-| begun      |             | yes          | the same                                        |
-| come       | is there    | yes          | its payloads, the same; its losses, as they are |
-| taken      | is there    | no           | nothing more: counted then                      |
-| given up   | is released | no           | nothing more: counted then                      |
-
-Fetches begin and end in the thread, which runs the reactor of the client's core; others wait for `changed`.
-"""
+"""Prefetcher: batches fetched side by side while a trainer does something else, by one plain thread with one client."""
 
 from __future__ import annotations
 
@@ -19,20 +8,19 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar, Unpack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Unpack
 
 from ucxx_transport.client.core import ClientCore
-from ucxx_transport.config import ClientConfig, checked_seconds
-from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.config import ClientConfig
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_names, known_options
 from ucxx_transport.teardown import Closing, refuse_forked
-from ucxx_transport.trainer.accounts import Accounts, PrefetchStatistics
-from ucxx_transport.trainer.batch import Batch, BatchFetch, FetchLimits, FetchSettings, LimitSettings, given_up
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, discardable_of
+from ucxx_transport.trainer.batch import Batch, FetchLimits, FetchSettings, LimitSettings, PrefetchStatistics
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources
+from ucxx_transport.trainer.pending import Fetches, PendingBatch
 from ucxx_transport.trainer.unpacking import unpacker_for
 
 if TYPE_CHECKING:
@@ -42,151 +30,10 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-_GRACE_S: Final = 5.0
-"""A fetch keeps its own deadline; who waits for it gives the thread this much more before the batch counts as lost."""
-
 _JOIN_TIMEOUT_S: Final = 5.0
 
-PendingT = TypeVar("PendingT", bound="PendingBatch")
 
-_TAKEN: Final = "the batch was taken or cancelled; take each once"
-
-
-class PendingBatch(BatchFetch):
-    """A batch to come, of `Prefetcher.begin`. Take its `result`, or `cancel` it."""
-
-    _outcome: Batch | Exception | None = None
-    _is_late = False
-
-    def __init__(
-        self,
-        prefetcher: Prefetcher,
-        outputs: Mapping[int, object],
-        policy_version: int | None,
-        *,
-        alone: bool = False,
-    ) -> None:
-        self._prefetcher = prefetcher
-        core, limits, uploader = prefetcher.core, prefetcher.limits, prefetcher.uploader
-        super().__init__(core, limits, outputs, policy_version, uploader=uploader, alone=alone)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has come, so that its result need not be waited for."""
-        refuse_forked(self._core.pid, "PendingBatch")
-        return self._outcome is not None
-
-    def begin(self, after_s: float = 0.0) -> None:
-        """Begin to fetch it, in so many seconds, and return at once. Idempotent."""
-        refuse_forked(self._core.pid, "PendingBatch")
-        self._core.reactor.submit(partial(self._begin, after_s))
-
-    def result(self, timeout_s: float | str | None = None) -> Batch:
-        """Wait for it, count it and report its losses; one that has not begun is begun. The caller releases it.
-
-        Args:
-            timeout_s: how long at most; None: its own deadline, and some seconds for the thread.
-
-        Returns:
-            The batch. One that does not come in time is given up: then every episode that was on its way is lost by
-            "timeout", and whatever still comes of it is released. A call that is interrupted leaves it to be taken.
-
-        Raises:
-            ConfigError: it was taken or cancelled, or the prefetcher is closed.
-            TransportError: all of it is lost for a reason that cannot heal, or a source has not answered in
-                `unreachable_batches` in a row.
-            Exception: what ended the fetch, if that was no `TransportError` of one episode; or what `on_loss` raised,
-                when all losses were reported. What came is not lost by it: call `result` again.
-        """
-        batch, untaken = self.settle(timeout_s), self._prefetcher.untaken
-        try:
-            self._prefetcher.accounts.report(self)
-        except Exception:
-            if not batch.payloads:
-                untaken.pop(self, None)
-            raise
-        try:
-            del untaken[self]  # no call: an interrupt comes before it, or to who has the batch
-        except KeyError:
-            raise ConfigError(_TAKEN) from None
-        return batch
-
-    def settle(self, timeout_s: float | str | None = None) -> Batch:
-        """As `result`, and report nothing, and leave it to be taken: interrupted anywhere, it may be called again."""
-        prefetcher = self._prefetcher
-        prefetcher.check_usable()  # before a lock is taken, which a forked child may never get
-        own_s = prefetcher.limits.deadline_s + _GRACE_S
-        limit_s = own_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
-        if not self.has_begun:
-            self.begin()
-        with prefetcher.lock:
-            prefetcher.changed.wait_for(self._is_over, min(limit_s, threading.TIMEOUT_MAX))
-            prefetcher.check_usable()
-            if self not in prefetcher.untaken:
-                raise ConfigError(_TAKEN)
-            outcome = self._outcome
-            self._is_late = outcome is None
-        if self.is_counted:
-            return self.batch
-        if isinstance(outcome, Batch):
-            batch, failure = outcome, None
-        else:
-            batch, failure = given_up(self.sorted_out(), outcome), outcome
-            self._core.reactor.submit(self.abandon)
-            self._core.reactor.submit(partial(prefetcher.discard, batch.losses))
-        prefetcher.accounts.count(self, batch, failure)
-        return batch
-
-    def fetch(self) -> Batch:
-        """Begin it and wait for it, as `result`; what came of one that raises is released."""
-        try:
-            return self.result()
-        except BaseException:
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        """Give it up: what came of it is released, and counted as lost by "closed". Idempotent."""
-        prefetcher = self._prefetcher
-        if prefetcher.core.inherited:
-            return  # a forked child's copy
-        with prefetcher.lock:
-            if self not in prefetcher.untaken:
-                return
-            del prefetcher.untaken[self]
-            prefetcher.changed.notify_all()
-            outcome = self._outcome
-        came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.outputs, ())
-        prefetcher.accounts.count_closed(len(came), losses, fetch=self)
-        if isinstance(outcome, Batch):
-            outcome.release()
-        else:
-            self._core.reactor.submit(self.abandon)
-
-    def ended(self, outcome: Batch | Exception) -> None:
-        prefetcher = self._prefetcher
-        if isinstance(outcome, Batch):
-            prefetcher.discard(outcome.losses)
-            if prefetcher.uploader is None:  # made here and kept, the arrays cost the trainer no time
-                with suppress(TransportError):  # raised to who takes those arrays
-                    any(payload.arrays is None for payload in outcome.payloads.values())
-        with prefetcher.lock:
-            if self in prefetcher.untaken and not self._is_late:
-                self._outcome = outcome
-                prefetcher.changed.notify_all()
-                return
-        if isinstance(outcome, Batch):
-            outcome.release()  # whose episodes were counted as lost
-
-    def _begin(self, after_s: float) -> None:
-        if not (self.has_begun or self._is_over()):
-            self.start(after_s)
-
-    def _is_over(self) -> bool:
-        return self._outcome is not None or self._is_late or self not in self._prefetcher.untaken
-
-
-class Prefetcher(Closing):
+class Prefetcher(Fetches, Closing):
     """One background thread with one client, for a trainer's life. Thread-safe; not usable in a forked child.
 
     ```python
@@ -238,22 +85,17 @@ class Prefetcher(Closing):
     ) -> None:
         others = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
         check_names(f"setting of {type(self).__name__}", limits, LimitSettings.__annotations__.keys() | others)
-        self.limits = FetchLimits(**limits, on_loss=on_loss)
-        self.unpack, self.uploader, in_place = unpacker_for(device)
-        self.core = ClientCore(
+        checked = FetchLimits(**limits, on_loss=on_loss)
+        self.unpack, uploader, in_place = unpacker_for(device)
+        core = ClientCore(
             config,
             link_factory,
             watcher=watcher,
-            page_locker=None if self.uploader is None else self.uploader.page_locker,
+            page_locker=None if uploader is None else uploader.page_locker,
             in_place=in_place,
         )
-        self.lock = threading.RLock()  # of what follows; it is taken by no code of Python's, which an interrupt ends
-        self.changed = threading.Condition(self.lock)
-        self.closed = False
-        self._failure: Exception | None = None  # that ended the thread
-        self.untaken: dict[PendingBatch, None] = {}
-        sources = Sources(self.core.local.host_id, self.limits.unreachable_batches, self.in_a_batch)
-        self.accounts = Accounts(sources, on_loss=on_loss, clock=self.core.reactor.now)
+        sources = Sources(core.local.host_id, checked.unreachable_batches, self.in_a_batch)
+        super().__init__(core, checked, sources, on_loss=on_loss, uploader=uploader)
         self._stopping = threading.Event()
         try:
             self._thread = start_thread(self._run, name="ucxx-prefetch")
@@ -282,16 +124,10 @@ class Prefetcher(Closing):
         pending.begin()
         return pending
 
-    def check_usable(self) -> None:
-        """Refuse, by a ConfigError, one that is closed, or its parent process's."""
-        refuse_forked(self.core.pid, type(self).__name__)
-        if self.closed:
-            raise ConfigError(f"the {type(self).__name__} is closed; make another") from self._failure
-
     def statistics(self) -> PrefetchStatistics:
         """Counts since this was made."""
         refuse_forked(self.core.pid, type(self).__name__)
-        return self.accounts.statistics()
+        return replace(self.counts, losses=dict(self.counts.losses))
 
     def client_statistics(self) -> ClientStatistics:
         """Counts of the client since this was made: what was read which way, and how long it took."""
@@ -314,25 +150,6 @@ class Prefetcher(Closing):
             self.core.reactor.submit(self._stopping.set)
             self._thread.join(_JOIN_TIMEOUT_S)
 
-    # for its batches, and what is built on one
-
-    def add(self, pending: PendingT) -> PendingT:
-        """Keep a batch, which is begun later, where closing finds it until it is taken; errors as `begin`."""
-        self.check_usable()
-        self.limits.sorter(pending.policy_version)  # refuses one that is missing, or no number
-        with self.lock:
-            self.check_usable()
-            self.untaken[pending] = None
-        return pending
-
-    def discard(self, losses: Sequence[Loss]) -> None:  # in the thread
-        refs = discardable_of(losses, discard_lost=self.limits.discard_lost)
-        if refs:
-            try:
-                self.core.reads.go_on(self.core.discard_call(refs, self.limits.deadline_s))
-            except Exception as error:  # noqa: BLE001 - of what is lost already: it costs no other fetch
-                _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
-
     def _leave_all(self) -> None:
         with self.lock:
             self.closed = True
@@ -341,7 +158,7 @@ class Prefetcher(Closing):
         for pending in untaken:
             pending.cancel()
         if untaken:
-            _log.info("episodes_not_taken", episodes=self.accounts.statistics().losses.get("closed", 0))
+            _log.info("episodes_not_taken", episodes=self.counts.losses.get("closed", 0))
 
     def _run(self) -> None:
         try:
@@ -356,7 +173,7 @@ class Prefetcher(Closing):
                     for pending in running:
                         pending.fail(error)
         except Exception as error:  # noqa: BLE001 - the edge of a thread: those who wait hear that it is closed
-            self._failure = error.with_traceback(None)  # which would keep frames, and payloads by them
+            self.failure = error.with_traceback(None)  # which would keep frames, and payloads by them
             _log.error("prefetcher_failed", reason=f"{type(error).__name__}: {error}")
             self._leave_all()
         finally:

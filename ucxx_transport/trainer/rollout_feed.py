@@ -27,7 +27,8 @@ from ucxx_transport.settings import known_options
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.batch import FetchSettings
 from ucxx_transport.trainer.loss_policy import Loss, is_ours, key_of, record_of
-from ucxx_transport.trainer.prefetcher import PendingBatch, Prefetcher
+from ucxx_transport.trainer.pending import PendingBatch
+from ucxx_transport.trainer.prefetcher import Prefetcher
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -242,7 +243,7 @@ class RolloutFeed(Prefetcher):
         taken = self._take_next(timeout_s)
         if taken is None:
             raise ConfigError("nothing is on its way: start(rollouts) first, of a packer start_prefetch")
-        self.accounts.report(taken)
+        self.report(taken)
         return taken.batch.in_time
 
     def collect(self, timeout_s: float | str | None = None) -> list[object]:
@@ -262,7 +263,7 @@ class RolloutFeed(Prefetcher):
         in_use = self._take_next(timeout_s) or self._in_use
         if in_use is None:
             raise ConfigError("nothing is on its way or in use: start(rollouts) first, of a packer start_prefetch")
-        self.accounts.report(in_use)
+        self.report(in_use)
         return in_use.to_train_on(self._on_missing)
 
     def resolve(self, output: object) -> ArrayTree | None:
@@ -344,7 +345,7 @@ class RolloutFeed(Prefetcher):
             taken = self._take_next(None) if is_pending else None
             changed = self._in_use is not seen
         if taken is not None:
-            self.accounts.report(taken)  # with no lock held
+            self.report(taken)  # with no lock held
         return changed
 
     def _take_next(self, timeout_s: float | str | None) -> _Rollouts | None:

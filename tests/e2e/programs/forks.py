@@ -78,11 +78,12 @@ OF_ANOTHER = {
         "server.discard_old",
         "server.release",
     ),  # the publisher's
-    *(f"{name}.discard" for name in ("prefetcher", "feed", "stream")),  # the thread's
     *(
-        f"pending.{name}"
-        for name in ("is_counted", "problem", "sorted_out", "has_begun", "start", "abandon", "fail", "ended")
-    ),
+        f"{name}.{call}"
+        for name in ("prefetcher", "feed", "stream")
+        for call in ("discard", "count", "count_closed", "report")
+    ),  # the thread's, and its batches'
+    *(f"pending.{name}" for name in ("is_counted", "problem", "has_begun", "start", "abandon", "fail", "ended")),
 }
 """What only an object calls that is refused itself."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -38,6 +39,8 @@ class FakeCore:
         abandoned: jobs that were given up.
         raises: what `begin` raises next.
     """
+
+    pid = os.getpid()
 
     def __init__(self, script: dict[int, list[TransportError]] | None = None, *, takes_s: float = 0.0) -> None:
         self.now_s = 1000.0

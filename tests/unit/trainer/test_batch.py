@@ -27,9 +27,10 @@ from ucxx_transport import (
 )
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
-from ucxx_transport.trainer import Batch, LossReason, fetch_batch
-from ucxx_transport.trainer.batch import ROUND_PAUSE_S, BatchFetch, FetchLimits
-from ucxx_transport.trainer.loss_policy import AskedFor, discardable_of
+from ucxx_transport.trainer import Batch, LossReason, PendingBatch, fetch_batch
+from ucxx_transport.trainer.batch import ROUND_PAUSE_S, FetchLimits
+from ucxx_transport.trainer.loss_policy import AskedFor, Sources, discardable_of
+from ucxx_transport.trainer.pending import Fetches
 
 LOST = PeerLostError("gone")
 
@@ -39,17 +40,17 @@ def episode(number: int, **other: Any) -> EpisodeRecord:
     return EpisodeRecord(**{"worker_id": "w", "sequence": number, "ref": ref, **other})
 
 
-class Fetch(BatchFetch):
+class Fetch(PendingBatch):
     """A fetch that keeps what it ended with."""
 
     def __init__(
         self, core: FakeCore, records: Sequence[AskedFor], uploader: Any, policy_version: int | None, **limits: Any
     ) -> None:
         bounds = FetchLimits(**{"deadline_s": 10, **limits})
-        bounds.sorter(policy_version)  # as `Prefetcher.add` does
-        given = dict(enumerate(records))
-        super().__init__(cast("ClientCore", core), bounds, given, policy_version, uploader=uploader)
+        fetches = Fetches(cast("ClientCore", core), bounds, Sources("h", None), uploader=uploader)
+        super().__init__(fetches, dict(enumerate(records)), policy_version)
         self.outcomes: list[Batch | Exception] = []
+        fetches.add(self)
 
     def ended(self, outcome: Batch | Exception) -> None:
         self.outcomes.append(outcome)

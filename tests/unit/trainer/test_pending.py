@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -27,9 +27,9 @@ from ucxx_transport import (
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch
-from ucxx_transport.trainer.accounts import LOG_PAUSE_S, Accounts
-from ucxx_transport.trainer.batch import BatchFetch, FetchLimits
+from ucxx_transport.trainer.batch import FetchLimits
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
+from ucxx_transport.trainer.pending import LOG_PAUSE_S, Fetches, PendingBatch
 
 HERE = "this host"
 UNREACHABLE = PeerLostError("the address cannot be reached", reason="unreachable")
@@ -40,8 +40,8 @@ def episode(worker: str, sequence: int = 0, *, host: str = "10.77.0.1", host_id:
     return EpisodeRecord(worker_id=worker, sequence=sequence, ref=ref)
 
 
-def fetch_of(asked: Mapping[int, AskedFor]) -> BatchFetch:
-    return BatchFetch(cast("ClientCore", FakeCore()), FetchLimits(), asked, None)
+def fetches_of(core: FakeCore, unreachable_batches: int | None = None) -> Fetches:
+    return Fetches(cast("ClientCore", core), FetchLimits(), Sources(HERE, unreachable_batches))
 
 
 class Trainer:
@@ -195,36 +195,36 @@ class Log:
     """What a trainer's log says of batches lost one after the other."""
 
     def __init__(self, events: list[MutableMapping[str, Any]]) -> None:
-        self.now = 0.0
+        self.core = FakeCore()
         self.events = events
-        self.accounts = Accounts(Sources(HERE, None), on_loss=None, clock=lambda: self.now)
+        self.fetches = fetches_of(self.core)
 
     def lines(self, at_s: float, *losses: Loss, of: int = 8) -> list[MutableMapping[str, Any]]:
-        self.now = at_s
+        self.core.now_s = at_s
         self.events.clear()
         records = [loss.record or ProtocolError("malformed") for loss in losses]
         records += [episode("w")] * (of - len(losses))
         asked = dict(enumerate(records))
         batch = Batch(payloads={}, losses=losses, retried=0, took_s=0.0)
-        self.accounts.count(fetch_of(asked), batch)
+        self.fetches.count(PendingBatch(self.fetches, asked, None), batch)
         return self.events
 
 
 def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is_counted_again() -> None:
     for at in itertools.count():
-        accounts = Accounts(Sources(HERE, 2), on_loss=None, clock=float)
+        fetches = fetches_of(FakeCore(), 2)
         losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
         batch = Batch(payloads={}, losses=tuple(losses), retried=0, took_s=0.0)
-        first, second = (fetch_of({0: episode("a"), 1: episode("b")}) for _ in range(2))
+        first, second = (PendingBatch(fetches, {0: episode("a"), 1: episode("b")}, None) for _ in range(2))
         interrupter = Interrupter(at, ("ucxx_transport/trainer/",))
         with suppress(KeyboardInterrupt), interrupter:
-            accounts.count(first, batch)
-        accounts.count(first, batch)
+            fetches.count(first, batch)
+        fetches.count(first, batch)
         with row(where=interrupter.where):
             assert first.problem is None
-            accounts.count(second, batch)
+            fetches.count(second, batch)
             assert isinstance(second.problem, PeerLostError)
-            found = accounts.statistics()
+            found = fetches.counts
             assert (found.batches, found.losses) == (2, {"unreachable": 4})
         if interrupter.where is None:
             break
@@ -281,20 +281,11 @@ def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: lis
             assert (line["reason"], line["worker"], line["sequences"][0]) == ("malformed", *expected)
 
 
-def test_statistics_that_a_caller_changes_are_its_own() -> None:
-    log = Log([])
-    log.lines(0.0, *lost_of([(episode("a"), UNREACHABLE)]))
-    found: Any = log.accounts.statistics().losses
-    assert repr(found) == "{'unreachable': 1}"
-    found["unreachable"] = 9
-    assert log.accounts.statistics().losses == {"unreachable": 1}
-
-
 def test_what_is_counted_as_a_batch_is_not_counted_as_closed_too() -> None:
-    accounts = Accounts(Sources(HERE, 2), on_loss=None, clock=float)
-    fetch = fetch_of({0: episode("a")})
-    accounts.count(fetch, Batch(payloads={}, losses=(), retried=0, took_s=0.0))
-    accounts.count_closed(1, fetch=fetch)
-    assert accounts.statistics().losses == {}
-    accounts.count_closed(1, fetch=fetch_of({0: episode("a")}))
-    assert accounts.statistics().losses == {"closed": 1}
+    fetches = fetches_of(FakeCore(), 2)
+    fetch = PendingBatch(fetches, {0: episode("a")}, None)
+    fetches.count(fetch, Batch(payloads={}, losses=(), retried=0, took_s=0.0))
+    fetches.count_closed(1, fetch=fetch)
+    assert fetches.counts.losses == {}
+    fetches.count_closed(1, fetch=PendingBatch(fetches, {0: episode("a")}, None))
+    assert fetches.counts.losses == {"closed": 1}
