@@ -60,10 +60,10 @@ def _publish(folder: Path, settings: Any, argument: str = "config") -> None:
         publisher(f"local://{folder}/store", "worker-0", RingSource(made), **{argument: settings}).stop()
 
 
-def _join(folder: Path, settings: Any, argument: str = "config") -> None:
+def _join(folder: Path, settings: Any) -> None:
     group: Any = RankGroup
     with open_store(f"local://{folder}/store") as store:
-        group(store, "trainers", 0, **{argument: settings})
+        group(store, "trainers", 0, config=settings)
 
 
 def _stream(_: Path, settings: Any) -> None:
@@ -96,14 +96,6 @@ TAKERS = [
         "store_config",
     ),
     Taker("RankGroup", _join, {"keeper": "thread"}, "keper", "keeper"),
-    Taker(
-        "RankGroup's store",
-        lambda folder, given: _join(folder, given, "store_config"),
-        {"namespace": "one"},
-        "namespce",
-        "namespace",
-        "store_config",
-    ),
     Taker(
         "open_store",
         lambda folder, given: open_store(f"local://{folder}/store", given).close(),

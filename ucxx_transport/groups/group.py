@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final, Self
 
 from ucxx_transport import errors
-from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
+from ucxx_transport.config import PublisherConfig, checked_seconds
 from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
 from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
@@ -45,7 +45,6 @@ class RankGroup(OfOneProcess):
             leaving: a dict or a `PublisherConfig`; None: those of the environment and the file.
         ack_timeout_s: how long a joining rank is kept waiting by one that does not acknowledge it, before that one is
             dropped. Longer than a lease lives, so that a dead one has gone by then.
-        store_config: not needed, and checked alone: the process that renews the lease has the store's own settings.
         clock: seconds.
 
     Raises:
@@ -62,7 +61,6 @@ class RankGroup(OfOneProcess):
         meta: Mapping[str, object] | None = None,
         config: PublisherConfig | Mapping[str, object] | None = None,
         ack_timeout_s: float | str = 10.0,
-        store_config: StoreConfig | Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not group:
@@ -71,7 +69,6 @@ class RankGroup(OfOneProcess):
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
-        made_of(StoreConfig, store_config, "store_config")
         self._context = RankContext(
             store=store,
             group=group,
