@@ -26,6 +26,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Self
 
 
 class TransportError(Exception):
@@ -55,6 +56,10 @@ class TransportError(Exception):
             return self.message
         words = " ".join(f"{key}={value}" for key, value in self.facts.items())
         return f"{self.message} [{words}]"
+
+    def __copy__(self) -> Self:
+        """One with facts of its own, where several calls fail by one event."""
+        return type(self)(self.message, **self.facts)
 
 
 FOREIGN_ERRORS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from copy import copy
 from typing import Any, ClassVar
 
 from tests.support.rows import row
@@ -19,6 +20,15 @@ def test_an_error_survives_a_trip_through_a_process_pool() -> None:
                 found = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
                 assert (type(found), str(found), found.message, found.facts) == (kind, str(error), "the message", facts)
     assert len(kinds) > 15
+
+
+def test_what_is_noted_of_a_copied_error_is_noted_of_no_other() -> None:
+    error = errors.PeerLostError("gone", host="10.0.0.1")
+    copies = [copy(error), copy(error)]
+    for number, one in enumerate(copies):
+        one.facts["slot"] = number
+    assert [one.facts for one in copies] == [{"host": "10.0.0.1", "slot": number} for number in range(2)]
+    assert (type(copies[0]), copies[0].message, error.facts) == (errors.PeerLostError, "gone", {"host": "10.0.0.1"})
 
 
 def test_a_subclass_of_an_application_s_own_may_have_another_base_that_looks_at_subclasses() -> None:
