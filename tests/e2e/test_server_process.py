@@ -103,6 +103,21 @@ def test_dead_server_is_replaced_on_its_ports_and_clients_go_on(
         assert [(event["reason"], event["restarts"]) for event in deaths] == [(number.name, 1)]
 
 
+def test_the_port_of_a_dead_process_is_given_to_no_other_program() -> None:
+    with served_ring() as served, client_of() as client:
+        (port,) = served.server.ports
+        kill_server(served)
+        while served.server.statistics().restarts == 0 or not served.server.is_healthy(MINUTE):
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("", port))
+        with read_retrying(client, write(served.ring, 0)) as payload:
+            assert holds(payload, 0)
+        assert (served.server.statistics().restarts, served.server.ports) == (1, (port,))
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that have ended
+        other.bind(("", port))
+
+
 def test_one_port_is_killed_and_the_other_answers_without_a_gap(record_property: Callable[[str, object], None]) -> None:
     with served_ring(ring={"slots": 64}, ports=2) as served:
         ports, pids = served.server.ports, served.server.statistics().pids

@@ -72,6 +72,12 @@ def context_settings(
     return merged
 
 
+def may_share_ports(ucx: Mapping[str, str], environment: Mapping[str, str]) -> bool:
+    """Whether UCX listens with SO_REUSEADDR, as a context is told by these and no one else."""
+    settings = context_settings(shm_lanes=False, rdma=False, ucx=ucx, environment=environment)
+    return settings.get("TCP_CM_REUSEADDR") == "y"
+
+
 _RESOURCE: Final = re.compile(r"resource\s+\d+\s*:\s*md\s+\d+\s+dev\s+\d+\s+flags\s+\S+\s+(\S+)/(\S+)")
 _WITHIN_A_HOST: Final = ("self", "posix", "sysv", "cma", "knem", "xpmem", "cuda", "gdr_copy", "rocm", "ze_")
 """How the names of transports begin that reach no other host; every other one is a network's."""

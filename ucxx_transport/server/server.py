@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.reactor import LinkFactory
+from ucxx_transport.link.settings import may_share_ports
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import RingSource
 from ucxx_transport.ring import SharedRingBuffer
@@ -56,6 +59,7 @@ class UCXXServer(RingSource, Running):
         self._counters = [PortCounters(ring.server_words, index) for index in indices]
         self._sidecars = [self._sidecar_of(index) for index in indices if self._config.mode == "process"]
         self._running: Sequence[Sidecar | PortThread] = ()
+        self._reserved: dict[int, socket.socket] = {}
         self.address: str | None = None
         self.ports: tuple[int, ...] = ()
         self._pid = os.getpid()
@@ -99,6 +103,9 @@ class UCXXServer(RingSource, Running):
         if self.ports and not self._ring.closed:  # else no one can attach any more
             teardown.step("address", lambda: self._ring.publish_address(None, ()), until_s)
         self._running, self.address, self.ports, self.sidecar = (), None, (), None
+        for held in self._reserved.values():
+            held.close()
+        self._reserved = {}
 
     def statistics(self) -> ServerStatistics:
         """Counts of all ports since the ring was created, and what runs now."""
@@ -124,6 +131,11 @@ class UCXXServer(RingSource, Running):
 
     def _start_ports(self, until_s: float) -> tuple[int, ...]:
         """All side by side: a process takes a second to be up."""
+        if self._sidecars and may_share_ports(self._config.link_settings, os.environ):
+            for index in range(len(self._sidecars)):
+                if self._config.candidates(index) == [0]:
+                    with suppress(OSError):  # no descriptor is left, say: what needs one says so
+                        self._reserved[index] = _reserved_port()
         self._running = self._sidecars or [
             PortThread(self._ring, self._config, index, link_factory=self._link_factory)
             for index in range(len(self._counters))
@@ -150,13 +162,14 @@ class UCXXServer(RingSource, Running):
         counters = self._counters[index]
 
         def order() -> dict[str, object]:
+            held = self._reserved.get(index)
+            again = sidecar.up.result() if sidecar.up.done() else 0  # after another's death the very port that it had
             return {
                 "ring_name": self._ring.name,
                 "ring_folder": self._ring.folder,
                 "descriptor": self._ring.duplicate(),  # a cleaning program may have removed the name
                 "index": index,
-                # after another's death the very port that it had
-                "port": sidecar.up.result() if sidecar.up.done() else 0,
+                "port": again if held is None else held.getsockname()[1],
                 "settings": self._config,
             }
 
@@ -184,3 +197,15 @@ class UCXXServer(RingSource, Running):
             self._ring.reclaim_dead()
         except TransportError as error:  # the new process's sweep does it
             _log.warning("reclaim_failed", ring=self._ring.name, reason=str(error))
+
+
+def _reserved_port() -> socket.socket:
+    """A free port that no other program is given while it is bound here, also while a port's process is replaced.
+
+    UCX may listen on it: with SO_REUSEADDR on both (socket(7)) a bound socket that does not listen is in no one's way.
+    It is set once the port is bound, so that two programs never have the same.
+    """
+    held = socket.socket()
+    held.bind(("", 0))
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return held
