@@ -198,7 +198,7 @@ class GroupMachine(CountedMachine):
         return is_new or self.data.revision != revision
 
     def drop_out(self, one: Process, error: RegistryError | None = None) -> None:
-        one.shared.end(error)
+        one.shared.end(one.incarnation, error)
         one.participant = None
         lease_id, one.lease_id = one.lease_id, None
         assert lease_id is not None

@@ -326,7 +326,7 @@ class RankGroup(OfOneProcess):
             leaving = Retrying(self._context, timeout_s, "leaving")
             change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=participant.incarnation)
             teardown.step("view", change, until_s)
-        self._shared.end()
+        self._shared.end(participant.incarnation)
         participant.stop(teardown, until_s)
 
     def _member(self) -> None:

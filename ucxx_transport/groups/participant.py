@@ -28,7 +28,7 @@ from typing import Final
 
 from ucxx_transport import errors
 from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, parse_policy_version
-from ucxx_transport.groups.state import CALL_S, PAUSE_S, RankContext, Retrying, SharedState
+from ucxx_transport.groups.state import CALL_S, PAUSE_S, MembershipEndedError, RankContext, Retrying, SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
@@ -53,14 +53,6 @@ LAST_TURN: Final = 20
 
 TICK_S: Final = 0.05
 """How often time is looked at while an acknowledgement or a turn is waited for."""
-
-
-class MembershipEndedError(Exception):
-    """This rank is not in the group any more, by `error`, which waiting calls and `on_gone` get; None: it has left."""
-
-    def __init__(self, error: errors.RegistryError | None = None) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Participant:
@@ -151,7 +143,7 @@ class Participant:
         Returns in how many seconds to step again at the latest, if nothing changes; None: only a change matters. A
         MembershipEndedError: this rank is not a member any more. Other errors are the store's answers to a write.
         """
-        self._shared.show(snapshot)
+        self._shared.show(self.incarnation, snapshot)
         own = snapshot.members.get(self._rank)
         if own is None or own.incarnation != self.incarnation:
             text = "this rank's key is gone from the store, as its lease must be"
@@ -174,7 +166,7 @@ class Participant:
         view, known = snapshot.view, self._shared.now
         if view.epoch > known.epoch:
             self._has_applied = True
-            self._shared.apply(view)
+            self._shared.apply(self.incarnation, view)
         elif view.epoch == known.epoch and view != known.view and self._has_applied:
             text = "the store has another view of the epoch that this rank applied last, its data are others"
             raise self._ended(errors.StoreResetError, text, epoch=view.epoch)
@@ -294,7 +286,7 @@ class Participant:
             self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
         except errors.RegistryError as failure:
             _log.warning("lease_not_revoked", lease=self.lease_id, reason=str(failure))
-        self._shared.end(error)
+        self._shared.end(self.incarnation, error)
         while self._shared.listeners.retry() and not self._ending.wait(PAUSE_S):
             pass  # `on_gone` waits for a thread, and this one has nothing else to do
 

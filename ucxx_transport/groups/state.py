@@ -214,8 +214,19 @@ class GroupState:
         return self.view if self.notified_epoch == self.epoch >= min_epoch else None
 
 
+class MembershipEndedError(Exception):
+    """This rank is not in the group any more, by `error`, which waiting calls and `on_gone` get; None: it has left."""
+
+    def __init__(self, error: errors.RegistryError | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class SharedState:
     """The present `GroupState`: set by the rank's own thread, read and waited for by others. Thread-safe.
+
+    A thread that a leave did not wait for may still run when the rank has joined again: what it says of its own life,
+    by that one's `incarnation`, changes nothing of the next.
 
     Attributes:
         now: everything at one moment; read it once for several facts that belong together.
@@ -279,16 +290,21 @@ class SharedState:
             self._incarnation, self.has_joined = incarnation, False
             self.now = replace(self.now, state=state, snapshot=NOT_SEEN, ended=None)
 
-    def show(self, snapshot: GroupSnapshot) -> None:
-        """The store's present content, whether its view is applied or not."""
+    def show(self, incarnation: str, snapshot: GroupSnapshot) -> None:
+        """The store's present content, whether its view is applied or not. A MembershipEndedError: to a later life."""
         with self._changed:
+            self._check(incarnation)
             version = self.now.policy_version if snapshot.policy_version is None else snapshot.policy_version
             self.now = replace(self.now, snapshot=snapshot, policy_version=version)
             self._changed.notify_all()
 
-    def apply(self, view: GroupView) -> None:
-        """Take a newer view with its counts, call back for it, and only then wake waiting calls; for one thread."""
+    def apply(self, incarnation: str, view: GroupView) -> None:
+        """Take a newer view with its counts, call back for it, and only then wake waiting calls; for one thread.
+
+        A MembershipEndedError: this rank has begun a later life.
+        """
         with self._changed:
+            self._check(incarnation)
             before, callbacks = self.now, list(self._view_callbacks.values())
             after = replace(before, view=view)
             if view.seats_incarnation(before.rank, self._incarnation):
@@ -313,13 +329,14 @@ class SharedState:
                 self.count(callback_errors=1)
                 _log.exception("group_callback_failed", group=before.group, rank=before.rank, epoch=view.epoch)
         with self._changed:
+            self._check(incarnation)
             self.now = replace(self.now, notified_epoch=view.epoch)
             self._changed.notify_all()
 
-    def end(self, error: errors.TransportError | None = None) -> None:
+    def end(self, incarnation: str, error: errors.TransportError | None = None) -> None:
         """This rank is a member no more; None: it has left. Waiting calls raise that; `on_gone`, if it had joined."""
         with self._changed:
-            if not self.now.state.is_seated:
+            if incarnation != self._incarnation or not self.now.state.is_seated:
                 return
             state = advance(self.now.state, RankEvent.LEAVE if error is None else RankEvent.LOSE)
             ended = error or errors.NotReadyError("this rank has left", **self._keys)
@@ -327,3 +344,7 @@ class SharedState:
             if self.has_joined and error is not None:
                 self.listeners.put([(GONE, error)])
             self._changed.notify_all()
+
+    def _check(self, incarnation: str) -> None:
+        if incarnation != self._incarnation:
+            raise MembershipEndedError

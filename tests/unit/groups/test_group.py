@@ -883,3 +883,27 @@ def test_a_join_that_failed_and_whose_end_was_interrupted_is_no_membership(
         group.join_group(0.1)
     stuck.go_on.set()
     assert group.join_group(10).state is RankState.ACTIVE
+
+
+def test_a_thread_that_a_leave_did_not_wait_for_ends_nothing_of_the_next_life(ranks: Ranks) -> None:
+    config = replace(CONFIG, stop_timeout_s=0.1)
+    group, other = ranks.make(0, config=config), ranks.make(1)
+    group.join_group(10)
+    before, (thread,) = group.state.epoch, [one for one in threading.enumerate() if one.name == "ucxx-group-0"]
+    gone: list[object] = []
+    group.on_gone(gone.append)
+    stuck = Stuck(group)
+    joining = ranks.in_thread(partial(other.join_group, 10))
+    assert stuck.is_in.wait(60)
+    stuck.end()
+    group.leave()
+    assert thread.is_alive(), "the callback keeps it"
+    life = group.join_group(10)
+    assert life.notified_epoch == life.epoch > before
+    stuck.go_on.set()
+    thread.join(60)
+    assert (group.state.state, group.state.ended) == (RankState.ACTIVE, None)
+    assert group.state.notified_epoch >= life.epoch
+    joining.result(60)
+    assert other.wait_for_view(life.epoch, 10).active_ranks == (0, 1)
+    assert gone == []

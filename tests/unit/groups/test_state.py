@@ -63,7 +63,7 @@ def test_no_reader_sees_a_view_without_the_counts_of_what_it_changed(shared: Sha
     for epoch in (1, 2, 3, 4):
         seen.clear()
         at_each_bytecode(
-            partial(shared.apply, view(epoch)),
+            partial(shared.apply, "0.0", view(epoch)),
             lambda: seen.add((shared.now.epoch, contradiction(shared.now))),
         )
         assert seen == {(epoch - 1, ""), (epoch, "")}
@@ -77,7 +77,7 @@ def test_a_callback_sees_the_view_and_the_counts_of_what_it_is_called_for(shared
 
     shared.on_view(lambda seen: note(f"view {seen.epoch}"))
     for epoch in (1, 2, 3):
-        shared.apply(view(epoch))
+        shared.apply("0.0", view(epoch))
     assert found == [(f"view {epoch}", "") for epoch in (1, 2, 3)]
     found.clear()
     shared.listeners.subscribe(
@@ -87,7 +87,7 @@ def test_a_callback_sees_the_view_and_the_counts_of_what_it_is_called_for(shared
         }
     )
     for epoch in (4, 5):
-        shared.apply(view(epoch))
+        shared.apply("0.0", view(epoch))
     calls = ["0.0 came", "1.2 came", "1.2 went", "view 4", "1.3 came", "view 5"]
     wait_until(lambda: len(found) == len(calls))
     assert sorted(found) == sorted((call, "") for call in calls)
@@ -98,7 +98,7 @@ def test_a_callback_sees_the_view_and_the_counts_of_what_it_is_called_for(shared
 def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState) -> None:
     found: list[GroupView | None] = []
     shared.on_view(lambda _: found.append(shared.now.notified_view()))
-    shared.apply(view(1))
+    shared.apply("0.0", view(1))
     assert found == [None]
     assert shared.now.notified_view() == view(1)
 
@@ -106,10 +106,10 @@ def test_a_view_is_notified_once_its_callbacks_have_returned(shared: SharedState
 def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: SharedState) -> None:
     gone: list[object] = []
     shared.listeners.subscribe({GONE: lambda error: gone.append((error, shared.now.state, shared.now.ended))})
-    shared.apply(view(1))
+    shared.apply("0.0", view(1))
     error = LeaseLostError("it has ended")
-    shared.end(error)
-    shared.end()  # a second one changes nothing
+    shared.end("0.0", error)
+    shared.end("0.0")  # a second one changes nothing
     shared.listeners.wait_idle()
     assert gone == [(error, RankState.GONE, error)]
     assert shared.now.view == view(1), "what was known stays known"
@@ -118,8 +118,8 @@ def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: Sh
 
 
 def test_a_listener_that_comes_later_hears_of_the_members_as_they_are_now(shared: SharedState) -> None:
-    shared.apply(GroupView(epoch=1, seats=(seat(0, 0, RankState.JOINING),)))
-    shared.apply(GroupView(epoch=2, seats=(seat(0, 0),)))
+    shared.apply("0.0", GroupView(epoch=1, seats=(seat(0, 0, RankState.JOINING),)))
+    shared.apply("0.0", GroupView(epoch=2, seats=(seat(0, 0),)))
     heard: list[RankState] = []
     shared.listeners.subscribe({ADD: lambda member: heard.append(member.state)})
     assert heard == [RankState.ACTIVE]
