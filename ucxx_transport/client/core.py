@@ -202,9 +202,7 @@ class ClientCore(ClientBase):
     def take_call(self, source: Takeable | Referring, wait_s: float | str, **what: Any) -> Take:
         """A call that takes payloads, for `Reads.go_on` or `LocalReader.take`; arguments as `SyncUCXXClient.take`."""
         self.require_usable()
-        whose: Any = source
-        if not isinstance(whose, SlotRef) and not hasattr(whose, "ring_name"):  # nor a source's record
-            whose = slot_ref_of(whose)
+        whose: Any = source if hasattr(source, "ring_name") else slot_ref_of(source)
         wait_until_s = self.reactor.now() + checked_seconds(wait_s, "wait_s")
         return Take(whose, wait_until_s + self.config.deadline_s, wait_until_s, **what)
 

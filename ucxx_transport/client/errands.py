@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from ucxx_transport.client.jobs import Job, Outcome, Read, Takeable, too_late
 from ucxx_transport.client.payload import Payload
@@ -42,26 +41,11 @@ MAX_WAIT_S: Final = 60.0
 """How long a server waits on behalf of one request; a longer wait is several."""
 
 
-class Errand(Job, ABC):
-    """A job whose reads are `Request`s. `engine`: once it is begun."""
-
-    engine: Dispatch
-    counts = False
-
-    @abstractmethod
-    def frame(self, connection: Carrier, request: Request) -> Asked:
-        """What to ask a port, over a connection that is open."""
-
-    @abstractmethod
-    def take_in(self, connection: Carrier, request: Request, number: int, answer: memoryview) -> None:
-        """The answer has come, if only when another request has taken the place of this one. Raises what it says."""
-
-
 class Request(Read):
     """Something else than a payload that a source is asked: it goes the way of a read, and before those that wait.
 
-    Attributes:
-        names: of a discard, those that it asks for.
+    Its errand's `frame` is what to ask a port. `take_in` gets the answer, if only when another request has taken the
+    place of this one, and raises what it says. `names`: of a discard, those that it asks for.
     """
 
     goes_first = True
@@ -74,12 +58,14 @@ class Request(Read):
         return self.job is not None and not self.late
 
 
-class Take(Errand):
+class Take(Job):
     """One call that takes payloads: once something was picked, it is a job that reads it.
 
-    `records`: of what was picked; None before.
+    `engine`: once it is begun. `records`: of what was picked; None before.
     """
 
+    engine: Dispatch
+    counts = False
     records: Sequence[Mapping[str, object] | None] | None = None
 
     def __init__(
@@ -98,8 +84,7 @@ class Take(Errand):
 
     def frame(self, connection: Carrier, request: Request) -> Asked:
         now = self.engine.now()
-        wait_s = max(0.0, min(self.wait_until_s - now, MAX_WAIT_S, (request.due_s - now) / 2))
-        wait_ms = math.ceil(wait_s * 1000)
+        wait_ms = math.ceil(1000 * max(0.0, min(self.wait_until_s - now, MAX_WAIT_S, (request.due_s - now) / 2)))
         return connection.session.take(self.max_payloads, self.max_bytes, newest=self.newest, wait_ms=wait_ms)
 
     def take_in(self, connection: Carrier, request: Request, number: int, answer: memoryview) -> None:
@@ -165,14 +150,15 @@ class Take(Errand):
         connection.receive(offer, reads)
 
 
-class Discard(Errand):
+class Discard(Job):
     """One call that discards payloads. A ring of another host is one of its references, and has one request.
 
-    Attributes:
-        unheard: by such ring, what its server has not heard of. In the end that goes along with the next read.
-        found: how many were still there.
+    `unheard`: by such ring, what its server has not heard of; in the end that goes along with the next read.
+    `engine`: once it is begun. `found`: how many were still there.
     """
 
+    engine: Dispatch
+    counts = False
     found = 0
 
     def __init__(
@@ -212,6 +198,9 @@ class Discard(Errand):
             raise BusyError("the server could not look at every payload")
         else:
             self.engine.reassign((request,), connection.key)
+
+
+Errand: TypeAlias = Take | Discard
 
 
 def _common(source: Takeable, ring_id: bytes, fingerprint: int) -> Common:
