@@ -284,7 +284,7 @@ class Connection:
             or len(self.attempts) > 1
             or self.queue
             or self.pool.waiting
-            or engine.ports.wary
+            or engine.ports.avoided
             or view[:HEADER_BYTES] != header
             or view[end:whole] != trailer
             or job is None
@@ -365,11 +365,10 @@ class Connection:
             return
         if isinstance(error, BusyError) and "limit" in error.facts:
             self.pool.short()
-        stale = self.rested
         asked = [read for read in self.attempts if read.job is not None and not read.late]
-        queued = list(self.queue)
+        queued = [read for read in self.queue if read.job is not None]
         self.close()
-        self._engine.connection_lost(self, asked, queued, error, stale=stale)
+        self._engine.connection_lost(self, asked, queued, error)
 
     def close(self) -> None:
         """Close it; what it owes is known from now on. A buffer still in flight stays out of the pool until it ends."""

@@ -82,7 +82,7 @@ class Dispatch:
     def assign(self, source: Source, reads: list[Read], now: float) -> None:
         """Give reads, of one source, a port each."""
         keys = source.keys
-        if self.ports.wary:
+        if self.ports.avoided:
             keys = self.ports.healthy(source, now)
             if not keys:
                 keys = source.keys
@@ -127,7 +127,10 @@ class Dispatch:
             self.look_at(soonest_s)
 
     def asked(self, connection: Carrier, reads: Iterable[Read]) -> None:
-        """Reads are asked of a port now; when that will have taken too long, see `ports.attempt_budget_s`."""
+        """Reads are asked of a port now, and each has half of what is left while another attempt may follow, else all.
+
+        So a silent port costs half the deadline, never all of it, and a slow link has the longest possible time.
+        """
         now, soonest_s = self.now(), math.inf
         for read in reads:
             due_s = read.limit_s
@@ -147,19 +150,15 @@ class Dispatch:
         self.connections.evict(key)
 
     def connection_lost(
-        self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError, *, stale: bool
+        self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError
     ) -> None:
-        """A connection is closed: what was `asked` there, and `queued` for it, goes on elsewhere, or fails.
-
-        It is `stale` if it had answered nothing since it last lay idle: it may have been dead since then.
-        """
+        """A connection is closed: what was `asked` there, and `queued` for it, goes on elsewhere, or fails."""
         key = connection.key
-        reads = [read for read in (*asked, *queued) if read.job is not None]
-        if stale and isinstance(error, PeerLostError):
-            self.reassign(reads, key)  # no reason to distrust the port
+        if connection.rested and isinstance(error, PeerLostError):
+            self.reassign(asked + queued, key)  # it may have been dead since it lay idle: the port is not to blame
         else:
-            failed = [read for read in (asked if connection.is_open else reads) if read.job is not None]
-            if ports.blames_port(error) and (failed or not connection.is_open):
+            failed = asked if connection.is_open else asked + queued
+            if isinstance(error, ports.BLAMING) and (failed or not connection.is_open):
                 self.quarantine(key, error)
             for source in {read.source for read in failed}:
                 source.advance()
@@ -178,7 +177,7 @@ class Dispatch:
         if (
             alternate is None
             or now >= read.limit_s
-            or not ports.rotates(error)
+            or not isinstance(error, ports.ROTATING)
             or (self.ports.avoids(alternate, now) and self.ports.healthy(read.source, now))
         ):
             self._call_failed(read, error, now)
@@ -190,7 +189,7 @@ class Dispatch:
         """The slot layer: a fresh call, or the end of the read."""
         job, source = read.job, read.source
         assert job is not None
-        is_port, is_late = ports.blames_port(error), isinstance(error, errors.DeadlineExceededError)
+        is_port, is_late = isinstance(error, ports.BLAMING), isinstance(error, errors.DeadlineExceededError)
         is_probe, remaining_s = read.limit_s < job.until_s, job.until_s - now
         hopeless = is_port and not job.alone and (is_probe or (is_late and not self.ports.healthy(source, now)))
         waits, attempts = now < job.wait_until_s, self.read_attempts
@@ -292,7 +291,7 @@ class Dispatch:
 
     def arrived(self, connection: Carrier, reads: Sequence[Read]) -> None:
         """Attempts have brought their payloads, whose schemas are known; each is ended, unless it is held."""
-        if self.ports.wary:
+        if self.ports.avoided:
             self.ports.forgive(connection.key, self.now())
         end, schemas, way = connection.session.end, self.connections.schemas, self.delivered
         now_s = time.perf_counter()
@@ -339,7 +338,7 @@ class Dispatch:
         self.ports.forgive(key, self.now())
         if read.job is None or read.late:
             return  # the read has gone on without it
-        if ports.blames_port(error):
+        if isinstance(error, ports.BLAMING):
             self.quarantine(key, error)
         read.source.advance()
         self.failed(read, error)

@@ -234,6 +234,7 @@ class Carrier(EndpointEvents, Protocol):
     late: int
     is_open: bool
     closed: bool
+    rested: bool
     used_s: float
 
     @property

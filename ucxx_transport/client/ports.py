@@ -19,6 +19,7 @@ While all ports of a source are in quarantine, they are tried, for `PROBE_S` at 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Final
 
@@ -43,17 +44,13 @@ WAIT_PAUSE_S: Final = 0.1
 SHORTEST_ATTEMPT_S: Final = 0.001
 """What is left is worth a try only if a round trip may fit into it."""
 
+BLAMING: Final = (PeerLostError, DeadlineExceededError)
+"""Failures that put the port they came through into quarantine."""
+
+ROTATING: Final = (*BLAMING, BusyError)
+"""Failures after which the port layer goes on at the next port."""
+
 PortKey = tuple[str, int]
-
-
-def blames_port(error: TransportError) -> bool:
-    """Whether a failure puts the port it came through into quarantine."""
-    return isinstance(error, PeerLostError | DeadlineExceededError)
-
-
-def rotates(error: TransportError) -> bool:
-    """Whether the port layer goes on at the next port."""
-    return blames_port(error) or isinstance(error, BusyError)
 
 
 def backoff_s(error: TransportError, attempt: int) -> float:
@@ -71,15 +68,6 @@ def retries_slot(error: TransportError, *, attempt: int, read_attempts: int, rem
     if not error.retryable or (attempt >= read_attempts and not isinstance(error, NotReadyError)):
         return False
     return remaining_s - backoff_s(error, attempt) > SHORTEST_ATTEMPT_S
-
-
-def attempt_budget_s(remaining_s: float, tries_left: int) -> float:
-    """How much of the remaining deadline one try may use, of `tries_left`, itself included.
-
-    Half of what is left while other tries may follow, all of it on the last: a silent port can cost half the
-    deadline, never all of it, and a slow link still gets the longest possible time.
-    """
-    return remaining_s if tries_left <= 1 else remaining_s / 2
 
 
 class Source:
@@ -122,15 +110,14 @@ class Ports:
 
     Attributes:
         sources: by address and ports; use `source`, which keeps their order, unless one has just been used.
-        wary: whether any port is in quarantine.
+        avoided: those in quarantine, until when; some of them maybe not any more.
     """
 
     def __init__(self, quarantine_s: float, first: int = 0) -> None:
         self.sources: OrderedDict[tuple[str, tuple[int, ...]], Source] = OrderedDict()
         self._quarantine_s = quarantine_s
         self._first = first
-        self._avoided_until_s: dict[PortKey, float] = {}
-        self.wary = False
+        self.avoided: dict[PortKey, float] = {}
 
     def source(self, host: str, ports: tuple[int, ...]) -> Source:
         """A source by its address and ports, at least one."""
@@ -148,19 +135,14 @@ class Ports:
         return tuple(key for key in source.keys if not self.avoids(key, now))
 
     def avoids(self, key: PortKey, now: float) -> bool:
-        until_s = self._avoided_until_s.get(key)
-        return until_s is not None and now < until_s
+        return now < self.avoided.get(key, -math.inf)
 
     def quarantine(self, key: PortKey, now: float) -> None:
-        self._avoided_until_s[key] = now + self._quarantine_s
-        self.wary = True
+        self.avoided[key] = now + self._quarantine_s
 
     def forgive(self, key: PortKey, now: float) -> None:
         """A port has just answered, or is said to be there: it is healthy. Those avoided long enough are forgotten."""
-        if self.wary:
-            avoided = self._avoided_until_s.items()
-            self._avoided_until_s = {port: until_s for port, until_s in avoided if port != key and now < until_s}
-            self.wary = bool(self._avoided_until_s)
+        self.avoided = {port: until_s for port, until_s in self.avoided.items() if port != key and now < until_s}
 
 
 def shares(count: int, nbytes: int, ports: int) -> list[int]:

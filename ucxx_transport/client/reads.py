@@ -201,7 +201,7 @@ class Reads(Dispatch):
             and (connection := connections.known.get(source.key)) is not None
             and now - connection.used_s <= connections.max_age_s
             and now < job.until_s
-            and not self.ports.wary
+            and not self.ports.avoided
             and not (membership.news or ref.ring_id in membership.gone)
         ):
             source.under_way = 1

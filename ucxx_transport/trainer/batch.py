@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, cast
 
 import anyio
 
-from ucxx_transport.client.ports import attempt_budget_s
 from ucxx_transport.config import checked_count, checked_seconds
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import get_logger
@@ -142,7 +141,8 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
     rounds_left, retried = limits.max_fetch_rounds, 0
     try:
         while wanted:
-            limit_s = attempt_budget_s(max(0.0, until_s - clock()), rounds_left)
+            left_s = max(0.0, until_s - clock())
+            limit_s = left_s / 2 if rounds_left > 1 else left_s  # as an attempt's, see `Dispatch.asked`
             outcomes = yield [entry.ref for entry in wanted], limit_s
             assert outcomes is not None
             rounds_left -= 1

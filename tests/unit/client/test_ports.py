@@ -143,15 +143,15 @@ def test_a_duration_of_zero_avoids_nothing() -> None:
     assert not ports.avoids((HOST, 5001), 100.0)
 
 
-def test_ports_are_wary_until_the_last_one_that_failed_is_avoided_no_more() -> None:
+def test_ports_are_remembered_as_avoided_until_the_last_one_that_failed_is_no_more() -> None:
     ports = Ports(30.0)
     for number in range(100):
         ports.quarantine((HOST, number), float(number))
     ports.quarantine((HOST, 0), 100.0)
     ports.forgive((HOST, 1), 128.0)
-    assert ports.wary
+    assert ports.avoided
     ports.forgive((HOST, 0), 129.0)
-    assert not ports.wary
+    assert not ports.avoided
 
 
 # --- What one frame asks for ---

@@ -133,12 +133,12 @@ def test_rounds_are_counted(rounds: int) -> None:
     assert (len(core.asked), batch.retried) == (rounds, rounds - 1)
 
 
-def test_a_round_takes_half_of_what_is_left_and_the_last_one_all_of_it() -> None:
+@pytest.mark.parametrize("rounds", [1, 3, 9])
+def test_a_round_takes_half_of_what_is_left_and_the_last_one_all_of_it(rounds: int) -> None:
     core = FakeCore({0: [LOST] * 9}, takes_s=1.0)
-    fetched(core, [episode(0)])
-    first = (10 - 1.0 - ROUND_PAUSE_S) / 2
-    last = 10 - 2 * (1.0 + ROUND_PAUSE_S)
-    assert core.limits_s == pytest.approx([5.0, first, last], abs=1e-3)
+    fetched(core, [episode(0)], max_fetch_rounds=rounds)
+    *others, last = [10 - number * (1.0 + ROUND_PAUSE_S) for number in range(rounds)]
+    assert core.limits_s == pytest.approx([*(left_s / 2 for left_s in others), last], abs=1e-3)
 
 
 def test_silence_costs_the_deadline_and_no_more() -> None:
