@@ -351,7 +351,7 @@ class Connection:
             if not self.attempts and not self.queue:
                 self.rested = True
                 if self.pool.waiting:
-                    self.pool.rested(self)
+                    self.pool.start_waiting()  # which may need its descriptors
         if engine.again or engine.finished:
             engine.settle()
 

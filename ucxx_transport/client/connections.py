@@ -102,18 +102,13 @@ class Connections:
             self._close_aged(now)  # also those to sources that are not read any more
             connection = self.known[key] = self._connect(key)
             self.waiting.append(connection)
-            self.reactor.call_at(now, self._start_waiting)  # in the next turn: who asked has not queued anything yet
+            self.reactor.call_at(now, self.start_waiting)  # in the next turn: who asked has not queued anything yet
         connection.used_s = now
         return connection
 
     def evict(self, key: PortKey) -> None:
         connection = self.known.get(key)
         if connection is not None and connection.idle:
-            connection.close()
-
-    def rested(self, connection: Carrier) -> None:
-        """Nothing may use it any more, and others may wait for its descriptors."""
-        if self.waiting and connection.idle and not self._has_room():
             connection.close()
 
     def removed(self, connection: Carrier) -> None:
@@ -128,7 +123,7 @@ class Connections:
 
     def descriptors_free(self, _: bool) -> None:  # noqa: FBT001 - as a link calls it
         self._closing -= 1
-        self._start_waiting()
+        self.start_waiting()
 
     def short(self) -> None:
         """There were no descriptors for a connection, whatever the budget says: for a while it is less.
@@ -147,7 +142,7 @@ class Connections:
         for connection in tuple(self.known.values()):
             connection.close()
 
-    def _start_waiting(self) -> None:
+    def start_waiting(self) -> None:
         """Start those that have waited longest, as descriptors and turns are there for them."""
         while self.waiting and not self.closed:
             if not self._has_room():
@@ -211,7 +206,6 @@ class Connections:
             connection.pump()
             self.counters.add("connections")
             self._turn_over(connection)
-            self.rested(connection)
         else:
             connection.ask(asked, lambda _, answer: self._shake_hands(connection, handshake, answer))
 
@@ -240,7 +234,7 @@ class Connections:
 
     def _turn_over(self, connection: Carrier) -> None:
         self._opening.discard(connection)
-        self._start_waiting()
+        self.start_waiting()
 
     @property
     def _in_use(self) -> int:
