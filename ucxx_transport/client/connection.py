@@ -77,10 +77,9 @@ class Connection:
     def _answered(
         self, asked: Asked, answer: memoryview, on_answer: Callable[[Asked, memoryview], None], operation: Operation
     ) -> None:
-        if self.closed:
-            return
         if operation.error is not None:
             self.lost(operation.error)
+        if self.closed:
             return
         self.rested = False
         try:
@@ -239,18 +238,18 @@ class Connection:
 
     def came(self, reads: Sequence[Read], operation: Operation) -> None:
         """A receive is over: the message has the answers to these, whose ends leave; then more is asked for."""
-        if self.closed:
-            return  # by a callback before: what had arrived by then is called back all the same
         if operation.error is not None:
             self.lost(operation.error)
-            return
+        if self.closed:
+            return  # maybe by a callback before: what had arrived by then is called back all the same
         self.rested = False
         session, attempts = self.session, self.attempts
         arrived: list[Read] = []
         refused: list[tuple[Read, TransportError]] = []
         for read in reads:
             attempts.remove(read)
-            self.late -= read.late
+            if read.late:
+                self.late -= 1
             try:
                 session.verify(read, read.view)
             except TransportError as error:

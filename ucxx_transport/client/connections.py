@@ -174,11 +174,10 @@ class Connections:
             self._set_limit(connection)  # this client has not looked meanwhile, and may have its answer
             return
         endpoint, (host, port) = connection.endpoint, connection.key
+        hint = loopback_hint(host)
+        words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
         if endpoint is not None and endpoint.listener_has_answered():
             words = DATA_PORT_SILENT
-        else:
-            hint = loopback_hint(host)
-            words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
         connection.lost(PeerLostError(words, host=host, port=port, reason="unreachable"))
 
     def _resolved(self, connection: Carrier, address: str | PeerLostError) -> None:
@@ -276,14 +275,11 @@ class Connections:
 
         The answer is not waited for: frames are handled in order.
         """
-        names = list(self.unsettled.pop(ring_id, ()))
-        for start in range(0, len(names), MAX_NAMES):
-            some = names[start : start + MAX_NAMES]
-            if connection.closed:  # by the frame before
-                self.owe(some)
-            else:
-                asked = connection.session.confirm(some)
-                connection.ask(asked, partial(self._confirmed, connection, some))
+        names = self.unsettled.pop(ring_id)
+        while names and not connection.closed:  # by the frame before
+            some = [names.popleft() for _ in range(min(MAX_NAMES, len(names)))]
+            connection.ask(connection.session.confirm(some), partial(self._confirmed, connection, some))
+        self.owe(names)
         return not connection.closed
 
     def _confirmed(self, connection: Carrier, names: list[SlotRef], asked: Asked, answer: memoryview) -> None:

@@ -24,7 +24,7 @@ from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Carrier, ClientBase, Job, OnPayload, Read
+    from ucxx_transport.client.jobs import Carrier, ClientBase, Job, Read
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.schema import SlotRef
@@ -96,8 +96,9 @@ class Dispatch:
         for number, share in enumerate(parts, start=first):
             group = reads[start : start + share]
             start += share
+            alternate = keys[(number + 1) % count] if count > 1 else None
             for read in group:
-                read.alternate = keys[(number + 1) % count] if count > 1 else None
+                read.alternate = alternate
             self._enqueue(keys[number % count], group, now)
 
     def reassign(self, reads: Iterable[Read], key: PortKey | None = None) -> None:
@@ -320,17 +321,11 @@ class Dispatch:
             way.reads += 1
             way.nbytes += ref.nbytes
             way.recent_s.append(now_s - job.began_s)
-            self.over(read, payload if job.on_payload is None else self._passed_on(job.on_payload, read, payload))
+            try:
+                self.over(read, payload if job.on_payload is None else job.on_payload(read.index, payload))
+            except TransportError as error:  # of the caller's callback
+                self.fail(read, error)
             end(read, delivered=True)
-
-    def _passed_on(self, on_payload: OnPayload, read: Read, payload: Payload) -> Outcome:
-        """A payload as its caller wants it."""
-        try:
-            return on_payload(read.index, payload)
-        except TransportError as error:
-            error.__traceback__ = None  # its frames hold the payload
-            self.counters.failed(error)
-            return error
 
     def refused(self, read: Read, error: TransportError) -> None:
         """The server has answered without a payload, or with something that is none."""
