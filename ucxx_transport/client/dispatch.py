@@ -112,23 +112,21 @@ class Dispatch:
         queue = connection.queue
         if len(reads) == 1 and not reads[0].goes_first and connection.ask_one(reads[0], now):
             return
-        soonest_s = math.inf
         for read in reads:
-            is_last = connection.is_open or (read.alternate is None and read.call >= self.read_attempts)
-            read.due_s = read.limit_s if is_last else (now + read.limit_s) / 2
-            read.connection = connection
-            soonest_s = min(soonest_s, read.due_s)
+            read.connection, read.due_s = connection, read.limit_s
             if read.goes_first:  # also of a lost connection's reads, which come together: no payload is before it
                 queue.appendleft(read)
             else:
                 queue.append(read)
-        if connection.is_open:
-            connection.pump()
+        if not connection.is_open:
+            self.asked(connection, reads)
+            return
+        connection.pump()
         if queue:
-            self.look_at(soonest_s)
+            self.look_at(min([read.limit_s for read in reads]))
 
     def asked(self, connection: Carrier, reads: Iterable[Read]) -> None:
-        """Reads are asked of a port now, and each has half of what is left while another attempt may follow, else all.
+        """Reads are asked of a port now, if only for a connection: half of what is left is for that, all if it is last.
 
         So a silent port costs half the deadline, never all of it, and a slow link has the longest possible time.
         """
