@@ -44,11 +44,9 @@ class Connection:
     """See the module.
 
     Attributes:
-        pool: it is one of these. key: where it leads to. endpoint: None until the address is resolved.
-        queue: reads that wait to be posted.
+        endpoint: None until the address is resolved.
         attempts: asked for and not answered. late: how many of them have exceeded their time.
-        used_s: when it was last given a read.
-        rested: whether it has lain idle, and nothing has been answered since.
+        used_s: when it was last given a read. rested: whether it has lain idle, and nothing has been answered since.
     """
 
     def __init__(self, pool: Connections, engine: Dispatch, key: PortKey) -> None:
@@ -144,10 +142,7 @@ class Connection:
             read.seal = seal_of(read.ref)
 
     def ask_one(self, read: Read, now: float) -> bool:
-        """Ask for one payload in few steps, if nothing else is under way here, nor to be learnt or said before.
-
-        The request leaves before anything is made ready for its answer, which nothing takes in before the next turn.
-        """
+        """Ask for one payload in few steps, if nothing else is under way here, nor to be learnt or said before."""
         ref = read.ref
         if (
             not self.is_open
@@ -163,7 +158,7 @@ class Connection:
         read.connection = self
         self.attempts.add(read)
         try:
-            endpoint.post_send(self.session.fetch_one(read))
+            endpoint.post_send(self.session.fetch_one(read))  # first: nothing takes in its answer before the next turn
             if read.call < engine.read_attempts or read.alternate is not None:
                 due_s = (now + due_s) / 2  # as `Dispatch.asked`
             read.due_s = due_s

@@ -74,7 +74,6 @@ class Connections:
     Attributes:
         known: by port. waiting: those that have not been started.
         ending: those with ends that wait for a request to go along with.
-        schemas: see there.
         unsettled: by ring, deliveries and discards that its servers may not know of.
     """
 
@@ -126,10 +125,7 @@ class Connections:
         self.start_waiting()
 
     def short(self) -> None:
-        """There were no descriptors for a connection, whatever the budget says: for a while it is less.
-
-        Idle ones are closed.
-        """
+        """There were no descriptors for a connection, whatever the budget says: for a while it is less."""
         self._budget = max(1, self._in_use - 1)
         self.reactor.call_at(self.reactor.now() + SHORTAGE_S, self._count_again)
         for other in tuple(self.known.values()):

@@ -46,8 +46,6 @@ class ClientCore(ClientBase):
         on_link: called when the link has been opened.
 
     Attributes:
-        local: reads of this host's rings.
-        reactor: runs everything that is not local; opens the link only when it is needed. reads: those over the link.
         damaged: whether a step of the reactor may have been cut in two; `repair` is then to be called first.
     """
 
@@ -110,12 +108,7 @@ class ClientCore(ClientBase):
         return self.config.deadline_s if deadline_s is None else checked_seconds(deadline_s, "deadline_s")
 
     def admit(self, ref: SlotRef, into: Buffer | None = None) -> SharedRingBuffer | None:
-        """First look at a reference: refuse what must not be read; returns its ring if it is read locally.
-
-        Raises:
-            StaleSlotError: delivered before, or its ring on this host is gone.
-            ConfigError: the payload is larger than `max_payload_bytes` or does not fit `into`.
-        """
+        """First look at a reference, which may raise what `read` does; returns its ring if it is read locally."""
         if ref.nbytes > self.config.max_payload_bytes:
             raise ConfigError(
                 f"ref.nbytes = {ref.nbytes} is larger than client.max_payload_bytes = "
@@ -143,11 +136,9 @@ class ClientCore(ClientBase):
         on_done: Callable[[Any], object] | None = None,
         on_payload: OnPayload | None = None,
     ) -> Job:
-        """Read payloads: those of this host's rings now, the others as the reactor is run; see the clients' calls.
+        """Read payloads: those of this host's rings now, the others as the reactor is run.
 
-        `on_done` is called with the job once it is done; before this returns, when nothing is to be waited for.
-        `on_payload` is called with each payload and its index as it comes; what it returns takes the payload's place, a
-        TransportError that it raises becomes the outcome.
+        `on_done` may be called before this returns. A TransportError that `on_payload` raises becomes the outcome.
         """
         job = self.read_call(refs, deadline_s, on_payload)
         job.on_done = on_done
@@ -217,10 +208,9 @@ class ClientCore(ClientBase):
         Another interrupt loses none of them: those that have not begun again by then do so at the next call of this.
         """
         old = self.reads
-        with suppress(Exception):
-            old.connections.close()  # what they owe is known then
-        with suppress(Exception):
-            self.reactor.close()
+        for close in (old.connections.close, self.reactor.close):
+            with suppress(Exception):
+                close()  # what connections owe is known then
         jobs = {*old.jobs, *old.finished}
         for job in jobs:
             job.reads.clear()

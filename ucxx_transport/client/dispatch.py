@@ -49,12 +49,8 @@ class Dispatch:
     """See the module; the calls that reads are of are in `reads`.
 
     Attributes:
-        counters: the client's. delivered: counts what came over the link.
-        claim: see `Deduplicator`. claimed: the last that was.
-        reactor: runs it. now, call_at: the reactor's.
-        ports: of all sources. connections: to them.
-        jobs: those with reads that have no outcome.
-        finished: jobs that have all their outcomes, until `settle` reports them.
+        delivered: counts what came over the link. claim: see `Deduplicator`. claimed: the last that was.
+        jobs: those with reads that have no outcome. finished: that have all of them, until `settle` reports them.
         again: reads that are to go on, until `settle`: by source, and at a port where that is decided.
         look_s: when it looks next for what is due.
     """

@@ -71,14 +71,10 @@ def retries_slot(error: TransportError, *, attempt: int, read_attempts: int, rem
 
 
 class Source:
-    """One source's ports.
+    """One source's ports, at least one: the `key` that is due, and the `alternate` after it, if there are others.
 
-    Attributes:
-        keys: all of them, at least one. key: the one that is due. alternate: the next, None where there is no other.
-        position: of the one that is due, counted on for ever. under_way: how many reads are.
+    `position`: of the one that is due, counted on for ever. `under_way`: how many reads are.
     """
-
-    __slots__ = ("alternate", "key", "keys", "position", "under_way")
 
     def __init__(self, keys: tuple[PortKey, ...], position: int) -> None:
         self.keys = keys
@@ -104,9 +100,7 @@ class Source:
 class Ports:
     """All ports that are read from, by source, and those to avoid since their last transport-class failure.
 
-    Args:
-        quarantine_s: how long one is avoided.
-        first: the port that a source's first read takes; clients should differ in it.
+    `first`: the port that a source's first read takes; clients should differ in it.
 
     Attributes:
         sources: by address and ports; use `source`, which keeps their order, unless one has just been used.

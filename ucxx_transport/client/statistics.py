@@ -114,21 +114,13 @@ _COUNTED_AS: Final[dict[Transport, str]] = {"view": "views", "copy": "copies", "
 class Way:
     """Delivered payloads that came one way; of the last of them, how long each took."""
 
-    __slots__ = ("nbytes", "reads", "recent_s")
-
     def __init__(self) -> None:
         self.reads = self.nbytes = 0
         self.recent_s: deque[float] = deque(maxlen=KEPT_DURATIONS)
 
 
 class ClientCounters:
-    """The running counts behind `ClientStatistics`.
-
-    Attributes:
-        ways: use `delivered`; but what comes over UCX is counted by the one thread that runs the reactor.
-    """
-
-    __slots__ = ("_counts", "_lock", "ways")
+    """The running counts. Use `delivered`, not `ways`; but what UCX brings is counted by the reactor's one thread."""
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(_COUNTERS, 0)
@@ -136,7 +128,6 @@ class ClientCounters:
         self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1) -> None:
-        """Count `amount` more of `name`."""
         with self._lock:  # a client that several threads share counts in all of them
             self._counts[name] += amount
 
