@@ -22,22 +22,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ucxx_transport.client.errands import Request
+from ucxx_transport.client.errands import Errand, Request
 from ucxx_transport.client.jobs import FRAMING_BYTES, OWN_WINDOW_BYTES, Read, next_request
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import BusyError, PeerLostError, StaleSlotError, TransportError
-from ucxx_transport.wire.client_side import ClientSession
+from ucxx_transport.wire.client_side import Asked, ClientSession, Offer
 from ucxx_transport.wire.codec import clear_trailer, seal_of
 from ucxx_transport.wire.frames import HEADER_BYTES, MAX_CHANNEL, NONCE_BYTES, SHORTEST_BYTES, TRAILER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.errands import Errand
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.link.base import OnDone, Operation
     from ucxx_transport.link.endpoint import Endpoint
-    from ucxx_transport.wire.client_side import Asked, Offer
 
 
 class Connection:
@@ -52,15 +50,15 @@ class Connection:
     def __init__(self, pool: Connections, engine: Dispatch, key: PortKey) -> None:
         self.pool = pool
         self.key = key
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        self.session = ClientSession(reader=pool.reader, nonce=nonce, token=pool.config.token_bytes)
+        nonce, token = secrets.token_bytes(NONCE_BYTES), pool.base.config.token_bytes
+        self.session = ClientSession(reader=pool.base.reader, nonce=nonce, token=token)
         self.endpoint: Endpoint | None = None
         self.queue: deque[Read] = deque()
         self.attempts: set[Read] = set()
         self.late = 0
         self.used_s = 0.0
         self.is_open = self.closed = self.rested = False
-        self.schemas, self.lend = pool.schemas, pool.lend
+        self.schemas, self.lend = pool.schemas, pool.base.pool.lend
         self._engine = engine
 
     @property
@@ -89,8 +87,7 @@ class Connection:
         """Ask for what waits, as far as both windows have room; ends that wait go along."""
         queue, session = self.queue, self.session
         while queue and self.is_open and not self.late and not self.closed:
-            first = queue[0]
-            if isinstance(first, Request):
+            if isinstance(first := queue[0], Request):
                 queue.popleft()
                 self._ask_request(first)
                 continue

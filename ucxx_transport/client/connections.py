@@ -29,14 +29,13 @@ from ucxx_transport.link.base import (
     raised_limit,
 )
 from ucxx_transport.logs import get_logger
-from ucxx_transport.schema import Schema
+from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.wire.frames import MAX_NAMES, Status
 
 if TYPE_CHECKING:
     from ucxx_transport.client.jobs import Call, Carrier, ClientBase
     from ucxx_transport.client.ports import PortKey
     from ucxx_transport.link.reactor import Reactor
-    from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.client_side import Asked, ClientSession
 
 UNSETTLED_PER_RING: Final = 1024
@@ -78,11 +77,9 @@ class Connections:
     """
 
     def __init__(self, base: ClientBase, reactor: Reactor, connect: Callable[[PortKey], Carrier]) -> None:
-        self.config = config = base.config
+        self.base = base
         self.reactor = reactor
-        self.reader, self.counters = base.reader, base.counters
-        self.lend = base.pool.lend
-        self.max_age_s = config.pool_endpoint_max_age_s
+        self.max_age_s = base.config.pool_endpoint_max_age_s
         self.known: dict[PortKey, Carrier] = {}
         self.waiting: deque[Carrier] = deque()
         self.ending: set[Carrier] = set()
@@ -98,7 +95,10 @@ class Connections:
     def to(self, key: PortKey, now: float) -> Carrier:
         connection = self.known.get(key)
         if connection is None or (now - connection.used_s > self.max_age_s and connection.idle):
-            self._close_aged(now)  # also those to sources that are not read any more
+            for other in tuple(self.known.values()):  # also those to sources that are not read any more
+                if now - other.used_s > self.max_age_s and other.idle:
+                    self.base.counters.add("aged_out")
+                    other.close()
             connection = self.known[key] = self._connect(key)
             self.waiting.append(connection)
             self.reactor.call_at(now, self.start_waiting)  # in the next turn: who asked has not queued anything yet
@@ -159,7 +159,7 @@ class Connections:
         self._is_queue_logged = False
 
     def _set_limit(self, connection: Carrier) -> None:
-        due_s = self.reactor.now() + self.config.connect_timeout_s
+        due_s = self.reactor.now() + self.base.config.connect_timeout_s
         self.reactor.call_at(due_s, partial(self._at_limit, connection, due_s))
 
     def _at_limit(self, connection: Carrier, due_s: float) -> None:
@@ -198,7 +198,7 @@ class Connections:
             for read in connection.queue:
                 read.due_s = read.limit_s
             connection.pump()
-            self.counters.add("connections")
+            self.base.counters.add("connections")
             self._turn_over(connection)
         else:
             connection.ask(asked, lambda _, answer: self._shake_hands(connection, handshake, answer))
@@ -237,16 +237,9 @@ class Connections:
 
     def _has_room(self) -> bool:
         if self._budget is None:
-            others = descriptors_in_use() - self._in_use * PER_CONNECTION
-            self._budget = connection_budget(limit=raised_limit(), in_use=others, asked=self.config.max_connections)
+            most, others = self.base.config.max_connections, descriptors_in_use() - self._in_use * PER_CONNECTION
+            self._budget = connection_budget(limit=raised_limit(), in_use=others, asked=most)
         return self._in_use < self._budget
-
-    def _close_aged(self, now: float) -> None:
-        limit_s = now - self.max_age_s
-        for connection in tuple(self.known.values()):
-            if connection.used_s < limit_s and connection.idle:
-                self.counters.add("aged_out")
-                connection.close()
 
     def delay_ends(self, connection: Carrier) -> None:
         """Its ends go with its next request, or a little later."""
@@ -286,7 +279,7 @@ class Connections:
                 raise
             statuses = [Status.BUSY if error.retryable else Status.STALE] * len(names)
         self.owe(name for name, status in zip(names, statuses, strict=True) if status is Status.BUSY)
-        self.counters.add("confirms", statuses.count(Status.OK))
+        self.base.counters.add("confirms", statuses.count(Status.OK))
         connection.after_answers()
 
     def say_goodbye(self, goodbye: Call) -> None:

@@ -14,35 +14,31 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ucxx_transport.client.errands import Discard, Take
-from ucxx_transport.client.jobs import Call, ClientBase, Job, OnPayload, Takeable, clear_frames
+from ucxx_transport.client.jobs import Call, ClientBase, Entry, Job, OnPayload, Takeable, clear_frames
 from ucxx_transport.client.local import LocalReader
-from ucxx_transport.client.payload import writable_bytes
+from ucxx_transport.client.payload import PageLocker, writable_bytes
 from ucxx_transport.client.reads import Membership, Reads, Watcher
 from ucxx_transport.config import ClientConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, PeerLostError, StaleSlotError, TransportError
-from ucxx_transport.link.reactor import Reactor
+from ucxx_transport.link.reactor import LinkFactory, Reactor
 from ucxx_transport.schema import SlotRef
-from ucxx_transport.schema.episode_record import several, slot_ref_of
+from ucxx_transport.schema.episode_record import Referring, several, slot_ref_of
 from ucxx_transport.settings import made_of
 from ucxx_transport.teardown import may_end, refuse_forked
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ucxx_transport.client.jobs import Entry
-    from ucxx_transport.client.payload import PageLocker
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.link.endpoint import Link
-    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.ring import SharedRingBuffer
-    from ucxx_transport.schema.episode_record import Referring
 
 
 class ClientCore(ClientBase):
     """See the module; other arguments and errors as `UCXXClient`.
 
     Args:
-        in_place: of which rings payloads stay in their slots with `local="auto"`; None: of all without a page_locker.
+        in_place: of which rings payloads stay in their slots with `local="auto"`.
         on_link: called when the link has been opened.
 
     Attributes:
@@ -56,7 +52,7 @@ class ClientCore(ClientBase):
         *,
         watcher: Watcher | None = None,
         page_locker: PageLocker | None = None,
-        in_place: bool | Callable[[SharedRingBuffer], bool] | None = None,
+        in_place: bool | Callable[[SharedRingBuffer], bool] = True,
         on_link: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,7 +64,7 @@ class ClientCore(ClientBase):
                 field="local",
             )
         super().__init__(config, page_locker, clock)
-        self.local = LocalReader(self, page_locker is None if in_place is None else in_place)
+        self.local = LocalReader(self, in_place)
         self._membership = Membership(watcher)
         self.damaged = False
         self.pid = os.getpid()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from ucxx_transport import errors
 from ucxx_transport.client import ports
-from ucxx_transport.client.jobs import Outcome, too_late
+from ucxx_transport.client.jobs import Carrier, ClientBase, Job, Outcome, Read, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import PeerLostError, StaleSlotError, TransportError
 from ucxx_transport.logs import get_logger
@@ -24,7 +24,6 @@ from ucxx_transport.wire.frames import HEADER_BYTES
 
 if TYPE_CHECKING:
     from ucxx_transport.client.connections import Connections
-    from ucxx_transport.client.jobs import Carrier, ClientBase, Job, Read
     from ucxx_transport.client.ports import PortKey, Source
     from ucxx_transport.link.reactor import Reactor, Timer
     from ucxx_transport.schema import SlotRef

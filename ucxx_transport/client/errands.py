@@ -17,7 +17,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from ucxx_transport.client.jobs import Job, Outcome, Read, Takeable, too_late
+from ucxx_transport.client.jobs import Carrier, Job, Outcome, Read, Takeable, too_late
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.errors import BusyError, ConfigError, StaleSlotError, TransportError
 from ucxx_transport.schema.slot_ref import Common, renumbered
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ucxx_transport.client.dispatch import Dispatch
-    from ucxx_transport.client.jobs import Carrier
     from ucxx_transport.schema import SlotRef
     from ucxx_transport.wire.client_side import Asked, Offer
 
