@@ -134,7 +134,6 @@ class Connections:
 
     def close(self) -> None:
         self.closed = True
-        self.waiting.clear()
         for connection in tuple(self.known.values()):
             connection.close()
 

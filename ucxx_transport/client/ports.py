@@ -19,7 +19,6 @@ While all ports of a source are in quarantine, they are tried, for `PROBE_S` at 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from typing import Final
 
@@ -129,7 +128,7 @@ class Ports:
         return tuple(key for key in source.keys if not self.avoids(key, now))
 
     def avoids(self, key: PortKey, now: float) -> bool:
-        return now < self.avoided.get(key, -math.inf)
+        return now < self.avoided.get(key, now)
 
     def quarantine(self, key: PortKey, now: float) -> None:
         self.avoided[key] = now + self._quarantine_s
