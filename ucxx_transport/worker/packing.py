@@ -21,11 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import numpy as np
 
-from ucxx_transport.config import PublisherConfig, ServerConfig, StoreConfig
 from ucxx_transport.errors import ConfigError, nearest_remedy
 from ucxx_transport.gpu import RuntimeFinder, on_host, runtime_of
 from ucxx_transport.gpu.runtime import DeviceArray
@@ -54,35 +53,6 @@ def without_devices(trajectory: Mapping[str, object], runtimes: RuntimeFinder = 
             array = runtimes(leaf, name).adopt(leaf, name)
             leaves[name] = _stand_in(array.shape, array.dtype)
     return leaves
-
-
-class WriterSettings(TypedDict, total=False):
-    """Keyword arguments of a `TrajectoryWriter`; see there."""
-
-    schema: Schema | None
-    varlen: Iterable[str] | Mapping[str, int] | int
-    lengths: Literal["equal", "any"] | None
-    ring: Mapping[str, object] | None
-    server: ServerConfig | Mapping[str, Any] | None
-    serve: bool
-    on_error: Literal["raise", "drop"]
-    narrow: Iterable[str]
-    nonfinite_meta: Literal["refuse", "none"]
-    reward: str | None
-    store: str | None
-    publisher: PublisherConfig | Mapping[str, Any] | None
-    store_config: StoreConfig | Mapping[str, Any] | None
-    store_meta: Mapping[str, object] | None
-    runtimes: RuntimeFinder
-
-
-class WriteOptions(TypedDict, total=False):
-    """Of a write: keyword arguments of `TrajectoryWriter.write`; see there."""
-
-    policy_version: int | None
-    readers: int | None
-    meta: Mapping[str, object] | None
-    deadline_s: float | str | None
 
 
 @dataclass(eq=False, repr=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Never, Unpack
+from typing import Any, Concatenate, Literal, Never, ParamSpec, TypeVar
 
 from ucxx_transport.config import PublisherConfig, RingConfig, ServerConfig, StoreConfig, checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
@@ -30,9 +30,12 @@ from ucxx_transport.server import RingSource, UCXXServer
 from ucxx_transport.settings import check_names, gather, known_options, made_of
 from ucxx_transport.sidecar.launch import interpreter
 from ucxx_transport.teardown import Closing, may_end, refuse_forked
-from ucxx_transport.worker.packing import TrajectoryPacker, WriteOptions, WriterSettings, without_devices
+from ucxx_transport.worker.packing import TrajectoryPacker, without_devices
 
 _log = get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +159,7 @@ class TrajectoryWriter(Closing):
 
     def write(
         self,
+        /,
         trajectory: Mapping[str, object],
         *,
         policy_version: int | None = None,
@@ -185,7 +189,7 @@ class TrajectoryWriter(Closing):
             RingFullError: no slot, and a ring that does not wait was chosen.
         """
         if _unknown:
-            check_names("option of write", _unknown, WriteOptions.__annotations__)
+            check_names("option of write", _unknown, TrajectoryWriter.write.__kwdefaults__ or ())
         policy_version = as_policy_version(policy_version)
         if deadline_s is not None:
             deadline_s = checked_seconds(deadline_s, "deadline_s")
@@ -282,6 +286,11 @@ class TrajectoryWriter(Closing):
         return packer
 
 
+def _as_in(_: Callable[Concatenate[Any, P], object]) -> Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]:
+    """A method that hands its arguments on to another one, whose they are to type checkers too."""
+    return lambda method: method
+
+
 class UCXXRolloutMixin:
     """Gives a rollout worker `write_to_buffer`. It has no `__init__`, so its place among the bases does not matter.
 
@@ -297,7 +306,8 @@ class UCXXRolloutMixin:
     ucxx_writer: TrajectoryWriter | None = None
     """The writer behind it, from `setup_ucxx` to `cleanup_ucxx`."""
 
-    def setup_ucxx(self, worker_id: str, **settings: Unpack[WriterSettings]) -> None:
+    @_as_in(TrajectoryWriter.__init__)
+    def setup_ucxx(self, worker_id: str, **settings: Any) -> None:
         """Make this worker's writer.
 
         Args:
@@ -312,7 +322,8 @@ class UCXXRolloutMixin:
             raise ConfigError("this worker is set up already; cleanup_ucxx() first")
         self.ucxx_writer = TrajectoryWriter(worker_id, **settings)
 
-    def write_to_buffer(self, trajectory: Mapping[str, object], **options: Unpack[WriteOptions]) -> dict[str, object]:
+    @_as_in(TrajectoryWriter.write)
+    def write_to_buffer(self, trajectory: Mapping[str, object], **options: Any) -> dict[str, object]:
         """Write one trajectory; options (`policy_version` …) and errors as `TrajectoryWriter.write`.
 
         Returns:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 import threading
@@ -30,7 +29,6 @@ from ucxx_transport import (
 from ucxx_transport.ring.layout import SLEEPERS_WORD
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
 from ucxx_transport.worker import TrajectoryWriter, UCXXRolloutMixin
-from ucxx_transport.worker.packing import WriteOptions, WriterSettings
 
 SCHEMA = Schema(
     [TensorSpec("obs", (100, 2), "float32", varlen=True), TensorSpec("reward", (100,), "float32", varlen=True)]
@@ -354,13 +352,6 @@ def test_what_a_write_is_given_beside_its_trajectory_is_checked_whether_the_ring
                 end.write(episode(), **given)
             as_good: dict[str, Any] = {"deadline_s": "250ms", "readers": np.int64(1)}
             assert end.write(episode(), **as_good).ref is not None
-
-
-def test_the_mixin_s_keywords_are_the_writer_s() -> None:
-    for call, known in ((TrajectoryWriter.__init__, WriterSettings), (TrajectoryWriter.write, WriteOptions)):
-        with row(known=known.__name__):
-            parameters = inspect.signature(call).parameters.values()
-            assert set(known.__annotations__) == {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 129])
