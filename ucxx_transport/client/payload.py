@@ -93,13 +93,10 @@ class Payload:
             SlotError: the payload has been released.
             ProtocolError: the bytes are not a payload of the schema.
         """
-        root = self._held()
+        root, schema = self._held(), self.schema
         arrays = self._arrays  # once: another thread may release meanwhile
         if arrays is None:
-            if self.schema is None:
-                arrays = {"data": root}
-            else:
-                arrays = self.schema.views(root.data, writable=root.flags.writeable)
+            arrays = {"data": root} if schema is None else schema.views(root.data, writable=root.flags.writeable)
             self._arrays = arrays
         return arrays
 
@@ -134,8 +131,7 @@ class Payload:
         self.release()
 
     def __repr__(self) -> str:
-        state = " released" if self._root is None else ""
-        ref = self.ref
+        ref, state = self.ref, " released" if self.released else ""
         name = f"{ref.ring_name} slot={ref.slot} generation={ref.generation}"
         return f"<Payload {name} {ref.nbytes} B {self.transport}{state}>"
 
@@ -199,17 +195,14 @@ class Deduplicator:
 
 def writable_bytes(into: Buffer, nbytes: int) -> Bytes:
     """The first `nbytes` bytes of a caller's buffer, or a ConfigError: none, read-only, not contiguous, or shorter."""
+    words = f"a writable, contiguous buffer of at least {nbytes} bytes"
     try:
         view = memoryview(into)
     except TypeError:
-        refuse("into", into, f"a writable, contiguous buffer of at least {nbytes} bytes, such as an array")
+        refuse("into", into, f"{words}, such as an array")
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
-        raise ConfigError(
-            f"into must be a writable, contiguous buffer of at least {nbytes} bytes",
-            nbytes=view.nbytes,
-            readonly=view.readonly,
-            contiguous=view.c_contiguous,
-        )
+        facts = {"nbytes": view.nbytes, "readonly": view.readonly, "contiguous": view.c_contiguous}
+        raise ConfigError(f"into must be {words}", **facts)
     return np.frombuffer(view.cast("B"), dtype=np.uint8)[:nbytes]
 
 
@@ -295,17 +288,20 @@ class BufferPool:
             self._idle_bytes = 0
 
     def _idle_or_new(self, wanted: int, nbytes: int) -> memoryview:
-        stack = self._idle.get(wanted)
-        if stack:
-            memory = stack.pop()
+        if self._idle.get(wanted):
             self._idle_bytes -= wanted
-            return memory
+            return self._idle[wanted].pop()
+        alignment = _ALIGNMENT if self._page_locker is None else _PAGE_BYTES
         try:
-            memory = _allocate(wanted, self._page_locker)
+            raw = np.empty(wanted + alignment, dtype=np.uint8)
         except MemoryError as exc:  # a reference's size is not trusted
             raise ConfigError(f"no memory for a payload of {nbytes} bytes; release others", nbytes=nbytes) from exc
+        start = -raw.ctypes.data % alignment
+        piece = raw[start : start + wanted]
+        if self._page_locker is not None:
+            self._page_locker(piece)
         self._allocations += 1
-        return memory
+        return piece.data  # which keeps this very array
 
     def _take_back(self) -> None:
         while self._returned:
@@ -325,13 +321,3 @@ class BufferPool:
             while other != nbytes and self._idle[other] and self._idle_bytes + nbytes > self._keep_bytes:
                 self._idle_bytes -= len(self._idle[other].pop())
         return self._idle_bytes + nbytes <= self._keep_bytes
-
-
-def _allocate(nbytes: int, page_locker: PageLocker | None) -> memoryview:
-    alignment = _ALIGNMENT if page_locker is None else _PAGE_BYTES
-    raw = np.empty(nbytes + alignment, dtype=np.uint8)
-    start = -raw.ctypes.data % alignment
-    piece = raw[start : start + nbytes]
-    if page_locker is not None:
-        page_locker(piece)
-    return piece.data  # which keeps this very array

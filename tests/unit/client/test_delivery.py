@@ -338,11 +338,11 @@ def test_without_memory_for_an_answer_the_payload_stays_and_the_next_read_succee
         warm(rig, client)
         refs = [rig.write(bytes(60 << 10)) for _ in range(1 + together)]
 
-        def allocate(*_: object) -> memoryview:
+        def allocate(*_: object, **_how: object) -> memoryview:
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr("ucxx_transport.client.payload._allocate", allocate)
+            patch.setattr("ucxx_transport.client.payload.np.empty", allocate)
             errors = client.read_many(refs)
         assert [type(error) for error in errors] == [ConfigError] * len(refs)
         assert client.counts.lent_buffers == client.counts.quarantined == 0
