@@ -190,10 +190,8 @@ def next_request(queue: deque[Read], session: ClientSession) -> tuple[list[Read]
     """
     named = session.named
     names = min(MAX_NAMES, session.window.attempts - named)
-    # One alone there may exceed the server's bytes, and two alone the client's.
     server_bytes = session.window.nbytes - session.named_bytes
     own_bytes = OWN_WINDOW_BYTES - session.named_bytes
-    limit = min(server_bytes if named else MAX_BODY_BYTES, own_bytes if named > 1 else MAX_BODY_BYTES)
     reads: list[Read] = []
     ring_id = b""
     total = shared_bytes = count = 0
@@ -208,15 +206,14 @@ def next_request(queue: deque[Read], session: ClientSession) -> tuple[list[Read]
         total += nbytes
         read.whole_bytes = whole = FRAMING_BYTES + ((nbytes + 7) & ~7)
         is_small = whole <= SMALL_BYTES
-        if total > limit:
+        # One alone there may exceed the server's bytes, and two alone the client's.
+        before = named + count
+        if total > min(server_bytes if before else MAX_BODY_BYTES, own_bytes if before > 1 else MAX_BODY_BYTES):
             break
         if not count:
             ring_id, is_shared = ref.ring_id, is_small
-            limit = min(server_bytes, own_bytes if named else MAX_BODY_BYTES)
         elif ref.ring_id != ring_id or is_small is not is_shared or shared_bytes + whole * is_small > PACK_BYTES:
             break  # it begins the next frame
-        else:
-            limit = min(server_bytes, own_bytes)
         shared_bytes += whole * is_small
         count += 1
         reads.append(queue.popleft())

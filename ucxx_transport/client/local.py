@@ -52,15 +52,10 @@ class LocalReader:
     """
 
     def __init__(self, base: ClientBase, in_place: bool | Callable[[SharedRingBuffer], bool]) -> None:  # noqa: FBT001 - or a function
-        self._config = config = base.config
+        self._base, config = base, base.config
         self._in_place = in_place if config.local == "auto" else config.local == "view"
         self._verify = config.verify_checksum
-        self._reader = base.reader
-        self._pool = base.pool
-        self._counters = base.counters
-        self._delivered = base.delivered
         self._claim = base.delivered.claim
-        self._clock = base.clock
         self._folder = segment_folder()
         self.host_id = host_id(self._folder)
         self.reads_host = None if config.local == "off" else self.host_id
@@ -79,10 +74,15 @@ class LocalReader:
         if ref.host_id != self.reads_host:
             return None
         ring = self._rings.get(ref.ring_id)
-        if ring is not None and self._clock() < self._prune_at_s:
+        if ring is not None and self._base.clock() < self._prune_at_s:
             return ring
         with self._lock:
-            self._prune()
+            if (now := self._base.clock()) >= self._prune_at_s:
+                self._prune_at_s = now + PRUNE_INTERVAL_S
+                self._unreachable.clear()
+                for dead in [known for known in self._rings.values() if not known.creator_alive()]:
+                    del self._rings[dead.ring_id]
+                    dead.close()
             return self._rings.get(ref.ring_id) or self._attach(ref)
 
     def close(self) -> None:
@@ -98,24 +98,24 @@ class LocalReader:
             ring = self._opened(ref)
         except (errors.ConfigError, errors.ProtocolError) as error:
             is_gone = error.facts.get("reason") == "missing"
-            if not (is_gone or self._config.local == "auto"):
+            if not (is_gone or self._base.config.local == "auto"):
                 raise
         else:
             if ring.ring_id == ref.ring_id:
                 self._rings[ref.ring_id] = ring
-                while len(self._rings) > self._config.max_attached_rings:
+                while len(self._rings) > self._base.config.max_attached_rings:
                     self._rings.popitem(last=False)[1].close()
                 return ring
             is_gone = True
             ring.close()
-        if is_gone and not (self._config.local == "auto" and _is_served(ref)):
+        if is_gone and not (self._base.config.local == "auto" and _is_served(ref)):
             message = (
                 "the ring of this payload is gone: its worker closed it, or died and was swept; go "
                 "on with the next record, and let workers wait for their readers: close(drain_s=…)"
             )
             raise StaleSlotError(message, ring=ref.ring_name)
         self._unreachable.add(ref.ring_id)
-        self._counters.add("fallbacks")
+        self._base.counters.add("fallbacks")
         return None
 
     def _opened(self, ref: Takeable) -> SharedRingBuffer:
@@ -131,38 +131,26 @@ class LocalReader:
             self._rings.popitem(last=False)[1].close()
         return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
 
-    def _prune(self) -> None:
-        now = self._clock()
-        if now < self._prune_at_s:
-            return
-        self._prune_at_s = now + PRUNE_INTERVAL_S
-        self._unreachable.clear()
-        for ring_id, ring in tuple(self._rings.items()):
-            if not ring.creator_alive():
-                del self._rings[ring_id]
-                ring.close()
-
     def read(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float, began_s: float) -> Payload:
         return self.deliver(ref, self.begin(ring, ref, limit_s), began_s)
 
     def begin(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float) -> Begun:
         """The part of a read that touches the bytes, and may run in another thread; dropped, it leaves no trace."""
+        reader = self._base.reader
         try:
-            lease = ring.acquire_slot(
-                ref.slot, ref.generation, reader=self._reader, deadline_s=limit_s, again=ring.again
-            )
+            lease = ring.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=limit_s, again=ring.again)
             if ref.fingerprint != ring.fingerprint or ref.nbytes != lease.words[HOLD_NBYTES]:
                 ring.refuse(lease, ref)
         except errors.BusyError:
             if not ring.reclaim_dead():  # the one that holds it may be gone
                 raise
-            lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+            lease = ring.acquire(ref, reader=reader, deadline_s=limit_s)
         except errors.SlotError:
             # Another read may have closed this handle meanwhile: to make room, or because the worker died.
             other = self.ring_of(ref) if ring.closed else None
             if other is None:
                 raise
-            ring, lease = other, other.acquire(ref, reader=self._reader, deadline_s=limit_s)
+            ring, lease = other, other.acquire(ref, reader=reader, deadline_s=limit_s)
         if self._in_place is True and not (self._verify and ref.checksum is not None):
             return ring, lease, None
         return ring, lease, self._copied(ring, ref, lease)
@@ -180,20 +168,20 @@ class LocalReader:
         else:
             lease.mark_consumed()
             payload = Payload(ref, root, ring.schema, "copy")
-        self._counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
+        self._base.counters.delivered(payload.transport, ref.nbytes, time.perf_counter() - began_s)
         return payload
 
     def take(self, ring: SharedRingBuffer, asked: Take, limit_s: float) -> list[Payload]:
         """Take what a ring has ready now; `limit_s` is for its lock."""
-        began_s = time.perf_counter()
+        began_s, reader = time.perf_counter(), self._base.reader
         payloads = []
         for lease in ring.take(
-            asked.max_payloads, max_bytes=asked.max_bytes, newest=asked.newest, reader=self._reader, deadline_s=limit_s
+            asked.max_payloads, max_bytes=asked.max_bytes, newest=asked.newest, reader=reader, deadline_s=limit_s
         ):
             try:
                 payloads.append(self._taken(ring, lease, began_s))
             except TransportError as error:  # a duplicate, or its bytes have changed: the others are none the worse
-                self._counters.failed(error)
+                self._base.counters.failed(error)
         return payloads
 
     def copies(self, ref: SlotRef) -> bool:
@@ -205,7 +193,7 @@ class LocalReader:
         left: list[Entry] = []
         held: set[bytes] = set()
         for index, ring in entries:
-            left_s = job.until_s - self._clock()
+            left_s = job.until_s - self._base.clock()
             if ring.ring_id not in held:
                 try:
                     self.over(job, index, self._visited(job, index, ring, max(0.0, min(left_s, LOCK_TURN_S))))
@@ -220,22 +208,22 @@ class LocalReader:
 
     def _visited(self, job: Job, index: int, ring: SharedRingBuffer, limit_s: float) -> Outcome:
         ref = job.refs[index]
-        self._delivered.check(ref)  # one that the call names twice
+        self._base.delivered.check(ref)  # one that the call names twice
         if not isinstance(job, Discard):
             payload = self.read(ring, ref, limit_s, job.began_s)
             return payload if job.on_payload is None else job.on_payload(index, payload)
-        lease = ring.acquire(ref, reader=self._reader, deadline_s=limit_s)
+        lease = ring.acquire(ref, reader=self._base.reader, deadline_s=limit_s)
         with suppress(StaleSlotError):  # whose name another read has taken
             self._claim(ref)
         found = lease.mark_consumed()
         job.found += found
-        self._counters.add("discarded", found)
+        self._base.counters.add("discarded", found)
         return StaleSlotError("discarded")
 
     def over(self, job: Job, index: int, outcome: Outcome) -> None:
         if isinstance(outcome, TransportError):
             if job.counts:
-                self._counters.failed(outcome)
+                self._base.counters.failed(outcome)
             clear_traceback(outcome)
         job.outcomes[index] = outcome
         job.left -= 1
@@ -255,7 +243,7 @@ class LocalReader:
         """The payload's copy, if the mode asks for one, and its checksum verified; after an error it is released."""
         try:
             stays = self._in_place(ring) if callable(self._in_place) else self._in_place
-            root = None if stays else self._pool.lend(lease.nbytes)
+            root = None if stays else self._base.pool.lend(lease.nbytes)
             if root is not None:
                 np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
             if self._verify and ref.checksum is not None:

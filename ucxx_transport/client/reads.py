@@ -130,28 +130,20 @@ class Reads(Dispatch):
             if len(job.refs) == 1 and job.counts:
                 self.start_one(job)
                 return
-            elsewhere = job.missing
-            if job.here:
-                here = {index for index, _ in job.here}
-                elsewhere = [index for index in elsewhere if index not in here]
-            self._start(job, elsewhere)
-            if not job.here:
+            here = {index for index, _ in job.here}
+            self._start(job, [index for index in job.missing if index not in here])
+            if not here:
                 return
-            job.here = self._local.in_turn(job, job.here)
-        self._until_free(job)
+        self._visit(job)
 
-    def _until_free(self, job: Job) -> None:
-        """Visit rings whose locks are held ever again, while the reactor does what else there is."""
-        if job.here and not job.done:
-            self.call_at(min(self.now() + LOCK_PAUSE_S, job.until_s), partial(self._visit_again, job))
+    def _visit(self, job: Job) -> None:
+        """Visit its rings of this host; where locks are held ever again, while the reactor does what else there is."""
+        job.here = [] if job.done else self._local.in_turn(job, job.here)
+        if job.here:
+            self.call_at(min(self.now() + LOCK_PAUSE_S, job.until_s), partial(self._visit, job))
         else:
             self._check(job)
             self.settle()
-
-    def _visit_again(self, job: Job) -> None:
-        if not job.done:
-            job.here = self._local.in_turn(job, job.here)
-            self._until_free(job)
 
     def _check(self, job: Job) -> None:
         """A job may have its last outcome, though no read has brought it."""
