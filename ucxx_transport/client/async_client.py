@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
 INLINE_BYTES: Final = 1 << 20
-# So is a wait for a ring's lock that takes longer than this: a transition takes some microseconds.
-INLINE_WAIT_S: Final = 0.005
 
 TURN_S: Final = 0.001
 """The reactor gives the loop back after this at the latest."""
@@ -55,16 +53,7 @@ LOOK_S: Final = 0.25
 class UCXXClient(OfOneProcess):
     """Reads payloads. Belongs to the thread it is first used in; close it with `aclose()` or `async with`.
 
-    Args and guarantees as `SyncUCXXClient`.
-
-    Args:
-        config: settings, a dict or a `ClientConfig`; the default reads local rings in place and everything else over
-            UCX.
-        watcher: as for `SyncUCXXClient`.
-        link_factory: opens the link on the first read that needs one; the default is UCX.
-
-    Raises:
-        ConfigError: a setting is wrong.
+    Its arguments (`config`, `watcher`, `link_factory`), errors and guarantees are those of `SyncUCXXClient`.
     """
 
     def __init__(
@@ -103,7 +92,7 @@ class UCXXClient(OfOneProcess):
             if ring is not None:
                 local, is_long = core.local, ref.nbytes > INLINE_BYTES and core.local.copies(ref)
                 try:
-                    payload = None if is_long else local.read(ring, ref, min(limit_s, INLINE_WAIT_S), began_s)
+                    payload = None if is_long else local.read(ring, ref, min(limit_s, LOCK_TURN_S), began_s)
                 except DeadlineExceededError:  # the ring's lock is held
                     payload = None
                 if payload is None:  # copied and waited for in a thread; cancelled then, the payload stays in its slot
