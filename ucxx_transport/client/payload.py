@@ -157,12 +157,11 @@ class Deduplicator:
         """Refuse (StaleSlotError) a payload that this client, or a newer one of its slot, was delivered before."""
         slots = self.rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
+            facts = {"slot": ref.slot, "generation": ref.generation, "delivered": slots[ref.slot]}
             raise StaleSlotError(
                 "this client has already received or discarded this payload, or a newer one of its slot; keep the "
                 "first read's payload or a copy of its arrays, and write what several read with readers=N",
-                slot=ref.slot,
-                generation=ref.generation,
-                delivered=slots[ref.slot],
+                **facts,
             )
 
     def claim(self, ref: SlotRef, note: list[SlotRef] | None = None) -> None:

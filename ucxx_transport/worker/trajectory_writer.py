@@ -245,14 +245,10 @@ class TrajectoryWriter(Closing):
             self._closed = True
             self._packer = None
             ring = self.ring
-        unread = 0
         try:
-            if ring is not None and not ring.closed:
-                unread = ring.drain(wait_s)
-                if unread and wait_s:
-                    _log.warning(
-                        "unread_removed", worker=self._worker_id, ring=ring.name, payloads=unread, waited_s=wait_s
-                    )
+            unread = 0 if ring is None or ring.closed else ring.drain(wait_s)
+            if ring is not None and unread and wait_s:
+                _log.warning("unread_removed", worker=self._worker_id, ring=ring.name, payloads=unread, waited_s=wait_s)
         finally:
             with self._lock:
                 self._open.close()
@@ -347,9 +343,8 @@ def _ring_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     settings = dict(given or {})
     for name in ("schema", "slot_bytes"):
         if name in settings:
-            raise ConfigError(
-                f"leave {name!r} out of `ring`: how large a slot is follows from `schema`, or from `varlen`", field=name
-            )
+            text = f"leave {name!r} out of `ring`: how large a slot is follows from `schema`, or from `varlen`"
+            raise ConfigError(text, field=name)
     if "on_full" not in gather("ring", settings):
         settings["on_full"] = "block"
     host_id(Path(RingConfig(slot_bytes=1, **settings).folder))
