@@ -20,7 +20,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.errands import DEFAULT_MAX_BYTES, DEFAULT_MAX_PAYLOADS, Discard
@@ -52,8 +52,6 @@ LOOK_S: Final = 1.0
 
 OVERDUE_S: Final = 5.0
 """One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
-
-_JobT = TypeVar("_JobT", bound=Job)
 
 
 class SyncUCXXClient(Closing):
@@ -141,7 +139,10 @@ class SyncUCXXClient(Closing):
         Returns:
             A list as long as `refs`: the payload, or the error that `read` would have raised.
         """
-        return self._done(self._core.read_call(refs, deadline_s)).results()
+        job = self._core.read_call(refs, deadline_s)
+        if job.left:
+            self._lead.perform(job, Reads.go_on)
+        return job.results()
 
     def discard(self, refs: Iterable[Referring], *, deadline_s: float | str | None = None) -> int:
         """Let payloads go unread: each counts as this client's read of it, and none of its bytes is moved.
@@ -157,7 +158,10 @@ class SyncUCXXClient(Closing):
         Raises:
             ConfigError: the client is closed, or `deadline_s` is no duration.
         """
-        return self._done(self._core.discard_call(refs, deadline_s)).found
+        call = self._core.discard_call(refs, deadline_s)
+        if call.left:
+            self._lead.perform(call, Reads.go_on)
+        return call.found
 
     def take(
         self,
@@ -234,12 +238,6 @@ class SyncUCXXClient(Closing):
             lead.lock.release()
             lead.wake(None)
 
-    def _done(self, call: _JobT) -> _JobT:
-        """A call of `read_call` or `discard_call`, done."""
-        if call.left:
-            self._lead.perform(call, Reads.go_on)
-        return call
-
 
 class _Lead:
     """See the module."""
@@ -252,8 +250,7 @@ class _Lead:
     def perform(self, call: Call, start: Callable[[Reads, Any], object]) -> None:
         """Start a call by `start(reads, call)` and run the reactor until it is done, or let the leader do so.
 
-        Raises:
-            ConfigError: it was interrupted by a signal handler that calls this client itself.
+        A ConfigError: a signal handler calls the client that it has interrupted.
         """
         lock, core = self.lock, self._core
         if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - as `threading.Condition` asks

@@ -50,11 +50,7 @@ Entry: TypeAlias = "tuple[int, SharedRingBuffer]"
 
 
 class ClientBase:
-    """What every part of a client uses.
-
-    Attributes:
-        reader: its random id. delivered: the names of what it has delivered. closed: nothing is to begin any more.
-    """
+    """What every part of a client uses; `reader` is its random id. `closed`: nothing is to begin any more."""
 
     closed = False
 
@@ -68,15 +64,10 @@ class ClientBase:
 
 
 class Call:
-    """What is started, and done some turns later.
-
-    Attributes:
-        until_s: its deadline, on the reactor's clock.
-        done: whether it is over. on_done: called with it once it is.
-    """
+    """What is started, and done some turns later; `until_s` is its deadline, on the reactor's clock."""
 
     done = False
-    on_done: Callable[[Any], object] | None = None
+    on_done: Callable[[Any], object] | None = None  # called with it once it is done
 
     def __init__(self, until_s: float) -> None:
         self.until_s = until_s

@@ -46,9 +46,7 @@ class LocalReader:
     """Attaches rings of this host as references to them come, and reads from them. Thread-safe.
 
     With `local="auto"` it falls back to UCX where a ring cannot be attached, or has lost its name and is served.
-
-    Attributes:
-        host_id: of this host. reads_host: whose rings it reads: this host's, or None.
+    `reads_host`: whose rings it reads, this host's or None.
     """
 
     def __init__(self, base: ClientBase, in_place: bool | Callable[[SharedRingBuffer], bool]) -> None:  # noqa: FBT001 - or a function
@@ -67,9 +65,7 @@ class LocalReader:
     def ring_of(self, ref: Takeable) -> SharedRingBuffer | None:
         """The attached ring of a reference or a source, or None when it is to be read over UCX.
 
-        Raises:
-            StaleSlotError: the ring was on this host and is gone.
-            ConfigError: it is on this host but cannot be attached, and the mode is not "auto".
+        A StaleSlotError: it was on this host and is gone. A ConfigError: it cannot be attached, but has to be.
         """
         if ref.host_id != self.reads_host:
             return None

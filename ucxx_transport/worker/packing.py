@@ -133,10 +133,7 @@ class TrajectoryPacker:
                 self._unlock()
 
     def _set_apart(self, leaves: list[Any]) -> dict[int, DeviceArray]:
-        """Those of `leaves` on a GPU, by position, stood in for until they have a place; others narrowed where need be.
-
-        A ConfigError, which names the field: a leaf cannot be taken, or a value does not fit.
-        """
+        """Those of `leaves` on a GPU, by position, stood in for until they have a place; others narrowed if need be."""
         devices: dict[int, DeviceArray] = {}
         for index, spec in enumerate(self.schema.fields):
             leaf = leaves[index]
