@@ -72,8 +72,7 @@ class TrajectoryWriter(Closing):
         serve: whether there is a server: without one only trainers on this host can read.
         on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
             ring or server that cannot be made, or a ring that cannot be page-locked, is an exception in any case. So
-            is, for `schema=None`, a first trajectory that makes no schema: before there is one nothing can be dropped
-            against it. The same misfit later is dropped.
+            is, for `schema=None`, a first trajectory that makes no schema; the same misfit later is dropped.
         narrow: names of the fields whose values may lose precision on the way in.
         nonfinite_meta: what a NaN or an infinity in `meta` does, since JSON has none: "refuse" fails the write, "none"
             writes None in its place.
@@ -304,15 +303,10 @@ class UCXXRolloutMixin:
 
     @_as_in(TrajectoryWriter.__init__)
     def setup_ucxx(self, worker_id: str, **settings: Any) -> None:
-        """Make this worker's writer.
-
-        Args:
-            worker_id: the worker's name in every record.
-            **settings: as for `TrajectoryWriter`, all of which are checked here.
+        """Make this worker's writer; arguments and errors as `TrajectoryWriter`, every setting is checked here.
 
         Raises:
-            ConfigError: a setting is wrong, or this worker is set up already.
-            TransportError: the server did not start.
+            ConfigError: also where this worker is set up already.
         """
         if self.ucxx_writer is not None:
             raise ConfigError("this worker is set up already; cleanup_ucxx() first")
