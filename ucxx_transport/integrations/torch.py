@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Final, Generic, TypeVar, Unpack
+from operator import attrgetter
+from typing import Final, Generic, TypeVar, Unpack
 
 from torch import Tensor, strided
 from torch.utils.data import IterableDataset, get_worker_info
@@ -24,11 +25,6 @@ HANDED_OVER_IN: Final = "/dev/shm"  # noqa: S108 - POSIX shared memory, not a te
 """Where torch's workers put tensors for the process that has the loader: by shm_open, in files of their own."""
 
 
-def arrays_of(episode: StreamedEpisode) -> Any:
-    """An episode's tensors, nested as they were written: the dataset's default item."""
-    return episode.arrays
-
-
 class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torch is not always there to be looked at
     """Episodes as tensors, fetched ahead, in the order of their references.
 
@@ -45,7 +41,7 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
     Args:
         references: as for `EpisodeStream`. With workers every one of them iterates over its own copy.
         config: settings of the client.
-        item_of: makes the dataset's item of an episode; the default gives its tensors.
+        item_of: makes the dataset's item of an episode; the default gives its tensors, nested as written.
         shared: whether copies of `references` share their items (a queue): then every worker takes what it gets. Else
             worker i of n takes every n-th, from the i-th.
         **settings: as for `EpisodeStream`: `ahead`, `deadline_s`, `max_fetch_rounds`, `on_loss` …; `device` is "cpu".
@@ -59,7 +55,7 @@ class EpisodeDataset(IterableDataset, Generic[T]):  # type: ignore[misc]  # torc
         references: Iterable[object],
         config: ClientConfig | Mapping[str, object] | None = None,
         *,
-        item_of: Callable[[StreamedEpisode], T] = arrays_of,
+        item_of: Callable[[StreamedEpisode], T] = attrgetter("arrays"),
         shared: bool = False,
         **settings: Unpack[StreamSettings],
     ) -> None:
