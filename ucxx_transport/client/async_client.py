@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ucxx_transport.client.reads import Watcher
     from ucxx_transport.client.statistics import ClientStatistics
     from ucxx_transport.config import ClientConfig
-    from ucxx_transport.link.reactor import LinkFactory, Reactor
+    from ucxx_transport.link.reactor import LinkFactory
     from ucxx_transport.schema.episode_record import Referring
 
 # Copies and checksums of more than this run in a thread: below it the hop costs more than it frees the loop.
@@ -64,7 +64,7 @@ class UCXXClient(OfOneProcess):
         link_factory: LinkFactory | None = None,
     ) -> None:
         self._core = ClientCore(config, link_factory, watcher=watcher)
-        self._waiters = _Waiters(self._core.reactor, self._core.config.spin_s)
+        self._waiters = _Waiters(self._core)
         self._kept_s = 0.0
 
     @property
@@ -194,9 +194,8 @@ class UCXXClient(OfOneProcess):
 class _Waiters:
     """Tasks that wait for one reactor: one of them runs it, for the others too; each that leaves wakes the next."""
 
-    def __init__(self, reactor: Reactor, spin_s: float) -> None:
-        self._reactor = reactor
-        self._spin_s = spin_s
+    def __init__(self, core: ClientCore) -> None:
+        self._core = core
         self._thread = 0
         self._sleep: anyio.CancelScope | None = None
         self._followers: dict[anyio.Event, None] = {}
@@ -210,7 +209,7 @@ class _Waiters:
 
     async def wait(self, call: Call, *, alone: bool) -> None:
         """Return when the call is done; `alone` when nothing else is waited for."""
-        reactor, spin_s = self._reactor, self._spin_s if alone else 0.0
+        reactor, spin_s = self._core.reactor, self._core.config.spin_s if alone else 0.0
         try:
             while True:
                 give_up_s = reactor.now() + TURN_S
@@ -238,7 +237,7 @@ class _Waiters:
         try:
             with anyio.CancelScope(deadline=anyio.current_time() + limit_s) as self._sleep:
                 call.on_done = lambda _, sleep=self._sleep: sleep.cancel()
-                await anyio.wait_readable(self._reactor.fileno())
+                await anyio.wait_readable(self._core.reactor.fileno())
         finally:
             self._sleep = None
 

@@ -90,10 +90,9 @@ class Job(Call):
         on_payload: called with each payload that came over the link and its index; what it returns takes its place.
         is_held: a payload is kept until `deliver` or `abandon`: one of a task that may be cancelled before it has it.
         held: that payload's read. Of a job of one, like `is_held`.
-        began_s: of `perf_counter`.
         alone: whether all that it reads over the link is of one source: then nothing else waits for it.
         counts: whether its reads are of payloads by name, whose errors are counted as failed reads.
-        wait_until_s: what may pass is tried again so long, however often.
+        wait_until_s: what may pass is tried again so long, however often. began_s: of `perf_counter`.
     """
 
     on_payload: OnPayload | None = None
@@ -140,12 +139,11 @@ class Read(Attempt):
 
     Attributes:
         job: whose; None once it has its outcome, and of an attempt that has no use. index: in the job.
-        ref: the payload. source: where it is. connection: where it is queued or asked.
         message: the buffer that its answer lies in, from `start` on. view: the answer. whole_bytes: how long it is.
         alternate: the port that this call may still rotate to.
         call: number of the slot layer's call, from 1. limit_s: when this call is over at the latest.
-        due_s: when to look at it again.
-        late: see above. before: the late one that it took the place of. goes_first: before others that are queued.
+        connection: where it is queued or asked. due_s: when to look at it again.
+        before: the late one that it took the place of. goes_first: before others that are queued.
     """
 
     alternate: PortKey | None = None

@@ -119,8 +119,7 @@ class LocalReader:
         try:
             return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
         except errors.ConfigError as error:
-            cause = error.__cause__
-            if not (isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)):
+            if getattr(error.__cause__, "errno", None) not in (errno.EMFILE, errno.ENFILE):
                 raise
         raised_limit()
         for _ in range((len(self._rings) + 1) // 2):

@@ -158,7 +158,7 @@ class TrajectoryWriter(Closing):
 
     def write(
         self,
-        /,
+        /,  # without it `_as_in` could not tell `self` from an option of that name
         trajectory: Mapping[str, object],
         *,
         policy_version: int | None = None,
