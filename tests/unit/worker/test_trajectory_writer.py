@@ -354,6 +354,16 @@ def test_what_a_write_is_given_beside_its_trajectory_is_checked_whether_the_ring
             assert end.write(episode(), **as_good).ref is not None
 
 
+def test_the_mixin_s_keywords_are_the_writer_s_for_type_checkers_too() -> None:
+    worker = Worker()
+    with pytest.raises(ConfigError, match="did you mean 'reward'"):
+        worker.setup_ucxx("w", rewrad="reward")  # type: ignore[call-arg]  # what is tested
+    worker.setup_ucxx("w", schema=SCHEMA, ring=RING, serve=False)
+    with pytest.raises(ConfigError, match="did you mean 'policy_version'"):
+        worker.write_to_buffer(episode(), policy_versoin=1)  # type: ignore[arg-type]  # likewise
+    worker.cleanup_ucxx()
+
+
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 129])
 def test_a_wrong_worker_id_is_refused_at_once(name: str) -> None:
     with pytest.raises(ConfigError, match="worker_id"):
