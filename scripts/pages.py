@@ -22,8 +22,7 @@ from scripts.messages import heading_of, headings, messages
 from ucxx_transport import config, errors, machine, teardown
 from ucxx_transport.groups.view import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.view import RankState
-from ucxx_transport.link import address, endpoint
-from ucxx_transport.link import settings as ucx_settings
+from ucxx_transport.link import address, endpoint, ucx
 from ucxx_transport.ring import layout, states
 from ucxx_transport.settings import Rule
 from ucxx_transport.sidecar import main as sidecar
@@ -340,7 +339,7 @@ PARTS: Final = (
     Part(page="api.md", name="names", make=_names),
     Part(page="operations.md", name="machine-table", make=lambda: _table_of(machine)),
     Part(page="operations.md", name="address-table", make=lambda: _table_of(address)),
-    Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx_settings)),
+    Part(page="operations.md", name="ucx-settings-table", make=lambda: _table_of(ucx)),
     Part(page="operations.md", name="teardown-table", make=lambda: _table_of(teardown)),
     Part(page="internals.md", name="layers", make=_layers),
     Part(page="internals.md", name="sidecar-table", make=lambda: _table_of(sidecar)),

@@ -20,8 +20,8 @@ from ucxx_transport.cli.program import AsJson, installed_version, logs_to_stderr
 from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.link.address import choose_address, list_interfaces
-from ucxx_transport.link.settings import limits_in_words, networks_of, rdma_devices, resources_of
+from ucxx_transport.link.address import choose_address, list_interfaces, rdma_devices
+from ucxx_transport.link.ucx import limits_in_words, networks_of, resources_of
 from ucxx_transport.link.ucx_api import PREFER_SYSTEM, library_in_use, load_binding
 from ucxx_transport.machine import Finding, MemoryLimit, Verdict, has_proc, memory_limit, parts, pid_namespace
 from ucxx_transport.ring import SharedRingBuffer

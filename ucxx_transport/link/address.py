@@ -28,7 +28,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ucxx_transport.errors import ConfigError
-from ucxx_transport.link.settings import RDMA_FOLDER
+
+_RDMA = Path("/sys/class/infiniband")
+"""One entry a device, InfiniBand or not (RoCE, iWARP, EFA): Linux, Documentation/ABI/stable/sysfs-class-infiniband."""
 
 _BRIDGES = ("br-", "cni", "docker", "flannel", "lxc", "veth", "virbr")
 """How names of bridges begin that containers sit on, which other hosts don't reach."""
@@ -133,12 +135,17 @@ def decide_address(
     raise ConfigError("this machine has no address to publish; give one as the server's host")
 
 
+def rdma_devices() -> list[str]:
+    """RDMA devices of this host, such as `mlx5_0`; none where the kernel has no RDMA at all."""
+    return sorted(device.name for device in _RDMA.glob("*"))
+
+
 def list_interfaces() -> list[Interface]:
     """The interfaces of this machine that have an IPv4 address, by name; RDMA devices found through sysfs."""
     rdma = {
-        interface.name: device.name
-        for device in sorted(RDMA_FOLDER.glob("*"))
-        for interface in sorted((device / "device" / "net").glob("*"))
+        interface.name: device
+        for device in rdma_devices()
+        for interface in sorted((_RDMA / device / "device" / "net").glob("*"))
     }
     found = []
     for _, name in sorted(socket.if_nameindex(), key=lambda one: one[1]):

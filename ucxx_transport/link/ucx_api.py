@@ -5,7 +5,7 @@ reach is called natively; what such a call cannot say is unknown. Structures are
 1.21, to the last field used; a field mask says which those are.
 
 Importing ucxx writes `UCX_*` defaults into `os.environ`, from where child processes would take them for the user's.
-They are removed again here; those that matter are passed to each context by `settings`. Where the program has imported
+They are removed again here; those that matter are passed to each context by `ucx`. Where the program has imported
 ucxx before, they are there already and count as the environment's.
 
 One process holds one UCX. A second one, of torch's, mpi4py's or LD_PRELOAD's, has the same names inside, so what is

@@ -25,6 +25,7 @@ from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.base import connection_budget, descriptors_in_use, raised_limit
 from ucxx_transport.link.endpoint import Endpoint, Listener
 from ucxx_transport.link.reactor import LinkFactory, Reactor, Timer
+from ucxx_transport.link.ucx import UCXXLink
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
 from ucxx_transport.ring import SharedRingBuffer
@@ -269,8 +270,6 @@ def _max_connections(settings: ServerConfig) -> int:
 
 
 def _ucxx_links(settings: ServerConfig) -> LinkFactory:
-    from ucxx_transport.link.ucx import UCXXLink
-
     address = choose_address(settings.host)
     ipv6 = address if ":" in address else None
     return partial(UCXXLink, shm_lanes=settings.shm_lanes, ucx=settings.link_settings, ipv6=ipv6)

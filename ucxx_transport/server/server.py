@@ -13,7 +13,7 @@ from ucxx_transport.config import ServerConfig
 from ucxx_transport.errors import DeadlineExceededError, TransportError
 from ucxx_transport.link.address import choose_address
 from ucxx_transport.link.reactor import LinkFactory
-from ucxx_transport.link.settings import may_share_ports
+from ucxx_transport.link.ucx import may_share_ports
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.sources import RingSource
 from ucxx_transport.ring import SharedRingBuffer

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError
-from ucxx_transport.link.settings import (
+from ucxx_transport.link.ucx import (
     SHM_LANES,
     TUNED,
     WITHOUT_RDMA,
