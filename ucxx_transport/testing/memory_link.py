@@ -16,10 +16,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ucxx_transport.errors import ConfigError, PeerLostError
-from ucxx_transport.link import base
+from ucxx_transport.link.base import EndpointEvents, LostReason, Operation, Posted, Timers, lost
 from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
 from ucxx_transport.link.flight import CANCELLED, ENDS, ENDS_AT_ONCE, SPIN, TRUNCATED, Flight
 from ucxx_transport.machine import Wakeup
@@ -120,27 +120,16 @@ class MemoryNetwork:
     listeners: dict[int, MemoryListener] = field(default_factory=dict)
     free_ports: itertools.count[int] = field(default_factory=lambda: itertools.count(49152))
 
-    def link(self, timers: base.Timers) -> MemoryLink:
+    def link(self, timers: Timers) -> MemoryLink:
         """A link of this network: `link_factory=network.link` for a server, a client or a reactor."""
         return MemoryLink(self, timers)
 
 
 class MemoryArray:
-    """A buffer, in the place of ucxx's `Array`."""
-
-    ptr = 0
+    """A buffer, in the place of ucxx's `Array`; it is its own address."""
 
     def __init__(self, view: memoryview) -> None:
-        self.view = view.cast("B") if view.nbytes else memoryview(b"")
-
-
-class Sent(NamedTuple):
-    """A message on its way by a connection."""
-
-    tag: int
-    content: bytes
-    connection: MemoryConnection
-    operation: base.Operation
+        self.ptr = view.cast("B") if view.nbytes else memoryview(b"")
 
 
 class MemoryConnection:
@@ -153,22 +142,22 @@ class MemoryConnection:
         self.alive = True
         self.handle = self
         self.stream = next(_stream_tags)
-        self._reason: base.LostReason = "reset"
+        self._reason: LostReason = "reset"
         self._on_close: Callable[[], object] = lambda: None  # it may break before it has an endpoint
-        self._outbox: deque[tuple[Hold | None, Sent]] = deque()
+        self._outbox: deque[tuple[Hold | None, int, bytes, Operation]] = deque()
 
     def set_close_callback(self, callback: Callable[..., object], arguments: tuple[object, ...]) -> None:
         self._on_close = partial(callback, *arguments)
 
     def raise_on_error(self) -> None:
-        raise base.lost(self._reason, peer=self.peer)
+        raise lost(self._reason, peer=self.peer)
 
     def close_blocking(self) -> None:
         self._stop()
         if self.other is not None:
             self.other.flight.call(self.other.break_off, "reset")
 
-    def break_off(self, reason: base.LostReason) -> None:
+    def break_off(self, reason: LostReason) -> None:
         """The other end is gone, or was never there."""
         if self.alive:
             self._stop()
@@ -182,21 +171,21 @@ class MemoryConnection:
         else:
             other.flight.call(other.break_off, "reset")
 
-    def pass_on(self, sent: Sent, hold: Hold | None = None) -> None:
+    def pass_on(self, operation: Operation, content: bytes, tag: int, hold: Hold | None = None) -> None:
         """Send what is not held back, nor behind such."""
-        self._outbox.append((hold, sent))
-        if hold is None:
-            self._deliver()
-        else:
+        self._outbox.append((hold, tag, content, operation))
+        if hold is not None:
             hold.when_set(lambda: self.flight.call(self._deliver))
+        self._deliver()
 
     def _deliver(self) -> None:
         other, outbox = self.other, self._outbox
         while other is not None and outbox and (outbox[0][0] is None or outbox[0][0].is_set()):
-            sent = outbox.popleft()[1]
-            other.flight.call(other.flight.arrive, other.stream if sent.tag == NO_TAG else sent.tag, sent)
+            _, tag, content, operation = outbox.popleft()
+            ended = partial(self.flight.call, self.end_send, operation)
+            other.flight.call(other.flight.arrive, other.stream if tag == NO_TAG else tag, content, ended)
 
-    def end_send(self, operation: base.Operation) -> None:
+    def end_send(self, operation: Operation) -> None:
         """The other end has received it."""
         if self.alive:
             self.flight.end(operation, 0)
@@ -215,8 +204,8 @@ class MemoryFlight(Flight):
         self.wakeup = Wakeup()
         self._armed = False  # others notify only then
         self._inbox: deque[Callable[[], object]] = deque()
-        self._receives: defaultdict[int, deque[base.Operation]] = defaultdict(deque)
-        self._arrived: defaultdict[int, deque[Sent]] = defaultdict(deque)
+        self._receives: defaultdict[int, deque[tuple[Operation, memoryview]]] = defaultdict(deque)
+        self._arrived: defaultdict[int, deque[tuple[bytes, Callable[[], None]]]] = defaultdict(deque)
 
     def call(self, action: Callable[..., object], *arguments: object) -> None:
         """Call this in a turn of this link. From any thread."""
@@ -228,39 +217,39 @@ class MemoryFlight(Flight):
         self._armed = True
         return not self._inbox
 
-    def post(self, operation: base.Operation, begin: Callable[..., Any], endpoint: Any, _: object, tag: int) -> None:
+    def post(self, operation: Operation, begin: Callable[..., Any], endpoint: Any, address: Any, tag: int) -> None:
         operation.owner.posted[operation] = operation
-        begin(operation, endpoint, tag)
+        begin(operation, address, endpoint, tag)
 
-    def flight_send(self, operation: base.Operation, connection: MemoryConnection, tag: int) -> None:
+    def flight_send(self, operation: Operation, buffer: bytes | memoryview, end: MemoryConnection, tag: int) -> None:
         operation.index = NO_TAG
         if self.faults.breaks_connection():
-            for end in (connection, connection.other):
-                if end is not None:
-                    end.flight.call(end.break_off, "reset")
-        elif connection.alive:
-            content = operation.buffer if isinstance(operation.buffer, bytes) else bytes(_view(operation))
-            left = self.faults.apply(content)
+            for broken in (end, end.other):
+                if broken is not None:
+                    broken.flight.call(broken.break_off, "reset")
+        elif end.alive:
+            left = self.faults.apply(bytes(buffer))
             if left is not None:
-                connection.pass_on(Sent(tag, left, connection, operation), self.faults.hold)
-            if left is None or len(content) <= EAGER_BYTES:
+                end.pass_on(operation, left, tag, self.faults.hold)
+            if left is None or operation.nbytes <= EAGER_BYTES:
                 self._leave_at_once(operation)
 
-    def flight_stream_send(self, operation: base.Operation, connection: MemoryConnection, _: int) -> None:
-        assert isinstance(operation.buffer, bytes)
-        connection.pass_on(Sent(NO_TAG, operation.buffer, connection, operation))
+    def flight_stream_send(self, operation: Operation, buffer: bytes, end: MemoryConnection, _: int) -> None:
+        end.pass_on(operation, buffer, NO_TAG)
         self._leave_at_once(operation)
 
-    def flight_receive(self, operation: base.Operation, _: object, tag: int) -> None:
-        if self.faults.never_complete and operation.on_done is not None:  # else of an unexpected message
-            operation.index = NEVER
+    def flight_receive(self, operation: Operation, buffer: memoryview, _: object, tag: int) -> None:
+        if self.faults.never_complete and tag >= 0 and operation.on_done is not None:
+            operation.index = NEVER  # but a hello ends, and an unexpected message
         else:
-            self._receive(operation, tag)
+            operation.index = tag
+            self._receives[tag].append((operation, buffer))
+            self._match(tag)
 
-    def flight_stream_receive(self, operation: base.Operation, connection: MemoryConnection, _: int) -> None:
-        self._receive(operation, connection.stream)
+    def flight_stream_receive(self, operation: Operation, buffer: memoryview, end: MemoryConnection, _: int) -> None:
+        self.flight_receive(operation, buffer, end, end.stream)
 
-    def cancel(self, owners: Iterable[base.Posted]) -> int:
+    def cancel(self, owners: Iterable[Posted]) -> int:
         for owner in owners:
             for operation in owner.posted:
                 if operation.index != NEVER:
@@ -284,11 +273,12 @@ class MemoryFlight(Flight):
             self._inbox.popleft()()
         return count > 0
 
-    def arrive(self, tag: int, sent: Sent) -> None:
-        self._arrived[tag].append(sent)
+    def arrive(self, tag: int, content: bytes, ended: Callable[[], None]) -> None:
+        """A message has come; its sender hears of its end once it is received."""
+        self._arrived[tag].append((content, ended))
         self._match(tag)
 
-    def end(self, operation: base.Operation, status: int) -> None:
+    def end(self, operation: Operation, status: int) -> None:
         """It is over; what comes after that changes nothing."""
         operation.status = status
         self.ended.append(operation)
@@ -301,37 +291,26 @@ class MemoryFlight(Flight):
 
     flight_cancel = flight_probe = flight_close = flight_has_ends
 
-    def _receive(self, operation: base.Operation, tag: int) -> None:
-        operation.index = tag
-        self._receives[tag].append(operation)
-        self._match(tag)
-
     def _match(self, tag: int) -> None:
         """Bring what has arrived and the receives posted for it together."""
         receives, arrived = self._receives[tag], self._arrived[tag]
         while receives and arrived:
-            receive, (_, content, sender, send) = receives.popleft(), arrived.popleft()
+            (receive, buffer), (content, ended) = receives.popleft(), arrived.popleft()
             fits = len(content) <= receive.nbytes
             if fits:
-                _view(receive)[: len(content)] = content
+                buffer[: len(content)] = content
             self.end(receive, 0 if fits else TRUNCATED)
-            sender.flight.call(sender.end_send, send)
+            ended()
         if not receives:
             del self._receives[tag]
         if not arrived:
             del self._arrived[tag]
 
-    def _leave_at_once(self, operation: base.Operation) -> None:
+    def _leave_at_once(self, operation: Operation) -> None:
         del operation.owner.posted[operation]
         operation.completed, operation.buffer = True, None
         if operation.on_done is not None:  # it had waited
             self.ended.append(operation)
-
-
-def _view(operation: base.Operation) -> memoryview:
-    array = operation.buffer.array if isinstance(operation.buffer, base.Message) else operation.buffer
-    assert isinstance(array, MemoryArray)
-    return array.view
 
 
 @dataclass(slots=True, eq=False)
@@ -363,12 +342,12 @@ class MemoryLink(Link):
     flight: MemoryFlight
     root = PeerLostError
 
-    def __init__(self, network: MemoryNetwork, timers: base.Timers) -> None:
+    def __init__(self, network: MemoryNetwork, timers: Timers) -> None:
         self.network = network
         self.flight = self.worker = flight = MemoryFlight(network.faults)
         super().__init__(timers, flight, MemoryArray, flight.wakeup.fileno())
 
-    def connect(self, host: str, port: int, events: base.EndpointEvents) -> Endpoint:
+    def connect(self, host: str, port: int, events: EndpointEvents) -> Endpoint:
         """See `Link.connect`; the host is only a name."""
         self.check_usable()
         near, faults = MemoryConnection(self.flight, f"{host}:{port}"), self.network.faults
