@@ -191,7 +191,8 @@ class LinkCore(Usable, Posted):
         ending: those that are being closed, and when they end anyway.
         endpoints: that are open, by the base of their tags. listeners: likewise.
         thread: that had the last turn.
-        worker: UCX's. root: the class of its errors. make_array: ucxx's. rdma: this host has a device for it.
+        worker: UCX's. root: the class of its errors; of a connection's own, `why_failed` makes ours.
+        make_array: ucxx's. rdma: this host has a device for it.
         accepts_failed: connections that failed while its listeners took them, so far.
         leaked_buffers: those whose operation never ended; they are kept for good.
         unexpected_messages: those that were discarded.
@@ -199,6 +200,7 @@ class LinkCore(Usable, Posted):
 
     worker: Any
     root: type[Exception]
+    why_failed: Callable[..., TransportError]
     rdma = False
     accepts_failed = leaked_buffers = unexpected_messages = 0
 
@@ -232,17 +234,6 @@ class LinkCore(Usable, Posted):
     def in_turn_after(self, delay_s: float, action: Callable[[], object]) -> Any:
         """Call this in a turn, after a while."""
         return self.timers.call_at(self.timers.now() + delay_s, lambda: self.ready.append(action))
-
-    def why_failed(
-        self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
-    ) -> TransportError:
-        """Our error for one of `root`, of a connection to the address that had been up or not.
-
-        Of a link whose `root` is ours already, that error.
-        """
-        del peer, address, connected
-        assert isinstance(exc, TransportError)
-        return exc.with_traceback(None)
 
     def progress(self, spin_s: float = 0.0) -> bool:
         """Take in what has arrived, and call back, some ms at most; it polls for `spin_s` while nothing moves."""
@@ -288,7 +279,12 @@ class LinkCore(Usable, Posted):
             if not (self.endpoints or self.listeners or self.ready or self.posted):
                 break
             try:
-                self._end_all(late=time.monotonic() > late_s)
+                for listener in list(self.listeners):
+                    listener.close()
+                for endpoint in list(self.endpoints.values()):
+                    endpoint.close()
+                    if time.monotonic() > late_s:
+                        endpoint.end_close()
                 if not self.progress():
                     time.sleep(PAUSE_S)
             except Exception as exc:  # noqa: BLE001  # of a callback; raised when all is closed
@@ -348,11 +344,3 @@ class LinkCore(Usable, Posted):
                 else:
                     del self.broken[endpoint]
         return called
-
-    def _end_all(self, *, late: bool) -> None:
-        for listener in list(self.listeners):
-            listener.close()
-        for endpoint in list(self.endpoints.values()):
-            endpoint.close()
-            if late:
-                endpoint.end_close()

@@ -359,6 +359,9 @@ class MemoryLink(Link):
                 self.flight.call(near.break_off, "refused")
         return Endpoint(self, near, near.peer, events=events)
 
+    def why_failed(self, exc: PeerLostError, *_: object, **__: object) -> PeerLostError:
+        return exc.with_traceback(None)
+
     def listen(self, port: int, on_endpoint: OnEndpoint) -> MemoryListener:
         self.check_usable()
         used = self.network.listeners
