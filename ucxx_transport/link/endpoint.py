@@ -228,7 +228,11 @@ class Endpoint(Posted):
                 error = exc.with_traceback(None)
             else:
                 self.handle = self._ucx.handle
-                self._send_deferred()
+                while self.deferred:
+                    operation = self.deferred.popleft()
+                    buffer, tag = operation.buffer, self._send_base | operation.channel
+                    address = buffer.address if isinstance(buffer, Message) else cast("bytes", buffer)
+                    self._flight.post(operation, self._flight.send_large, self.handle, address, tag)
                 return
         self._error = self._error or error
         self._note_loss()
@@ -293,7 +297,7 @@ class Endpoint(Posted):
     def _why_lost(self) -> TransportError:
         self._link.check_usable()
         if self._error is not None:
-            return raisable(self._error)
+            return copy(self._error)  # raised, it gets a traceback that leads back here: a cycle, which keeps the port
         if self._closed:
             return lost("closed", peer=self.peer)
         if self._ucx is not None:
@@ -302,14 +306,6 @@ class Endpoint(Posted):
             except self._link.root as exc:
                 return self._link.why_failed(exc, self.peer, self._address, connected=self._send_base >= 0)
         return lost("reset", peer=self.peer)
-
-    def _send_deferred(self) -> None:
-        flight = self._flight
-        while self.deferred:
-            operation = self.deferred.popleft()
-            buffer, tag = operation.buffer, self._send_base | operation.channel
-            address = buffer.address if isinstance(buffer, Message) else cast("bytes", buffer)
-            flight.post(operation, flight.send_large, self.handle, address, tag)
 
 
 class Listener(Protocol):
@@ -356,16 +352,6 @@ class Link(LinkCore):
             if endpoint.events is None:
                 endpoint.close()
         return True
-
-
-def raisable(error: TransportError) -> TransportError:
-    """A copy of a stored error, which would get a traceback that leads back to where it is stored: a cycle.
-
-    That would keep the worker, and so its port, until garbage is collected.
-    """
-    fresh = copy(error)
-    fresh.__cause__ = error.__cause__
-    return fresh
 
 
 def decode_hello(hello: bytes | bytearray, *, peer: str) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.support.rows import row
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
-from ucxx_transport.link.endpoint import raisable
 from ucxx_transport.link.ucx_api import load_binding
 
 BINDING = load_binding()
@@ -75,15 +72,3 @@ def test_translation_goes_by_class_not_by_name() -> None:
     other = type("UCXXMessageTruncatedError", (LIB.UCXIOError,), {})
     error = BINDING.error(other("Message truncated"), peer="p", connected=True)
     assert error.facts["reason"] == "aborted"
-
-
-def test_stored_error_is_raised_as_a_copy_without_the_frames_of_the_first_time() -> None:
-    stored = PeerLostError("gone", reason="reset")
-    stored.__cause__ = ValueError("why")
-    for _ in range(2):
-        with pytest.raises(PeerLostError) as caught:
-            raise raisable(stored)
-        assert caught.value is not stored
-        assert caught.value.facts == stored.facts
-        assert caught.value.__cause__ is stored.__cause__
-    assert stored.__traceback__ is None
