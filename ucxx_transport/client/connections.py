@@ -20,14 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Never
 
 from ucxx_transport.errors import PeerLostError, ProtocolError, TransportError
-from ucxx_transport.link.base import (
-    DATA_PORT_SILENT,
-    PER_CONNECTION,
-    connection_budget,
-    descriptors_in_use,
-    loopback_hint,
-    raised_limit,
-)
+from ucxx_transport.link.base import PER_CONNECTION, connection_budget, descriptors_in_use, loopback_hint, raised_limit
 from ucxx_transport.logs import get_logger
 from ucxx_transport.schema import Schema, SlotRef
 from ucxx_transport.wire.frames import MAX_NAMES, Status
@@ -171,7 +164,10 @@ class Connections:
         hint = loopback_hint(host)
         words = f"no answer to the handshake within connect_timeout_s; is a ucxx_transport server there?{hint}"
         if endpoint is not None and endpoint.listener_has_answered():
-            words = DATA_PORT_SILENT
+            words = (
+                "the listener answered, the data port did not: a firewall? UCX connects in both directions; set "
+                "data_ports on both sides and open them"
+            )
         connection.lost(PeerLostError(words, host=host, port=port, reason="unreachable"))
 
     def _resolved(self, connection: Carrier, address: str | PeerLostError) -> None:

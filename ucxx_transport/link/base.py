@@ -79,13 +79,6 @@ def loopback_hint(address: str) -> str:
     return "; this is loopback: a worker on another host needs a server with host= an address that is reached"
 
 
-DATA_PORT_SILENT: Final = (
-    "the listener answered, the data port did not: a firewall? UCX connects in both directions; set data_ports on both "
-    "sides and open them"
-)
-"""What to add to the error of a connection that is not up in time, where `Endpoint.listener_has_answered`."""
-
-
 class Posted:
     """Something that operations are posted for; `posted` has those whose end has not been called back."""
 
