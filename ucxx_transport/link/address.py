@@ -94,13 +94,11 @@ def other_family(address: str, given: Mapping[str, str], environment: Mapping[st
     setting = environment.get("UCX_TCP_AF_PRIO", given.get("TCP_AF_PRIO", "inet,inet6"))
     if setting.partition(",")[0].strip() == ("inet6" if numeric.version == 6 else "inet"):
         return None
-    if numeric.is_loopback:
-        others = True  # lo has both
-    elif numeric.version == 6:
+    if numeric.version == 6:
         others = any(one.up and not one.loopback for one in list_interfaces())
     else:
         others = bool(ipv6_addresses())
-    if not others:
+    if not (others or numeric.is_loopback):  # lo has both
         return None
     prefers = "inet6,inet" if numeric.version == 6 else "inet,inet6"
     return ConfigError(
@@ -120,7 +118,13 @@ def decide_address(
 ) -> str:
     """The decision alone; see `choose_address`. `ipv6` has an address that other hosts may reach, by interface."""
     if host is not None:
-        return _asked_for(host, interfaces, ipv6)
+        try:
+            is_wildcard = ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            is_wildcard = not host.strip()
+        if is_wildcard:
+            raise ConfigError("host is what clients connect to; give an address, a name or an interface", host=host)
+        return {**ipv6, **{one.name: one.address for one in interfaces}}.get(host, host)
     # UCX names a device `mlx5_0:1` (device and port) or by the interface's own name.
     allowed = {name.strip().partition(":")[0] for name in (net_devices or "").split(",")}
     usable = [one for one in interfaces if one.up]
@@ -200,16 +204,3 @@ def _resolve(address: str) -> str:
             f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
             host=address,
         ) from None
-
-
-def _asked_for(host: str, interfaces: Sequence[Interface], ipv6: Mapping[str, str]) -> str:
-    for interface in interfaces:
-        if interface.name == host:
-            return interface.address
-    try:
-        is_wildcard = ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        is_wildcard = not host.strip()
-    if is_wildcard:
-        raise ConfigError("host is what clients connect to; give an address, a name or an interface", host=host)
-    return ipv6.get(host, host)
