@@ -162,12 +162,9 @@ _usables: weakref.WeakSet[Usable] = weakref.WeakSet()
 
 
 class Usable:
-    """Whether a link, or its reactor, may be used.
+    """Whether a link, or its reactor, may be used: not once it is `closed`, nor in a fork of its process.
 
-    Attributes:
-        closing: a link that is being closed, which the owners of its endpoints hear by their operations' ends alone.
-        closed: it has been.
-        forked: it is of the process that this one is a fork of.
+    That a link is `closing` the owners of its endpoints hear by their operations' ends alone.
     """
 
     closing = closed = forked = False

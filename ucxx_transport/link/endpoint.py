@@ -53,12 +53,10 @@ class Endpoint(Posted):
 
     Args:
         ucx: the connection, which may not be up yet; None where UCX did not even begin, for the reason `error`.
-        address: of the listener that it connects to.
         accepted_by: UCX's listeners, kept for as long as the connection: UCX points into them.
 
     Attributes:
         peer: `host:port` of the other end where it is known, for messages and logs.
-        events: of its owner; a listener sets it later.
         alive: neither lost nor closed; may still be connecting. usable: UCX, too, has it alive.
         deferred: what waits for the peer's hello, or for its end.
         handle: UCX's, once the peer's hello has come; 0 before.
@@ -113,10 +111,7 @@ class Endpoint(Posted):
         flight.post(greeting, flight.stream_receive, handle, place.address, 0)
 
     def post_receive(self, buffer: object, on_done: OnDone, *, channel: int = 0) -> Operation:
-        """Receive the next message of a channel (0 to 65535) that no earlier receive has taken.
-
-        All of the buffer, or of a writable `Message`, is offered.
-        """
+        """Receive the next message of a channel (0 to 65535) into all of the buffer, or of a writable `Message`."""
         operation, flight = Operation(), self._flight  # as `Operation.of`
         operation.owner, operation.on_done = self, on_done
         if type(buffer) is memoryview and buffer.c_contiguous and not buffer.readonly:
@@ -179,10 +174,7 @@ class Endpoint(Posted):
         return self._address is not None and self._send_base < 0 and listener_has_answered(*self._address)
 
     def lose(self) -> None:
-        """Say to the owner that the peer is lost. What had arrived has been called back.
-
-        An interrupt may come between any two steps: until the owner is called all of it is done again.
-        """
+        """Say to the owner that the peer is lost. Until the owner is called, an interrupt has all of it done again."""
         error = self._error = self._why_lost()
         self._break()
         self._link.in_turn_after(GRACE_S, self.give_up)
@@ -244,10 +236,7 @@ class Endpoint(Posted):
             self._end_deferred()
 
     def _defer(self, operation: Operation) -> None:
-        """A send waits for the hello; what is posted before the owner can know of a loss, or of a close, for its end.
-
-        Once the owner knows, it is raised.
-        """
+        """A send waits for the hello; what is posted before the owner knows of a loss, or a close, for its end."""
         if not (self.usable or self.alive or self._link.closing):
             raise self._why_lost()
         self.deferred.append(operation)

@@ -188,14 +188,10 @@ class LinkCore(Usable, Posted):
         ready: what is to be called in the next turn.
         broken: endpoints whose connection is. Their operations are cancelled (None: not yet), and when so many ends are
             handled as there are then, what had arrived has been called back: those that live yet have lost their peer.
-        ending: those that are being closed, and when they end anyway.
-        endpoints: that are open, by the base of their tags. listeners: likewise.
-        thread: that had the last turn.
-        worker: UCX's. root: the class of its errors; of a connection's own, `why_failed` makes ours.
-        make_array: ucxx's. rdma: this host has a device for it.
-        accepts_failed: connections that failed while its listeners took them, so far.
+        ending: those that are being closed, each with the timer that ends it anyway.
+        endpoints: those that are open, by the base of their tags. thread: that had the last turn.
+        worker: UCX's. root: the class of its errors, from which `why_failed` makes ours. rdma: the host has devices.
         leaked_buffers: those whose operation never ended; they are kept for good.
-        unexpected_messages: those that were discarded.
     """
 
     worker: Any

@@ -62,13 +62,10 @@ class Reactor(Usable):
     """See the module. It works without a link until one is needed, so that timers and submissions alone import no UCX.
 
     Args:
-        link_factory: makes the link at the first use of `link`.
         spin_s: how long to poll after the last progress before sleeping; not after a sleep that was longer than that:
             of many ports that share a host, each polling while the others have work, none would be faster for it.
 
     Attributes:
-        now: the clock, in seconds.
-        turns: of `run_once` and `poll`, so far.
         asleep: it sleeps, or is about to: an interrupt has then cut no step in two.
     """
 
@@ -164,7 +161,6 @@ class Reactor(Usable):
     def run_once(self, until_s: float, spin_s: float | None = None, *, sleeps: bool = True) -> bool:
         """One turn; where nothing is to be done, it sleeps, to the next timer or `until_s` at the latest, in whole ms.
 
-        With `sleeps=False` it does not sleep.
         It polls the link for `spin_s` while nothing moves, but not beyond the next timer, nor `until_s` (on the
         reactor's clock; inf is a second). Whether anything was done.
         """

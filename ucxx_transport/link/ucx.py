@@ -159,7 +159,6 @@ class UCXXLink(Link):
     """See `Link`.
 
     Args:
-        timers: of the reactor that drives it.
         shm_lanes: let same-host connections use shared memory instead of TCP; both sides must.
         ucx: further UCX settings, such as `{"TLS": "tcp"}`.
         ipv6: an IPv6 address of this host that listeners listen on, too.
