@@ -200,9 +200,7 @@ class LinkCore(Usable, Posted):
     rdma = False
     accepts_failed = leaked_buffers = unexpected_messages = 0
 
-    def __init__(
-        self, timers: Timers, flight: Flight, make_array: Callable[[memoryview], Any], descriptor: int
-    ) -> None:
+    def __init__(self, timers: Timers, flight: Flight, make_array: Callable[[Any], Any], descriptor: int) -> None:
         self.timers = timers
         self.flight = flight
         self.make_array = make_array
@@ -217,10 +215,7 @@ class LinkCore(Usable, Posted):
         super().__init__()  # last: another thread may fork, and the child forgets what it finds
 
     def message(self, buffer: object) -> Message:
-        """The buffer, prepared for posts. It is pinned as long as the message lives: not resized, nor unmapped.
-
-        A ConfigError where it is not contiguous.
-        """
+        """The buffer, prepared for posts. It is pinned as long as the message lives: not resized, nor unmapped."""
         self.check_usable()
         view = memoryview(buffer)  # type: ignore[arg-type]  # the failure, a TypeError or ValueError, is the check
         if not view.c_contiguous:

@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from ucxx_transport.errors import BusyError, ConfigError, PeerLostError, TransportError
 from ucxx_transport.link import base, ucx_api
@@ -46,7 +46,9 @@ _pids_that_used_ucx: Final[set[int]] = set()
 QUIET_S: Final = 60.0
 """After one event about connections that fail while they are accepted, further ones are only counted for so long."""
 
-TUNED: Final[Mapping[str, str]] = {
+Settings: TypeAlias = Mapping[str, str]
+
+TUNED: Final[Settings] = {
     "TCP_TX_SEG_SIZE": "256K",
     "TCP_RX_SEG_SIZE": "512K",
     "TCP_CM_REUSEADDR": "y",
@@ -55,8 +57,8 @@ TUNED: Final[Mapping[str, str]] = {
     "LOG_LEVEL": "fatal",
     "WARN_UNUSED_ENV_VARS": "n",
 }
-WITHOUT_RDMA: Final[Mapping[str, str]] = {"RNDV_THRESH": "512K"}
-SHM_LANES: Final[Mapping[str, str]] = {"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
+WITHOUT_RDMA: Final[Settings] = {"RNDV_THRESH": "512K"}
+SHM_LANES: Final[Settings] = {"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
 
 _INHERITED_FROM = {
     "POSIX_ERROR_HANDLING": "MM_ERROR_HANDLING",
@@ -66,9 +68,7 @@ _INHERITED_FROM = {
 """The wider setting that UCX takes a default from: the user may have set that one."""
 
 
-def context_settings(
-    *, shm_lanes: bool, rdma: bool, ucx: Mapping[str, str], environment: Mapping[str, str]
-) -> dict[str, str]:
+def context_settings(*, shm_lanes: bool, rdma: bool, ucx: Settings, environment: Settings) -> dict[str, str]:
     """What to give to the context: names without their `UCX_`, and none that UCX finds in the environment itself."""
     merged = {**TUNED, **({} if rdma else WITHOUT_RDMA), **(SHM_LANES if shm_lanes else {}), **ucx}
     users_rx = "UCX_TCP_RX_SEG_SIZE" in environment or merged["TCP_RX_SEG_SIZE"] != TUNED["TCP_RX_SEG_SIZE"]
@@ -80,7 +80,7 @@ def context_settings(
     return merged
 
 
-def may_share_ports(ucx: Mapping[str, str], environment: Mapping[str, str]) -> bool:
+def may_share_ports(ucx: Settings, environment: Settings) -> bool:
     """Whether UCX listens with SO_REUSEADDR, as a context is told by these and no one else."""
     settings = context_settings(shm_lanes=False, rdma=False, ucx=ucx, environment=environment)
     return settings.get("TCP_CM_REUSEADDR") == "y"
@@ -101,14 +101,14 @@ def networks_of(resources: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(transport, device) for transport, device in resources if not transport.startswith(_WITHIN_A_HOST)]
 
 
-def limits_in_words(given: Mapping[str, str], environment: Mapping[str, str]) -> str:
+def limits_in_words(given: Settings, environment: Settings) -> str:
     """What limits the transports, such as `UCX_TLS=self,sm (environment)`; "" when nothing does."""
     names = ("TLS", "NET_DEVICES")
     found = [f"UCX_{name}={environment[f'UCX_{name}']} (environment)" for name in names if f"UCX_{name}" in environment]
     return ", ".join(found + [f"{name}={given[name]} (ucx=)" for name in names if name in given])
 
 
-def require_network(context_info: str, given: Mapping[str, str], environment: Mapping[str, str]) -> None:
+def require_network(context_info: str, given: Settings, environment: Settings) -> None:
     """Refuse a context without a network transport, with a ConfigError that names what limits the transports."""
     resources = resources_of(context_info)
     if not resources or networks_of(resources):  # without resources UCX's words have changed, and prove nothing
@@ -120,9 +120,7 @@ def require_network(context_info: str, given: Mapping[str, str], environment: Ma
     )
 
 
-def no_way_to(
-    host: str, context_info: str, given: Mapping[str, str], environment: Mapping[str, str]
-) -> ConfigError | None:
+def no_way_to(host: str, context_info: str, given: Settings, environment: Settings) -> ConfigError | None:
     """Why a host cannot be reached, where limits leave every network transport of a context on `lo`."""
     limits = limits_in_words(given, environment)
     devices = {device for _, device in networks_of(resources_of(context_info))}
@@ -168,7 +166,7 @@ class UCXXLink(Link):
     """
 
     def __init__(
-        self, timers: Timers, *, shm_lanes: bool = False, ucx: Mapping[str, str] | None = None, ipv6: str | None = None
+        self, timers: Timers, *, shm_lanes: bool = False, ucx: Settings | None = None, ipv6: str | None = None
     ) -> None:
         if _pids_that_used_ucx - {os.getpid()}:
             raise ConfigError(base.FORKED)

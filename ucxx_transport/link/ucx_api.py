@@ -62,7 +62,7 @@ SYMBOLS: Final = {
     "ucxx._lib.libucxx": (
         *_members("Feature", "STREAM TAG WAKEUP"),
         *_members("UCXEndpoint", "alive close_blocking create handle raise_on_error set_close_callback"),
-        *_members("UCXListener", "create create_endpoint_from_conn_request ip port"),
+        *_members("UCXListener", "create create_endpoint_from_conn_request port"),
         *_members("UCXWorker", "arm epoll_file_descriptor handle init_blocking_progress_mode"),
         *(f"UCX{name}Error" for names, _ in _MEANINGS.values() for name in names.split()),
         *("UCXContext", "UCXError", "UCXWorker"),
@@ -255,10 +255,6 @@ class _EndpointAttributes(ctypes.Structure):
     )
 
 
-class _RequestAttributes(ctypes.Structure):
-    _fields_ = (("field_mask", ctypes.c_uint64), ("client_sockaddr", ctypes.c_uint64 * _SOCKADDR_WORDS))
-
-
 class _ListenerParameters(ctypes.Structure):
     _fields_ = (
         ("field_mask", ctypes.c_uint64),
@@ -306,10 +302,10 @@ def endpoint_lanes(handle: int) -> tuple[tuple[str, str], ...]:
 
 def request_peer(handle: int) -> str | None:
     """`host:port` of a `ucp_conn_request_h` inside its listener's callback, or None where it is unknown."""
-    asked = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
+    asked = (ctypes.c_uint64 * (1 + _SOCKADDR_WORDS))(_CLIENT_ADDRESS)  # ucp_conn_request_attr_t: the mask, the address
     if _call("ucp_conn_request_query", handle, ctypes.byref(asked)) != 0:
         return None
-    raw = bytes(asked.client_sockaddr)
+    raw = bytes(asked)[8:]
     family, port = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:4], "big")
     if family == socket.AF_INET:
         return f"{socket.inet_ntop(socket.AF_INET, raw[4:8])}:{port}"
