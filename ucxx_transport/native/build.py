@@ -74,14 +74,14 @@ def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
     for compiler in compilers():
         command = [*compiler.command, *flags, *map(str, SOURCES), "-o", str(made)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            subprocess.run(command, capture_output=True, text=True, check=True)
         except OSError as exc:
             tried.append(f"{compiler.name}: {exc.strerror}")
-            continue
-        if done.returncode == 0:
+        except subprocess.CalledProcessError as exc:
+            tried.append(f"{compiler.name}: exit {exc.returncode}: {exc.stderr.strip()[-400:]}")
+        else:
             made.replace(target)
             return compiler
-        tried.append(f"{compiler.name}: exit {done.returncode}: {done.stderr.strip()[-400:]}")
     made.unlink(missing_ok=True)
     raise CompilationError(
         "the sources cannot be compiled. Tried: "
