@@ -52,7 +52,6 @@ class Interface:
 
     @property
     def loopback(self) -> bool:
-        """Whether the address is of 127.0.0.0/8."""
         return ipaddress.ip_address(self.address).is_loopback
 
 
@@ -166,12 +165,10 @@ def ipv6_addresses() -> dict[str, str]:
 
 def default_route_source() -> str | None:
     """The address this machine would send from by default; no packet is sent. None without a default route."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(_ROUTE_PROBE)
-        except OSError:
-            return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(_ROUTE_PROBE)
         return str(probe.getsockname()[0])
+    return None
 
 
 def _ipv6() -> list[tuple[str, ipaddress.IPv6Address]]:

@@ -145,12 +145,10 @@ def require_free_port(port_range: str, addresses: Iterable[str]) -> None:
 
 
 def _is_free(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind((address, port))
         return True
+    return False
 
 
 class UCXXLink(Link):
@@ -232,7 +230,7 @@ class UCXXLink(Link):
     def why_failed(
         self, exc: Exception, peer: str, address: tuple[str, int] | None, *, connected: bool
     ) -> TransportError:
-        """See `Link`; of this side's settings where they leave no way to another host."""
+        """Our error for one of UCX's, which may be that this side's settings leave no way to that host."""
         error = self.binding.error(exc, peer=peer, connected=connected)
         if address is not None and isinstance(error, PeerLostError) and error.facts["reason"] == "unreachable":
             return no_way_to(address[0], self.context.info, self.settings, os.environ) or error

@@ -1,7 +1,4 @@
-"""The compiled part: `ring.c`, whose calls `ring/transitions.py` words, and `flight.c`, likewise `link/flight.py`.
-
-`hatch_build.py` builds it with the package.
-"""
+"""The compiled part: `ring.c`, whose calls `ring/transitions.py` words, and `flight.c`, likewise `link/flight.py`."""
 
 from __future__ import annotations
 
