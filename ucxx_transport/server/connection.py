@@ -24,8 +24,9 @@ from ucxx_transport.link.endpoint import Endpoint
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
 from ucxx_transport.ring.leases import ReadLease
-from ucxx_transport.server.slots import NO_EPOCH, Slots, status_of
+from ucxx_transport.server.slots import NO_EPOCH, Slots
 from ucxx_transport.wire.actions import Action, Attempt, Reply, Serve, Settle, Take
+from ucxx_transport.wire.codec import status_of
 from ucxx_transport.wire.frames import FRAME_BYTES, MAX_CHANNEL, PACK_BYTES, OfferedPayload, Status, message_bytes
 from ucxx_transport.wire.server_side import Phase, ServerSession
 

@@ -62,7 +62,7 @@ class Slots:
         return self._locked_turn == self.reactor.turns
 
     def acquire(self, attempt: Attempt, reader: int) -> Answer:
-        """Enter the attempt at its slot; the answer that this is, or a TransportError: see `status_of`."""
+        """Enter the attempt at its slot; the answer that this is, or a TransportError: see `codec.status_of`."""
         self.words[REQUESTS] += 1
         if self.awaited[0]:
             raise errors.NotReadyError(NO_EPOCH)
@@ -208,14 +208,3 @@ class Slots:
 def _is_over(attempt: Attempt) -> bool:
     """Whether UCX reads nothing for it any more."""
     return attempt.send is None or attempt.send.completed
-
-
-def status_of(error: TransportError) -> Status:
-    """What the ring's refusal is called on the wire."""
-    if isinstance(error, errors.StaleSlotError):
-        return Status.STALE
-    if isinstance(error, errors.NotReadyError):
-        return Status.NOT_READY
-    if isinstance(error, (errors.SlotError, errors.ProtocolError)):
-        return Status.BAD_REQUEST
-    return Status.BUSY if error.retryable else Status.INTERNAL

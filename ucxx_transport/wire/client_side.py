@@ -52,18 +52,14 @@ class Offer(NamedTuple):
 
 
 class Attempt:
-    """One payload under way to this client. The shell's own attempts extend it, so that there is one object for each.
+    """One payload under way to this client. The shell's own attempts extend it: there is one object for each."""
 
-    Attributes:
-        ref: the payload. seal: what its answer has to look like, where there was time to work it out.
-        number: the session's, while it is under way. sequence: of the frame that named it.
-        shared: the attempt of the message that it shares, or 0.
-        is_taken: the server picked it. has_arrived: it was answered OK, and is to be ended.
-    """
-
-    number = sequence = shared = 0
-    is_taken = has_arrived = False
-    seal: Seal | None = None
+    number = 0  # the session's, while it is under way
+    sequence = 0  # of the frame that named it
+    shared = 0  # the attempt of the message that it shares, if it does
+    is_taken = False  # the server picked it
+    has_arrived = False  # it was answered OK, and is to be ended
+    seal: Seal | None = None  # what its answer has to look like, where there was time to work it out
 
     def __init__(self, ref: SlotRef) -> None:
         self.ref = ref
@@ -72,15 +68,8 @@ class Attempt:
 class ClientSession:
     """See the module.
 
-    Args:
-        reader: this client's random id, 1 to 2**63 - 1; one reader counts once among a payload's `readers`.
-        nonce: 32 fresh random bytes, the client's half of the challenge by the `token` (None: none is configured).
-
-    Attributes:
-        is_open: the handshake is over. broken: an answer was not as the protocol has it: close the connection.
-        window: what the server lets this connection have in flight. named, named_bytes: of it, by name.
-        ends: those that wait for a frame.
-        ring_id, fingerprint: of the ring behind it, once it is open.
+    `reader` is this client's random id, 1 to 2**63 - 1: it counts once among a payload's `readers`. `nonce` is 32 fresh
+    random bytes, the client's half of the challenge by the `token` (None: none is configured).
     """
 
     def __init__(self, *, reader: int, nonce: bytes, token: bytes | None) -> None:
@@ -91,15 +80,16 @@ class ClientSession:
         self._awaited: dict[int, Attempt | int] = {}  # by channel; where it is no payload, the frame's sequence
         self._takes: dict[int, tuple[int, int]] = {}  # by attempt: payloads and bytes at most
         self._confirms: dict[int, Sequence[SlotRef]] = {}
-        self.named = 0
+        self.named = 0  # of the window in use, by name
         self.named_bytes = 0
         self._taken = 0
-        self.ends: list[int] = []
+        self.ends: list[int] = []  # that wait for a frame
         self._delivered: list[SlotRef] = []  # of the ends that wait
         self._unproved: deque[tuple[int, list[SlotRef]]] = deque()  # by the sequence of the frame that brought the ends
-        self.is_open = self.broken = False
-        self.window = Window(0, 0)
-        self.ring_id = bytes(frames.RING_ID_BYTES)
+        self.is_open = False  # the handshake is over
+        self.broken = False  # an answer was not as the protocol has it: close the connection
+        self.window = Window(0, 0)  # what the server lets this connection have in flight
+        self.ring_id = bytes(frames.RING_ID_BYTES)  # of the ring behind it, as is the fingerprint
         self.fingerprint = 0
 
     def hello(self) -> Asked:
@@ -361,7 +351,10 @@ class ClientSession:
     def _answer(self, attempt: int, message: Message) -> tuple[int, frames.ReplyHeader, bytes]:
         """Of an answer that is no payload: what it answers is the sequence of, header and body."""
         self.broken = True
-        header, body = codec.body_of(message)
+        header, body = codec.decode_header(message), b""
+        if header.status is Status.OK:
+            codec.check_trailer(message, header)
+            body = bytes(message[HEADER_BYTES : HEADER_BYTES + header.nbytes])
         self.broken = False
         sequence = self._awaited.pop(attempt & MAX_CHANNEL)
         assert isinstance(sequence, int)

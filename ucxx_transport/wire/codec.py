@@ -240,21 +240,22 @@ def refusal_in(ref: SlotRef, message: Message) -> errors.TransportError | None:
     return None
 
 
-def body_of(message: Message) -> tuple[ReplyHeader, bytes]:
-    """Header and body of an answer that is no payload; no body after a status that is not OK. Raises ProtocolError."""
-    header = decode_header(message)
-    if header.status is not _OK:
-        return header, b""
-    check_trailer(message, header)
-    return header, bytes(message[HEADER_BYTES : HEADER_BYTES + header.nbytes])
-
-
 def error_of(header: ReplyHeader, message: Message) -> errors.TransportError:
     """The error that a status stands for, with the server's words."""
     cls, words = _ERRORS[header.status]
     detail = error_text(message, header)
     facts = {"slot": header.slot, "generation": header.generation} if header.generation else {}
     return cls(f"{words}: {detail}" if detail else words, status=header.status.name, **facts)
+
+
+def status_of(error: errors.TransportError) -> Status:
+    """What an error is called on the wire: the ring's refusal, or what a client did wrong."""
+    for status, (cls, _) in _ERRORS.items():
+        if isinstance(error, cls):
+            return status
+    if isinstance(error, errors.SlotError):
+        return Status.BAD_REQUEST
+    return Status.BUSY if error.retryable else Status.INTERNAL
 
 
 def encode_offer(payloads: Sequence[frames.OfferedPayload]) -> bytes:

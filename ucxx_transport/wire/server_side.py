@@ -24,11 +24,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ucxx_transport.errors import AuthenticationError, BusyError, ProtocolError, TransportError
+from ucxx_transport.errors import AuthenticationError, BusyError, ProtocolError
 from ucxx_transport.wire import codec, frames
 from ucxx_transport.wire.actions import Action, Attempt, Load, Reply, Serve, Settle, Take
 from ucxx_transport.wire.codec import FETCH_HEAD, ONE_END, ONE_NAME, glance
@@ -59,16 +58,10 @@ _new: Final = tuple.__new__  # a named tuple in one call that is none in Python
 _MAX_SLOT: Final = (1 << 32) - 1
 _HELLO, _AUTH, _FETCH, _TAKE, _CONFIRM, _, _BYE = map(int, Kind)
 _DUE: Final = {Phase.GREETING: _HELLO, Phase.CHALLENGED: _AUTH}
-_FAULTS: Final[dict[type[TransportError], Status]] = {
-    AuthenticationError: Status.UNAUTHORIZED,
-    BusyError: Status.BUSY,
-    ProtocolError: Status.BAD_REQUEST,
-}
 _FOREIGN: Final = "this server stands before another ring"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionSource:
+class SessionSource(NamedTuple):
     """What a session may send its peer about the ring behind it."""
 
     ring_id: bytes
@@ -77,16 +70,7 @@ class SessionSource:
 
 
 class ServerSession:
-    """See the module. `nonce`: 32 fresh random bytes, the server's half of the token challenge.
-
-    Attributes:
-        is_admitted: False for a connection above the cap: its first frame is answered BUSY.
-        in_flight: attempts that are named or taken and have not ended, by number.
-        leaving: those that have ended, and whose message has not left yet.
-        moved_s: when a message last left.
-        takes: those that wait for an answer, by attempt.
-        reader: the client's id, 0 before HELLO.
-    """
+    """See the module. `nonce`: 32 fresh random bytes, the server's half of the token challenge."""
 
     def __init__(
         self,
@@ -102,17 +86,17 @@ class ServerSession:
         self._settings = settings
         self._window = window
         self._nonces = b"", nonce  # the client's comes with its HELLO
-        self.is_admitted = is_admitted
+        self.is_admitted = is_admitted  # False for a connection above the cap: its first frame is answered BUSY
         self._sequence = 0
         self._last = 0  # attempt
         self._since_s = now  # of the phase, or of the last frame
-        self.moved_s = now
+        self.moved_s = now  # when a message last left
         self._named, self._taken = Load(), Load()
         self._unsent = 0
-        self.in_flight: dict[int, Attempt] = {}
-        self.leaving: dict[int, Attempt] = {}
-        self.takes: dict[int, Take] = {}
-        self.reader = 0
+        self.in_flight: dict[int, Attempt] = {}  # named or taken, and not ended, by number
+        self.leaving: dict[int, Attempt] = {}  # ended, and their message has not left yet
+        self.takes: dict[int, Take] = {}  # that wait for an answer, by attempt
+        self.reader = 0  # the client's id, once its HELLO has come
         self.phase = Phase.GREETING
 
     def receive(self, frame: codec.Message, now: float) -> list[Action]:
@@ -152,7 +136,7 @@ class ServerSession:
                 self._obey(frame, now, actions)
         except (AuthenticationError, BusyError, ProtocolError) as error:
             self.phase, self._since_s = _CLOSING, now
-            actions.append(self._error(_FAULTS[type(error)], str(error), codec.answer_channel(frame)))
+            actions.append(self._error(codec.status_of(error), str(error), codec.answer_channel(frame)))
         return actions
 
     def _obey(self, frame: codec.Message, now: float, actions: list[Action]) -> None:
