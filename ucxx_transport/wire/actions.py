@@ -32,23 +32,17 @@ class Load:
 
 @dataclass(eq=False)
 class Attempt:
-    """One payload under way to the client, as the server knows it.
+    """One payload under way to the client, as the server knows it."""
 
-    Attributes:
-        number: the client's. slot, generation, nbytes: the payload. load: where it counts.
-        since_s: when it was named. sent_s: when its message had left, None before.
-        delivered: how the client ended it, None before.
-        lease, send, is_recorded: the shell's.
-    """
-
-    number: int
+    number: int  # the client's
     slot: int
     generation: int
     nbytes: int
-    since_s: float
-    load: Load
-    sent_s: float | None = field(default=None, init=False)
-    delivered: bool | None = field(default=None, init=False)
+    since_s: float  # when it was named
+    load: Load  # where it counts
+    sent_s: float | None = field(default=None, init=False)  # when its message had left
+    delivered: bool | None = field(default=None, init=False)  # how the client ended it
+    # the shell's
     lease: Lease | None = field(default=None, init=False)
     send: Send | None = field(default=None, init=False)
     is_recorded: bool = field(default=False, init=False)
