@@ -63,34 +63,21 @@ _INTERPRETERS: Final = ("python", "pypy")
 class Sidecar:
     """Keeps one sidecar beside this process, from a thread: starts it, reads its reports, starts it again when it dies.
 
-    All callables are called in the thread. A forked child must leave it alone.
-
-    Args:
-        role: in front of its log lines, such as "ucxx port 0".
-        pauses_s: the first and the longest before it is started again; for the first that dies young there is none.
-        serve: makes the order of what it serves, at every start; None: it only renews.
-        start_timeout_s: one that is not up by then is killed and started again.
-        on_death: called when one has died unasked, before it is started again.
-        is_stalled: asked every `LOOK_S` or so while one is up; True: it is killed, and so started again.
-
-    Attributes:
-        pid: of the process that is up, None while there is none.
-        restarts: how often one that was up has died unasked.
-        up: what the first one that comes up says, its port; or why it could not start. `stop` it after an error.
-        kept: the leases that this one has renewed.
+    All callables are called in the thread. A forked child must leave it alone. One whose first process does not come
+    `up` is to be stopped, too.
     """
 
-    role: str
-    pauses_s: tuple[float, float]
+    role: str  # in front of its log lines, such as "ucxx port 0"
+    pauses_s: tuple[float, float]  # the first and the longest before a new start; the first that dies young has none
     _: KW_ONLY
-    serve: Callable[[], Order] | None = None
-    start_timeout_s: float = 30.0
-    on_death: Callable[[], object] = lambda: None
-    is_stalled: Callable[[], bool] = lambda: False
-    pid: int | None = field(default=None, init=False)
-    restarts: int = field(default=0, init=False)
-    up: Future[Any] = field(default_factory=Future, init=False)
-    kept: set[int] = field(default_factory=set, init=False)
+    serve: Callable[[], Order] | None = None  # makes the order of what it serves, at every start; None: it only renews
+    start_timeout_s: float = 30.0  # one that is not up by then is killed and started again
+    on_death: Callable[[], object] = lambda: None  # one has died unasked, and is about to be started again
+    is_stalled: Callable[[], bool] = lambda: False  # asked every `LOOK_S` or so of one that is up; True: it is killed
+    pid: int | None = field(default=None, init=False)  # of the process that is up
+    restarts: int = field(default=0, init=False)  # how often one that was up has died unasked
+    up: Future[Any] = field(default_factory=Future, init=False)  # the first one's port; or why it could not start
+    kept: set[int] = field(default_factory=set, init=False)  # the leases that this process has renewed
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False)  # a signal handler may stop it
     _thread: threading.Thread | None = field(default=None, init=False)
     _wake: Wakeup = field(init=False)  # while there is a thread
@@ -231,12 +218,11 @@ class Sidecar:
             if self._process is not None and self._is_unsent:
                 self._is_unsent = not self._process.send({"leases": self._leases})
 
-    def _wait(self, timeout_s: float, process: int = -1) -> bool:
+    def _wait(self, timeout_s: float, *processes: int) -> bool:
         """Until there is a report, the time is up, or a stop is asked for: True."""
         watched = select.poll()
-        watched.register(self._wake.fileno(), select.POLLIN)
-        if process >= 0:
-            watched.register(process, select.POLLIN | select.POLLHUP)
+        for descriptor in (self._wake.fileno(), *processes):
+            watched.register(descriptor, select.POLLIN)  # or its end
         watched.poll(timeout_s * 1000)
         return self._is_stopping
 
