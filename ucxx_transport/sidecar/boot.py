@@ -14,19 +14,15 @@ import traceback
 LONGEST = 4096  # characters of the reason: a report is read whole
 
 
-def boot() -> int:
-    """Run the sidecar; returns the exit status."""
+if __name__ == "__main__":
     worker, errors = map(int, sys.argv[1:3])
     sys.path[:] = json.load(sys.stdin)
     try:
         from ucxx_transport.sidecar.main import main
 
-        return main(worker, errors, sys.argv[3])
+        status = main(worker, errors, sys.argv[3])
     except BaseException as error:  # noqa: BLE001 - the edge of a process: its worker is to hear of it
         traceback.print_exc()
         os.write(worker, json.dumps({"died": f"{type(error).__name__}: {error}"[:LONGEST]}).encode())
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(boot())
+        status = 1
+    sys.exit(status)

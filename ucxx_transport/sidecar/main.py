@@ -55,10 +55,7 @@ _KILL_MARGIN_S: Final = 2.0  # after a bounded stop the process is ended with it
 
 
 def worker_of(pid: int) -> Owner:
-    """The process that started this one. Not as a pidfd, which old kernels and some builds of Python lack.
-
-    When it is gone already, its pid may be another's: then it is one that no longer runs.
-    """
+    """The process that started this one; where it is gone, and its pid maybe another's, one that no longer runs."""
     if os.getppid() == pid:
         with suppress(OSError):
             return Owner(pid, process_start(pid))
