@@ -125,10 +125,10 @@ OnDone: TypeAlias = Callable[[Operation], None]
 class Message:
     """A buffer prepared for any number of posts: what UCX wants to know of it, worked out once."""
 
-    __slots__ = ("address", "array", "nbytes", "writable")
+    __slots__ = ("address", "array", "nbytes", "view", "writable")
 
     def __init__(self, view: memoryview, array: Any) -> None:
-        self.array = array
+        self.view, self.array = view, array
         self.address: int = array.ptr
         self.nbytes = view.nbytes
         self.writable = not view.readonly

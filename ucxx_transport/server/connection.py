@@ -39,22 +39,12 @@ MAX_FRAMES: Final = 256
 MAX_COPIED_BYTES: Final = 512 << 10  # on their way that are no slot's, at which no further frame is handled
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING: Final = Phase.CLOSING
-_COUNTED: Final = {
-    Status.STALE: "stale",
-    Status.NOT_READY: "not_ready",
-    Status.BUSY: "busy",
-    Status.BAD_REQUEST: "bad_requests",
-    Status.UNAUTHORIZED: "unauthorized",
-    Status.INTERNAL: "internal",
-}
+# The counter of each status, in their order; OK and EMPTY have none.
+_COUNTERS: Final = ("", "stale", "not_ready", "busy", "bad_requests", "unauthorized", "internal", "")
 
 
 class Connection:
-    """Serves one endpoint, which is its own, until it closes, breaks the protocol or exceeds a time limit.
-
-    `wait` has `answer_take` called again and again until that has answered; `forget` is called once it is closed, and
-    holds nothing any more.
-    """
+    """Serves one endpoint, which is its own, until it closes, breaks the protocol or exceeds a time limit."""
 
     def __init__(
         self,
@@ -66,7 +56,8 @@ class Connection:
     ) -> None:
         self._slots, self._reactor = slots, slots.reactor
         self.session = session
-        self._wait, self._forget = wait, forget
+        self._wait = wait  # has `answer_take` called again and again until that has answered
+        self._forget = forget  # is called once it is closed, and holds nothing any more
         self.is_closing = self._is_deferred = False
         self._endpoint = endpoint
         endpoint.channels = 1
@@ -174,7 +165,7 @@ class Connection:
             except TransportError as error:
                 self.reply(session.refused(attempt, status_of(error), error.message))
                 continue
-            send = post_send(answer[0], channel=attempt.number & MAX_CHANNEL)
+            send = post_send(answer, channel=attempt.number & MAX_CHANNEL)
             if send.completed and send.error is None:
                 attempt.sent_s = session.moved_s = now
             elif send.completed:
@@ -190,7 +181,7 @@ class Connection:
         for attempt in serve.attempts:
             end = offset + message_bytes(attempt.nbytes)
             try:
-                room[offset:end] = slots.acquire(attempt, self.session.reader).memory
+                room[offset:end] = slots.acquire(attempt, self.session.reader).view
                 acquired.append(attempt)
             except TransportError as error:
                 self._count(status_of(error))
@@ -260,8 +251,8 @@ class Connection:
             self._defer()
 
     def _count(self, status: Status) -> None:
-        if status in _COUNTED:
-            self._slots.counters.add(_COUNTED[status])
+        if counter := _COUNTERS[status]:
+            self._slots.counters.add(counter)
 
     def close(self) -> None:
         """Break it; what it holds is given back once nothing is on its way any more. Idempotent."""

@@ -7,7 +7,7 @@ could not be given back is kept for the port's next sweep.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple, cast
+from typing import Final, cast
 
 from ucxx_transport import errors
 from ucxx_transport.errors import TransportError
@@ -33,13 +33,6 @@ _LOCKED: Final = "the ring's lock is held by a process that does not get on"
 _never_ended: list[Attempt] = []
 
 
-class Answer(NamedTuple):
-    """A whole answer as it lies in a slot: prepared for the link, and as memory."""
-
-    message: Message
-    memory: memoryview
-
-
 class Slots:
     """See the module."""
 
@@ -47,7 +40,7 @@ class Slots:
         self.counters = counters
         self.words = counters.words
         self.awaited = ring.server_words[AWAITED : AWAITED + 1]  # not 0 while the source waits for its epoch
-        self._answers: dict[tuple[int, int], Answer] = {}
+        self._answers: dict[tuple[int, int], Message] = {}  # by slot and length of the payload
         self._ring = ring
         self.reactor = reactor
         # UCX has not ended the sends of so many slots that only the end of this process can give them back
@@ -61,8 +54,8 @@ class Slots:
         """Whether the ring's lock was waited for in vain in this turn: others wait too, so not again."""
         return self._locked_turn == self.reactor.turns
 
-    def acquire(self, attempt: Attempt, reader: int) -> Answer:
-        """Enter the attempt at its slot; the answer that this is, or a TransportError: see `codec.status_of`."""
+    def acquire(self, attempt: Attempt, reader: int) -> Message:
+        """Enter the attempt at its slot; the whole answer, as it lies there. A TransportError: see `status_of`."""
         self.words[REQUESTS] += 1
         if self.awaited[0]:
             raise errors.NotReadyError(NO_EPOCH)
@@ -81,14 +74,14 @@ class Slots:
             raise errors.ProtocolError(f"the payload has {found} bytes, the reference says {nbytes}")
         return self._answers.get((slot, nbytes)) or self.answer_of(attempt)
 
-    def answer_of(self, attempt: Attempt) -> Answer:
+    def answer_of(self, attempt: Attempt) -> Message:
         """The whole answer that the attempt's slot is, kept for the next one of that length."""
         known = self._answers.get((attempt.slot, attempt.nbytes))
         if known is None:
             if len(self._answers) >= MAX_ANSWERS:
                 del self._answers[next(iter(self._answers))]
-            memory = cast("ReadLease", attempt.lease).message
-            known = self._answers[attempt.slot, attempt.nbytes] = Answer(self.reactor.link.message(memory), memory)
+            known = self.reactor.link.message(cast("ReadLease", attempt.lease).message)
+            self._answers[attempt.slot, attempt.nbytes] = known
         return known
 
     def take(self, max_payloads: int, *, max_bytes: int, newest: bool, reader: int) -> list[ReadLease]:
