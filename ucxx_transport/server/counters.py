@@ -1,13 +1,8 @@
 """The server's shared statistics: words in the ring's segment, so that they outlive a server process.
 
-`ring.server_words` holds 64 port blocks of 32 words and one general block of 64 words, all u64. Every word has one
-writer at a time (the thread that owns the port; the worker for the general block), so no lock is taken; a reader may
-see a count that is a moment old.
-
-| word of a port block | what                                                    |
-|----------------------|---------------------------------------------------------|
-| 0-30                 | counts, in the order of `PortStatistics`                |
-| 31                   | when the port's loop last turned, ns of CLOCK_MONOTONIC |
+`ring.server_words` holds 64 port blocks of 32 words and one general block of 64 words, all u64. A port's are its counts
+in the order of `PortStatistics`, and the last one its beat. Every word has one writer at a time (the thread that owns
+the port; the worker for the general block), so no lock is taken; a reader may see a count that is a moment old.
 """
 
 from __future__ import annotations
@@ -74,7 +69,7 @@ REQUESTS: Final = _POSITIONS["requests"]
 DELIVERED: Final = _POSITIONS["delivered"]
 BYTES_SENT: Final = _POSITIONS["bytes_sent"]
 RELEASED: Final = _POSITIONS["released"]
-BEAT: Final = PORT_WORDS - 1
+BEAT: Final = PORT_WORDS - 1  # when the port's loop last turned, ns of CLOCK_MONOTONIC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

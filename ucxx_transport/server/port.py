@@ -81,12 +81,9 @@ class Port:
                 if len(candidates) == 1:
                     raise
                 if candidate == candidates[-1]:
-                    raise ConfigError(
-                        f"none of {len(candidates)} ports from {min(candidates)} on can be listened on; choose another "
-                        "base_port, or leave it out for any free ones",
-                        field="base_port",
-                        last=str(error),
-                    ) from error
+                    problem = f"none of {len(candidates)} ports from {min(candidates)} on can be listened on"
+                    remedy = "choose another base_port, or leave it out for any free ones"
+                    raise ConfigError(f"{problem}; {remedy}", field="base_port", last=str(error)) from error
         assert self._listener is not None
         port = self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0
@@ -182,13 +179,7 @@ class Port:
 
 
 class PortThread:
-    """A `Port`, and the thread that runs it; over UCX where no `link_factory` opens another link.
-
-    It listens on `port`; 0: by the settings.
-
-    Attributes:
-        up: the port, once it listens; or why it does not. `stop` it after an error.
-    """
+    """A `Port`, on `port` (0: by the settings), and the thread that runs it. One that does not come `up`: `stop` it."""
 
     def __init__(
         self,
@@ -203,7 +194,7 @@ class PortThread:
         self._name = f"ucxx-port-{index}"
         self._reactor = Reactor(link_factory or _ucxx_links(settings), spin_s=settings.spin_s)
         self._port = Port(ring, self._settings, index, self._reactor)
-        self.up: Future[int] = Future()
+        self.up: Future[int] = Future()  # the port that it listens on; or why it does not
         self._stop_by_s = math.inf
         self._thread: Thread | None = None
 
