@@ -61,9 +61,8 @@ or `FETCH_HEAD`, sequence, ring_id, `ONE_END`, end, end mark, and nothing."""
 FETCH_HEAD: Final = frames.REQUEST_MAGIC | VERSION << 32 | _FETCH << 48
 ONE_NAME, ONE_END = 1, 1 << 16
 clear_trailer: Final = struct.Struct(f"{TRAILER_BYTES}x").pack_into
-"""Before a receive is posted: forget the trailer that an earlier answer left in a pooled buffer, at its offset.
-
-What is cut short does not bring another, whatever it finds in the header's place."""
+"""Before a receive is posted: forget the trailer that an earlier answer left in a pooled buffer, at its offset; what is
+cut short brings no other."""
 pack_header: Final = partial(_HEADER.pack, frames.REPLY_MAGIC, VERSION, 0)
 """The header of a payload: generation, nbytes, checksum, ring_id, slot, flags, fingerprint."""
 pack_trailer: Final = _TRAILER.pack  # its trailer: `TRAILER_MAGIC` ^ generation, nbytes
@@ -110,12 +109,10 @@ _BLANK, _U32, _U64, _SEVERAL = range(1), range(1 << 32), range(1 << 64), range(1
 _RANGES: Final[dict[int, tuple[range, ...]]] = {
     # of how many names there are, flags, word, payloads, wait
     Kind.HELLO: (_BLANK, _BLANK, range(1, frames.MAX_READER + 1), _U32, _U32),
-    Kind.AUTH: (_BLANK, _BLANK, _U64, _U32, _U32),
     Kind.FETCH: (range(2, frames.MAX_NAMES + 1), range(2), _U64, _U32, _U32),  # one whose answers share a message
     Kind.TAKE: (_BLANK, range(2), range(frames.MAX_BODY_BYTES + 1), _SEVERAL, range(frames.MAX_WAIT_MS + 1)),
     Kind.CONFIRM: (_SEVERAL, _BLANK, _U64, _U32, _U32),
-    Kind.DESCRIBE: (_BLANK, _BLANK, _U64, _U32, _U32),
-    Kind.BYE: (_BLANK, _BLANK, _U64, _U32, _U32),
+    **dict.fromkeys((Kind.AUTH, Kind.DESCRIBE, Kind.BYE), (_BLANK, _BLANK, _U64, _U32, _U32)),
 }
 
 
@@ -224,11 +221,8 @@ def refusal_in(ref: SlotRef, message: Message) -> errors.TransportError | None:
         return error_of(header, message)
     check_trailer(message, header)
     if (header.ring_id, header.slot, header.generation) != (ref.ring_id, ref.slot, ref.generation):
-        raise ProtocolError(
-            "the server sent another payload than was asked for",
-            asked=f"{ref.slot}/{ref.generation}",
-            got=f"{header.slot}/{header.generation}",
-        )
+        asked, got = f"{ref.slot}/{ref.generation}", f"{header.slot}/{header.generation}"
+        raise ProtocolError("the server sent another payload than was asked for", asked=asked, got=got)
     if (header.nbytes, header.fingerprint) != (ref.nbytes, ref.fingerprint):
         raise ProtocolError(
             "the payload is not what its reference promised",

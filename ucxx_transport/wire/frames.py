@@ -73,32 +73,24 @@ REPLY_MAGIC = int.from_bytes(b"UXTR", "little")
 END_MARK = int.from_bytes(b"UXT-END.", "little")
 TRAILER_MAGIC = int.from_bytes(b"uxttrail", "little")
 
-# What is posted for a frame; the longest has 96 + 64 * 32 + 128 * 8 + 8 bytes.
-FRAME_BYTES = 4096
+FRAME_BYTES = 4096  # what is posted for a frame; the longest has 96 + 64 * 32 + 128 * 8 + 8 bytes
 FRAME_HEAD_BYTES = 96
 NAME_BYTES = 32
 HEADER_BYTES = 64
 TRAILER_BYTES = 16
 ERROR_TEXT_BYTES = 1024
-# What is posted for an answer has room for an error's text.
-SHORTEST_BYTES = HEADER_BYTES + ERROR_TEXT_BYTES
+SHORTEST_BYTES = HEADER_BYTES + ERROR_TEXT_BYTES  # what is posted for an answer has room for an error's text
 NONCE_BYTES = 32
 MAC_BYTES = 32
 RING_ID_BYTES = 16
 MAX_NAMES = 64
-# Named and taken attempts have a window each, so one frame has room for all ends there can be.
-MAX_ENDS = 128
-# A message that several answers share is copied at both ends; beyond this one message each is faster.
-PACK_BYTES = 64 << 10
-# Attempts are numbered below this, so that one bit of a word is left for how they ended.
-MAX_ATTEMPT = (1 << 63) - 1
+MAX_ENDS = 128  # named and taken attempts have a window each, so one frame has room for all ends there can be
+PACK_BYTES = 64 << 10  # a message that several answers share is copied at both ends; beyond this one each is faster
+MAX_ATTEMPT = (1 << 63) - 1  # one bit of a word is left for how it ended
 MAX_CHANNEL = 0xFFFF
-# A client's id; one bit below a word, so that a ring can keep it beside a mark.
-MAX_READER = (1 << 63) - 1
-# A schema of 4096 fields with paths of ordinary length stays below this.
-MAX_SCHEMA_BYTES = 1 << 20
-# A body length beyond this is a lie of any peer: no machine's segment is larger.
-MAX_BODY_BYTES = 1 << 46
+MAX_READER = (1 << 63) - 1  # a client's id; one bit below a word, so that a ring can keep it beside a mark
+MAX_SCHEMA_BYTES = 1 << 20  # a schema of 4096 fields with paths of ordinary length stays below this
+MAX_BODY_BYTES = 1 << 46  # a body length beyond this is a lie of any peer: no machine's segment is larger
 MAX_ENVELOPE_BYTES = 1024
 OFFERED_BYTES = 48
 MAX_WAIT_MS = 60_000
