@@ -142,7 +142,7 @@ class WireMachine(CountedMachine):
         if self.real:
             config = RingConfig(slots=SLOTS, slot_bytes=512, prefault=False)
             self.ring = RealRing(self.stack.enter_context(SharedRingBuffer.create(config)))
-        source = SessionSource(ring_id=self.ring.ring_id, fingerprint=0, schema_bytes=b"schema")
+        source = SessionSource(ring_id=self.ring.ring_id, fingerprint=0, schema_bytes=b"schema", window=WINDOW)
         settings = ServerConfig(
             token=b"secret" if token else None,
             first_frame_timeout_s=1e6,
@@ -150,7 +150,7 @@ class WireMachine(CountedMachine):
             send_timeout_s=1e6,
             ack_timeout_s=1e6,
         )
-        self.port = port = Port(self.ring, source, settings, WINDOW)
+        self.port = port = Port(self.ring, source, settings)
         self.clients = [Client(number + 1) for number in range(CLIENTS)]
         self.born = CLIENTS
         self.names: list[SlotRef] = []

@@ -24,7 +24,6 @@ from ucxx_transport.wire.frames import (
     MAX_CHANNEL,
     OfferedPayload,
     Status,
-    Window,
     message_bytes,
     receive_bytes,
 )
@@ -98,11 +97,10 @@ class Client:
 class Port:
     """The server's shell, and the network. `on_consumed` hears of each payload that the ring has freed for a client."""
 
-    def __init__(self, ring: ModelRing, source: SessionSource, settings: ServerConfig, window: Window) -> None:
+    def __init__(self, ring: ModelRing, source: SessionSource, settings: ServerConfig) -> None:
         self.ring = ring
         self.source = source
         self.settings = settings
-        self.window = window
         self.connections: list[Connection] = []
         self.clients: set[Client] = set()
         self.consumed: set[Key] = set()
@@ -117,7 +115,7 @@ class Port:
         self._nonces += 1
         nonce = self._nonces.to_bytes(32, "little")
         session = NumberedSession(reader=client.reader, nonce=nonce, token=self.settings.token_bytes)
-        server = ServerSession(self.source, self.settings, nonce=nonce, now=self.now, window=self.window)
+        server = ServerSession(self.source, self.settings, nonce=nonce, now=self.now)
         connection = Connection(client, session, server)
         client.connections.append(connection)
         self.connections.append(connection)
@@ -427,7 +425,7 @@ class Port:
     def check(self) -> None:
         """What must hold between any two steps."""
         self.connections = [one for one in self.connections if not (one.client_knows and one.server_knows)]
-        window = self.window
+        window = self.source.window
         for connection in self.connections:
             server, session = connection.server, connection.session
             assert server.phase is not Phase.CLOSING

@@ -62,29 +62,22 @@ _FOREIGN: Final = "this server stands before another ring"
 
 
 class SessionSource(NamedTuple):
-    """What a session may send its peer about the ring behind it."""
+    """What a session may send its peer about the ring behind it, and what the peer may have in flight."""
 
     ring_id: bytes
     fingerprint: int
     schema_bytes: bytes
+    window: Window = DEFAULT_WINDOW
 
 
 class ServerSession:
     """See the module. `nonce`: 32 fresh random bytes, the server's half of the token challenge."""
 
     def __init__(
-        self,
-        source: SessionSource,
-        settings: ServerConfig,
-        *,
-        nonce: bytes,
-        now: float,
-        is_admitted: bool = True,
-        window: Window = DEFAULT_WINDOW,
+        self, source: SessionSource, settings: ServerConfig, *, nonce: bytes, now: float, is_admitted: bool = True
     ) -> None:
-        self._source = source
+        self._source, self._window = source, source.window
         self._settings = settings
-        self._window = window
         self._nonces = b"", nonce  # the client's comes with its HELLO
         self.is_admitted = is_admitted  # False for a connection above the cap: its first frame is answered BUSY
         self._sequence = 0
@@ -191,10 +184,13 @@ class ServerSession:
             raise ProtocolError("more is named than the window holds")
         for attempt in attempts:
             self.in_flight[attempt.number] = attempt
-        if frame.ring_id != self._source.ring_id:
-            return self._refuse_foreign(attempts, shared)
         self._unsent += bool(shared)
-        return [Serve(attempts, shared & MAX_CHANNEL)]
+        if frame.ring_id == self._source.ring_id:  # else every name is stale, and the connection stays usable
+            return [Serve(attempts, shared & MAX_CHANNEL)]
+        if not shared:
+            return [self.refused(attempt, Status.STALE, _FOREIGN) for attempt in attempts]
+        message = b"".join(self.refused_part(attempt, Status.STALE, _FOREIGN) for attempt in attempts)
+        return [Reply(message, shared & MAX_CHANNEL, Status.STALE)]
 
     def _answer(self, frame: Frame, now: float) -> Action:
         """What comes on an open connection and is no FETCH."""
@@ -318,14 +314,6 @@ class ServerSession:
         del self.in_flight[attempt.number]
         self._named.attempts -= 1
         self._named.nbytes -= attempt.nbytes
-
-    def _refuse_foreign(self, attempts: list[Attempt], shared: int) -> Sequence[Action]:
-        """Every name of another ring is stale, and the connection stays usable."""
-        if not shared:
-            return [self.refused(attempt, Status.STALE, _FOREIGN) for attempt in attempts]
-        self._unsent += 1
-        message = b"".join(self.refused_part(attempt, Status.STALE, _FOREIGN) for attempt in attempts)
-        return [Reply(message, shared & MAX_CHANNEL, Status.STALE)]
 
     def _ok(self, attempt: int, body: bytes = b"", *, token_required: bool = False) -> Reply:
         source = self._source

@@ -75,14 +75,9 @@ class Pair:
         schema: bytes = SCHEMA,
     ) -> None:
         self.now = 1000.0
-        source = SessionSource(ring_id=RING_ID, fingerprint=FINGERPRINT, schema_bytes=schema)
+        source = SessionSource(ring_id=RING_ID, fingerprint=FINGERPRINT, schema_bytes=schema, window=window)
         self.server = ServerSession(
-            source,
-            ServerConfig(token=token),
-            nonce=SERVER_NONCE,
-            now=self.now,
-            is_admitted=is_admitted,
-            window=window,
+            source, ServerConfig(token=token), nonce=SERVER_NONCE, now=self.now, is_admitted=is_admitted
         )
         secret = token if client_token == b"the same" else client_token
         self.client = NumberedSession(reader=READER, nonce=CLIENT_NONCE, token=secret)
