@@ -68,10 +68,7 @@ class Port:
         self._accepts_failed = 0
 
     def start(self, *candidates: int) -> int:
-        """Listen on the first of these that is free, 0 being any free one; returns the port.
-
-        Errors as `Link.listen`, of a range with how many are tried, and of opening the link.
-        """
+        """Listen on the first of these that is free, 0 being any; returns the port. Errors as `Link.listen`."""
         link = self._reactor.link
         for candidate in candidates:
             try:

@@ -99,15 +99,12 @@ class Sidecar:
                 self._wake.notify()
 
     def stop(self, until_s: float) -> None:
-        """End it: by the close frame, and by SIGKILL once `until_s` (monotonic) has passed. Idempotent.
-
-        A DeadlineExceededError: it has not ended, although it was killed: the kernel holds it.
-        """
+        """End it: by the close frame, and by SIGKILL once `until_s` (monotonic) has passed. Idempotent."""
         self.begin_stop(until_s)
         if (thread := self._thread) is None:
             return
         thread.join(max(0.0, until_s - time.monotonic()) + _REAP_S)
-        if thread.is_alive():
+        if thread.is_alive():  # the kernel holds it
             raise DeadlineExceededError("the sidecar was killed and has not ended", role=self.role, pid=self.pid)
         with self._lock:
             if self._thread is thread:
@@ -330,10 +327,7 @@ def _plain(value: object) -> object:
 
 
 def interpreter() -> str:
-    """The interpreter that sidecars are started with.
-
-    A ConfigError: `sys.executable` is none, as in an application that embeds Python, and no other was set.
-    """
+    """The interpreter that sidecars are started with; a ConfigError where there is none, as in an embedded Python."""
     path = os.fsdecode(multiprocessing.spawn.get_executable() or "")
     # an application that embeds Python would start itself again
     if path and (path != sys.executable or Path(path).name.lower().startswith(_INTERPRETERS)):

@@ -93,10 +93,7 @@ class ServerSession:
         self.phase = Phase.GREETING
 
     def receive(self, frame: codec.Message, now: float) -> list[Action]:
-        """What to do about the client's next frame, in the FRAME_BYTES that it came in.
-
-        After a fault nothing more is read, but what came before it counts.
-        """
+        """What to do about the client's next frame, in its FRAME_BYTES; what comes before a fault in it counts."""
         actions: list[Action] = []
         try:
             # What a client says that reads one by one, on a straight path: each call more makes a lone read longer.
