@@ -1,9 +1,10 @@
 """The messages of the package's errors, found in its code, and where the documents say what helps.
 
 A message is what stands beside an error's class: its first argument, or the element behind the class in a call or in a
-table of errors: `ConfigError("…")`, `(StorePermissionError, _RIGHTS)`. It is read from literals. A name stands for what
-its function or module gives it; a parameter for what callers give, where too little is left to look for without it.
-What is only known when it is raised is `…`. The text of a ValueError in units.py and settings.py ends a ConfigError.
+table of errors: `ConfigError("…")`, `(StorePermissionError, _RIGHTS)`, `{LeaseLostError: {5: "…"}}`. It is read from
+literals. A name stands for what its function or module gives it; a parameter for what callers give, where too little is
+left to look for without it. What is only known when it is raised is `…`. The text of a ValueError in units.py and
+settings.py ends a ConfigError.
 
 What a user finds who looks for a message is one of these, and `scripts/pages.py --check` fails where there is none:
 
@@ -199,8 +200,9 @@ class _Package:
             elif isinstance(node.func, ast.Call) and _name_of(node.func.func) == "type":  # of another error's class
                 yield "TransportError", node.args[0]
         row = node.args if isinstance(node, ast.Call) else node.elts if isinstance(node, ast.Tuple) else []
-        for cls, text in itertools.pairwise(row):
-            if _name_of(text) not in self.kinds:
+        pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else itertools.pairwise(row)
+        for cls, text in pairs:
+            if cls is not None and _name_of(text) not in self.kinds:
                 yield from ((self.kinds[name], text) for name in self._status(cls) if name in self.kinds)
 
     def _status(self, node: ast.expr) -> list[str]:

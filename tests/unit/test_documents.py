@@ -175,6 +175,8 @@ def test_messages_are_found_wherever_they_stand_beside_a_class(tmp_path: Path) -
         """
 _RIGHTS = "no right; grant it"
 _TABLE = {1: (StorePermissionError, _RIGHTS), 2: (BusyError, f"busy with {x}; wait")}
+_BY_CLASS = {CompactedError: {"compacted": "read again", 5: _OLD}}
+_OLD = "it is old; take a snapshot"
 _WORDS = {"reset": "the peer is gone", "cut": "it was cut short"}
 
 def refuse(field, words):
@@ -196,6 +198,8 @@ def lost(reason):
     assert found == {
         ("StorePermissionError", "no right; grant it", True),
         ("BusyError", "busy with …; wait", True),
+        ("CompactedError", "read again", True),
+        ("CompactedError", "it is old; take a snapshot", True),
         ("ConfigError", "… must be a reference that a ring made", True),
         ("DeadlineExceededError", "too late for this one…", False),
         ("PeerLostError", "the peer is gone", False),

@@ -23,14 +23,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any, Final
 
-from ucxx_transport.errors import (
-    CompactedError,
-    ConfigError,
-    LeaseLostError,
-    StorePermissionError,
-    StoreUnavailableError,
-    TransportError,
-)
+from ucxx_transport import errors
 from ucxx_transport.membership.entries import Batch, Entry, Event, Namespace
 
 Json = Mapping[str, Any]
@@ -47,49 +40,41 @@ _UNSETTLED: Final = (
     "etcd has no leader that answers: most of its members must run, reach each other, and have disks that keep up"
 )
 _TOO_LARGE: Final = "etcd takes no request of this size: raise its --max-request-bytes, or store less (meta)"
-_REFUSALS: Final[Mapping[str | int, tuple[type[TransportError], str]]] = {
-    "user name is empty": (StorePermissionError, _ASKED_FOR),
-    "invalid auth token": (StorePermissionError, _TOKEN),
-    "revision of auth store is old": (StorePermissionError, _TOKEN),
-    "revision in header is old": (StorePermissionError, _TOKEN),  # the same, before etcd 3.5.2
-    "authentication failed": (
-        StorePermissionError,
-        "etcd knows no such user with this password: see to store.user and store.password",
-    ),
-    "database space exceeded": (
-        StoreUnavailableError,
-        (
+_REFUSALS: Final[Mapping[type[errors.TransportError], Mapping[str | int, str]]] = {
+    errors.StorePermissionError: {
+        "user name is empty": _ASKED_FOR,
+        "invalid auth token": _TOKEN,
+        "revision of auth store is old": _TOKEN,
+        "revision in header is old": _TOKEN,  # the same, before etcd 3.5.2
+        16: _TOKEN,
+        "authentication failed": "etcd knows no such user with this password: see to store.user and store.password",
+        7: "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix",
+    },
+    errors.ConfigError: {"request is too large": _TOO_LARGE, "received message larger than max": _TOO_LARGE},
+    errors.CompactedError: {"revision has been compacted": "etcd no longer keeps this revision; take a snapshot"},
+    errors.LeaseLostError: {5: "the lease has ended: take another one and put its keys again"},
+    errors.StoreUnavailableError: {
+        "no leader": _UNSETTLED,
+        "not leader": _UNSETTLED,
+        "leader changed": _UNSETTLED,
+        "request timed out": _UNSETTLED,
+        "unhealthy cluster": _UNSETTLED,
+        "database space exceeded": (
             "etcd has no space left and takes no writes, though leases are renewed: compact and defragment it, or "
             "raise its --quota-backend-bytes, then `etcdctl alarm disarm`"
         ),
-    ),
-    "too many requests": (
-        StoreUnavailableError,
-        "etcd has more to write than its disk takes: faster disks, or fewer writers; it is asked again",
-    ),
-    "request is too large": (ConfigError, _TOO_LARGE),
-    "received message larger than max": (ConfigError, _TOO_LARGE),
-    "no leader": (StoreUnavailableError, _UNSETTLED),
-    "not leader": (StoreUnavailableError, _UNSETTLED),
-    "leader changed": (StoreUnavailableError, _UNSETTLED),
-    "request timed out": (StoreUnavailableError, _UNSETTLED),
-    "unhealthy cluster": (StoreUnavailableError, _UNSETTLED),
-    "corrupt": (
-        StoreUnavailableError,
-        "etcd's members differ in their data, and it takes no writes: `etcdctl alarm list` names the member to replace",
-    ),
-    "for learner": (
-        StoreUnavailableError,
-        "this member of etcd is a learner, and serves nothing yet: promote it, or leave it out of the URL",
-    ),
-    "server stopped": (StoreUnavailableError, "this member of etcd is being stopped"),
-    "required revision has been compacted": (CompactedError, "etcd no longer keeps this revision; take a snapshot"),
-    5: (LeaseLostError, "the lease has ended: take another one and put its keys again"),
-    16: (StorePermissionError, _TOKEN),
-    7: (
-        StorePermissionError,
-        "etcd does not let this user do that: grant its role READWRITE on the namespace's prefix",
-    ),
+        "too many requests": (
+            "etcd has more to write than its disk takes: faster disks, or fewer writers; it is asked again"
+        ),
+        "corrupt": (
+            "etcd's members differ in their data, and it takes no writes: `etcdctl alarm list` names the member to "
+            "replace"
+        ),
+        "for learner": (
+            "this member of etcd is a learner, and serves nothing yet: promote it, or leave it out of the URL"
+        ),
+        "server stopped": "this member of etcd is being stopped",
+    },
 }
 """What is raised for etcd's words, the first that are in its answer, else for gRPC's code.
 
@@ -97,6 +82,7 @@ The words are those by which etcd's own clients know its errors (api/v3rpc/rpcty
 releases have two for one error (https://grpc.github.io/grpc/core/md_doc_statuscodes.html). 5 is not found, of which
 only leases are named; 7 permission denied; 16 unauthenticated. All else is a StoreUnavailableError.
 """
+_KNOWN: Final = {words: (kind, why) for kind, rows in _REFUSALS.items() for words, why in rows.items()}
 _NO_GATEWAY: Final = (
     "what answers there is not etcd's JSON gateway (/v3, etcd 3.4 or later, --enable-grpc-gateway): name its client "
     "URL; etcds:// where it speaks TLS"
@@ -112,22 +98,19 @@ def answer_of(status: int, text: bytes, endpoint: str) -> Json:
         body = None
     if not isinstance(body, dict):
         if status == 200:
-            raise StoreUnavailableError("the answer is no JSON object: cut off, or not etcd's", endpoint=endpoint)
+            why = "the answer is no JSON object: cut off, or not etcd's"
+            raise errors.StoreUnavailableError(why, endpoint=endpoint)
         body = {}
     error = body.get("error")
-    # a stream's error is an object, a call's is text beside its code
-    code, words = (
-        (error.get("grpc_code"), error.get("message"))
-        if isinstance(error, dict)
-        else (body.get("code"), body.get("message", error))
-    )
+    said = error if isinstance(error, dict) else body  # a stream's error is an object, a call's is text beside its code
+    code, words = said.get("grpc_code", said.get("code")), said.get("message", error)
     if status == 200 and not code and not error:
         return body.get("result", body)  # type: ignore[no-any-return]  # what else it may hold is read field by field
     code, reason = code if isinstance(code, int) else 0, str(words or "")
-    known = next((row for row in _REFUSALS if isinstance(row, str) and row in reason), code)
-    kind, why = _REFUSALS.get(known, (StoreUnavailableError, "etcd does not answer as asked"))
+    known = next((row for row in _KNOWN if isinstance(row, str) and row in reason), code)
+    kind, why = _KNOWN.get(known, (errors.StoreUnavailableError, "etcd does not answer as asked"))
     if not code and status in _NOT_A_GATEWAY:
-        kind, why = ConfigError, _NO_GATEWAY
+        kind, why = errors.ConfigError, _NO_GATEWAY
     raise kind(why, endpoint=endpoint, status=status, code=code, reason=reason)
 
 
@@ -143,7 +126,7 @@ def identity_of(ask: Callable[[str, Json], Json], namespace: Namespace) -> tuple
         word = secrets.token_hex(16)
         try:
             given = ask("kv/txn", if_revision(key, 0, "request_put", put_request(key, word.encode())))
-        except StorePermissionError:
+        except errors.StorePermissionError:
             return "", revision
         if given.get("succeeded"):
             return word, revision
@@ -180,7 +163,7 @@ def number(holder: Json, field: str) -> int:
     try:
         return int(holder.get(field) or 0)
     except (TypeError, ValueError):
-        raise StoreUnavailableError("the answer is not etcd's: no number", field=field) from None
+        raise errors.StoreUnavailableError("the answer is not etcd's: no number", field=field) from None
 
 
 def revision_of(answer: Json) -> int:
@@ -230,4 +213,4 @@ def _bytes(holder: Json, field: str) -> bytes:
     try:
         return base64.b64decode(holder.get(field) or "", validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise StoreUnavailableError("the answer is not etcd's: no base64", field=field) from None
+        raise errors.StoreUnavailableError("the answer is not etcd's: no base64", field=field) from None
