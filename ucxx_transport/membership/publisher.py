@@ -233,7 +233,7 @@ class HeartbeatPublisher(Running):
     def statistics(self) -> PublisherStatistics:
         """Counts since it was made."""
         refuse_forked(self._pid, "HeartbeatPublisher")
-        return replace(self._now, keeper_restarts=self._keeper.restarts, keeper_keeps=self._keeper.keeps)
+        return replace(self._now, keeper_restarts=self._keeper.host.restarts, keeper_keeps=self._keeper.keeps)
 
     def _change(
         self, state: PublisherState | None = None, error: errors.TransportError | None = None, **values: Any

@@ -96,38 +96,29 @@ class Keeper:
         self._order: Order = {"url": store.url, "config": store.config, "interval_s": config.interval_s}
         self._is_wanted = config.keeper == "process"
         self._lease_id: int | None = None
-        self._owns_host = False
-        self.host: Sidecar | None = None
-
-    @property
-    def restarts(self) -> int:
-        """How often it has died."""
-        return 0 if self.host is None else self.host.restarts
+        self._own = self.host = Sidecar("ucxx lease", pauses_s=(1.0, 60.0))
 
     @property
     def keeps(self) -> bool:
         """Whether it has renewed the lease."""
-        return self.host is not None and self._lease_id in self.host.kept
+        return self._lease_id in self.host.kept
 
     def start(self, host: Sidecar | None = None) -> None:
         """Have `host` renew beside its other work; None: a process of its own, which takes a moment to be there."""
-        if self._is_wanted:
-            self._owns_host = host is None
-            self.host = host or Sidecar("ucxx lease", pauses_s=(1.0, 60.0))
-            if self._owns_host:
-                self.host.start()
+        if self._is_wanted and host is not None:
+            self.host = host
+        elif self._is_wanted:
+            self._own.start()
 
     def keep(self, lease_id: int | None) -> None:
         """Renew this lease from now on, or none."""
         last, self._lease_id = self._lease_id, lease_id
-        if self.host is not None:
-            if last is not None:
-                self.host.keep(last, None)
-            if lease_id is not None:
-                self.host.keep(lease_id, self._order)
+        if last is not None:
+            self.host.keep(last, None)
+        if lease_id is not None:
+            self.host.keep(lease_id, self._order)
 
     def close(self) -> None:
         """Renew nothing any more; the lease stays as it is. Bounded; idempotent."""
         self.keep(None)
-        if self.host is not None and self._owns_host:
-            self.host.stop(time.monotonic() + CLOSE_S)
+        self._own.stop(time.monotonic() + CLOSE_S)

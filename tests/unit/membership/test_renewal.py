@@ -52,11 +52,10 @@ def test_a_sidecar_that_died_is_not_believed_and_another_goes_on(store: LocalSto
     keeper.start()
     keeper.keep(store.grant(TTL_S).lease_id)
     wait_until(lambda: keeper.keeps, MINUTE, what="it is renewed")
-    assert keeper.host is not None
     dead = keeper.host.pid
     assert dead is not None
     os.kill(dead, signal.SIGKILL)
-    wait_until(lambda: keeper.restarts == 1, MINUTE, what="its death is noticed")
+    wait_until(lambda: keeper.host.restarts == 1, MINUTE, what="its death is noticed")
     wait_until(lambda: keeper.keeps, MINUTE, what="the other one renews")
     assert keeper.host.pid not in (None, dead)
 
@@ -85,7 +84,6 @@ def test_it_is_closed_before_it_has_begun(store: LocalStore, keeper: Keeper) -> 
     keeper.keep(lease_id)
     keeper.close()
     keeper.close()
-    assert keeper.host is not None
     assert keeper.host.pid is None
     assert store.keep_alive(lease_id) == TTL_S, "the lease is its owner's"
 
@@ -113,5 +111,6 @@ def test_without_a_process_its_owner_alone_renews(store: LocalStore) -> None:
     keeper = Keeper(store, PublisherConfig(keeper="thread"))
     keeper.start()
     keeper.keep(store.grant(TTL_S).lease_id)
-    assert (keeper.host, keeper.keeps, keeper.restarts) == (None, False, 0)
+    assert (keeper.host.pid, keeper.keeps, keeper.host.restarts) == (None, False, 0)
+    assert "ucxx-sidecar" not in {thread.name for thread in threading.enumerate()}, "none is started either"
     keeper.close()
