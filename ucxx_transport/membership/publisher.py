@@ -130,19 +130,15 @@ class HeartbeatPublisher(Running):
         check_can(source, "offer", "source", "a UCXXServer")
         self._source = source
         self._clock = clock
+        session, first = secrets.token_hex(16), SourceStatus.STARTING
         self._record = SourceRecord(
-            worker_id=worker_id,
-            epoch=1,
-            session=secrets.token_hex(16),
-            status=SourceStatus.STARTING,
-            meta=meta or {},
-            **asdict(source.offer()),
+            worker_id=worker_id, epoch=1, session=session, status=first, meta=meta or {}, **asdict(source.offer())
         )
         self._record.to_bytes()  # refused here rather than in the thread
         self._owns_store = store is None or isinstance(store, str)
         self._store = open_store(store, settings) if store is None or isinstance(store, str) else store
         check_can(self._store, "grant", "store", "a store or its URL")
-        self._rival: tuple[int | None, float] | None = None  # another's lease, and since when it is seen
+        self._rival: dict[int | None, float] = {}  # another's lease, and since when it is seen
         self._publication: Publication | None = None
         self._keeper = Keeper(self._store, self._config)
         # Both reentrant: a signal handler may stop what is just being stopped.
@@ -332,15 +328,13 @@ class HeartbeatPublisher(Running):
         left_s = self._late_s - self._clock()
         if isinstance(error, _HOPELESS) or (left_s <= 0 and config.on_timeout == "stop"):
             raise error
-        if isinstance(error, errors.StoreUnavailableError):
-            self._rival = None  # its lease may have been given more time
         self._change(error=error)
         if left_s <= 0:
             _log.error("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
         elif self._turn == 1:
             _log.warning("source_not_published", worker=self.worker_id, reason=str(error), attempt=self._turn)
         # a rival's record ends any moment
-        longest_s = config.max_backoff_s if self._rival is None else min(config.max_backoff_s, config.interval_s / 4)
+        longest_s = min(config.max_backoff_s, config.interval_s / 4) if self._rival else config.max_backoff_s
         pause_s = random_pause_s(self._turn, first_s=config.backoff_s, longest_s=longest_s)
         return min(pause_s, left_s) if left_s > 0 else pause_s
 
@@ -352,8 +346,8 @@ class HeartbeatPublisher(Running):
         self._yield_to_rival()
         epoch = next_epoch(self._store, self.worker_id, known=self.epoch)
         record = replace(self._record, epoch=epoch, **asdict(self._source.offer()))
-        publication = Publication(self._store, record, ttl_s=self._config.ttl_s)
-        self._publication = publication  # from here on there is something to withdraw, whatever happens
+        # from here on there is something to withdraw, whatever happens
+        self._publication = publication = Publication(self._store, record, ttl_s=self._config.ttl_s)
         self._change(PublisherState.STARTING, epoch=epoch)
         self._keeper.keep(publication.lease.lease_id)
         return publication
@@ -363,22 +357,19 @@ class HeartbeatPublisher(Running):
 
         A DuplicateSourceError: it is there for longer than a dead one's record could live.
         """
-        key = source_key(self.worker_id)
-        entry = self._store.get(key)
-        now, ttl_s = self._clock(), self._config.ttl_s
-        if entry is not None:
-            with suppress(errors.ProtocolError):
-                found = SourceRecord.from_bytes(entry.value)
-                ttl_s = max(ttl_s, found.ttl_s)
-                if found.session == self._record.session:  # it was written, the answer lost
-                    self._store.delete(key, expected=entry.revision)
-                    entry = None
-        if entry is None:
-            self._rival = None
+        key, ttl_s = source_key(self.worker_id), self._config.ttl_s
+        rival, self._rival = self._rival, {}  # where the store does not answer, its lease may be given more time
+        if (entry := self._store.get(key)) is None:
             return
-        if self._rival is None or self._rival[0] != entry.lease_id:
-            self._rival = (entry.lease_id, now)
-        if now - self._rival[1] > 2 * ttl_s + 1.0:
+        with suppress(errors.ProtocolError):
+            found = SourceRecord.from_bytes(entry.value)
+            ttl_s = max(ttl_s, found.ttl_s)
+            if found.session == self._record.session:  # it was written, the answer lost
+                self._store.delete(key, expected=entry.revision)
+                return
+        now = self._clock()
+        self._rival = {entry.lease_id: rival.get(entry.lease_id, now)}
+        if now - self._rival[entry.lease_id] > 2 * ttl_s + 1.0:
             text = f"another live worker is published as {self.worker_id!r}; give each worker an id of its own"
             raise errors.DuplicateSourceError(text, worker_id=self.worker_id)
         raise errors.ConflictError("a worker of this id is still in the store", worker_id=self.worker_id)
