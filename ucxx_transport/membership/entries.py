@@ -122,7 +122,6 @@ class Snapshot:
     identity: str
 
     def __iter__(self) -> Iterator[Entry]:
-        """The entries."""
         return iter(self.entries)
 
 

@@ -90,7 +90,7 @@ class Listeners(Generic[T]):
         self._lock, self._known = changed, known
         self._count, self._keys, self._limit = count, keys, limit
         self._subscriptions: tuple[_Subscription[T], ...] = ()
-        self._callers: set[int] = set()  # threads inside a callback
+        self._callers: list[int] = []  # threads inside a callback, as often as they are
 
     def subscribe(self, callbacks: Callbacks) -> Callable[[], None]:
         """Call these from now on, by kind of news; "add" for what is known, before this returns what ends it."""
@@ -120,10 +120,7 @@ class Listeners(Generic[T]):
         return end
 
     def put(self, news: Iterable[tuple[str, T]]) -> None:
-        """Give news to the listeners of their kinds, who see them as one change.
-
-        In the lock under which what is known has changed: a new listener is called for what is known after it.
-        """
+        """Give listeners the news of their kinds, as one change; in the lock under which what is known has changed."""
         overflows: list[int] = []
         with self._lock:
             for one, (kind, record) in product(self._subscriptions, news):
@@ -148,14 +145,11 @@ class Listeners(Generic[T]):
     @contextmanager
     def calling_back(self) -> Iterator[None]:
         """This thread is inside a callback."""
-        own = threading.get_ident()
-        is_outermost = own not in self._callers
-        self._callers.add(own)
+        self._callers.append(threading.get_ident())
         try:
             yield
         finally:
-            if is_outermost:
-                self._callers.discard(own)
+            self._callers.remove(threading.get_ident())
 
     def is_calling_back(self) -> bool:
         """Whether the caller is inside a callback: it must not wait there for what others are to bring."""

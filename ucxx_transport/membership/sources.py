@@ -222,9 +222,8 @@ def _is_hex(value: object) -> TypeGuard[str]:
 class Publication:
     """The record of one epoch, made visible: as it was written last, and its lease. For one thread.
 
-    Raises:
-        ConflictError: there is a record of this worker id already. Where this or another answer of the store is raised,
-            no lease is left behind as far as the store can be reached.
+    A ConflictError: there is a record of this worker id already. After any error no lease is left in a store that can
+    be reached.
     """
 
     def __init__(self, store: Store, record: SourceRecord, *, ttl_s: float) -> None:
@@ -273,10 +272,7 @@ class Publication:
             raise LeaseLostError("the record is not in the store any more", key=self._key)
 
     def withdraw(self, timeout_s: float) -> None:
-        """Write "stale", then end the lease, and the record with it, also where no write is taken.
-
-        A TransportError: the store did not answer; then the lease runs out by itself.
-        """
+        """Write "stale", then end the lease, and the record with it, also where no write is taken."""
         try:
             with suppress(ConflictError, LeaseLostError):
                 self.update(SourceStatus.STALE, timeout_s=timeout_s / 2)
@@ -353,14 +349,12 @@ class SourceView:
             return []
         self._missing_until_s.pop(key, None)
         before = self._known.get(key)
-        if before == record:
-            return []
         if before is not None and before.life == record.life:
-            self._known[key] = record
-            return [SourceChange("update", record)]
-        changes = self._remove(key)
+            changes = [] if before == record else [SourceChange("update", record)]
+        else:
+            changes = [*self._remove(key), SourceChange("add", record)]
         self._known[key] = record
-        return [*changes, SourceChange("add", record)]
+        return changes
 
     def _remove(self, key: str) -> list[SourceChange]:
         self._missing_until_s.pop(key, None)
