@@ -26,10 +26,7 @@ NO_TOKEN: Final = Secret(b"")
 
 
 class Connection:
-    """See the module. It uses no proxy.
-
-    No exception of the libraries is chained to an error of it: their frames hold the token and the password.
-    """
+    """It uses no proxy. It chains no library's exception to an error: their frames hold the token and the password."""
 
     def __init__(self, endpoint: str, tls: ssl.SSLContext | None) -> None:
         self.endpoint = endpoint
@@ -42,10 +39,7 @@ class Connection:
     def ask(
         self, path: str, body: Json, token: Secret, *, until: float, connect_s: float = math.inf, streams: bool = False
     ) -> Json:
-        """The answer, by a time on the monotonic clock; errors of `messages`, and what keeps it from being given.
-
-        One that `streams` messages is {}, once the first has come: `read` brings them.
-        """
+        """The answer, by `until` (monotonic); {} of one that `streams` messages, once the first is there for `read`."""
 
         def answer() -> Json:
             response = self._post(path, body, token, until, connect_s)

@@ -146,11 +146,7 @@ class EtcdStore(Store):
         return answer
 
     def _call(self, path: str, body: Json, until: float, *, is_repeatable: bool = True) -> Json:
-        """The answer of the first endpoint that gives one, until the deadline on the monotonic clock.
-
-        One that is not repeatable is not sent again where it is not known whether it was carried out. Raises the errors
-        of `messages`, and those of a connection.
-        """
+        """The answer to a request, by `until` (monotonic); one that is not repeatable is sent once if it may arrive."""
         self._check_open()
         return self.as_user(partial(self._ask, path, body, until, is_repeatable=is_repeatable), until)
 
@@ -164,10 +160,7 @@ class EtcdStore(Store):
         return self.first(ask, until, is_repeatable=is_repeatable)
 
     def first(self, ask: Callable[[str, float], T], until: float, *, is_repeatable: bool = True) -> T:
-        """What `ask` returns for the first endpoint that does not fail, given its share of the time in seconds.
-
-        The one that answered last is asked first.
-        """
+        """What `ask` returns for the first endpoint that does not fail, given its share in seconds of the time left."""
         found: errors.TransportError | None = None
         for step, endpoint in enumerate(endpoints := self._endpoints):
             try:
@@ -191,8 +184,7 @@ class EtcdStore(Store):
         """What `work` does with the user's token; done again with a new one while etcd does not know that any more.
 
         A token ends when its time has run out, when etcd is started again or forgets it, and, in a JWT, with every
-        change of users and rights; nothing was carried out then. It is empty without a user, and where etcd asks for
-        none. A StorePermissionError: etcd does not know this user with this password.
+        change of users and rights; nothing was carried out then.
         """
         facts: Mapping[str, object] = {}
         for attempt in count():

@@ -54,18 +54,14 @@ _BESIDE: Final = ("-wal", "-shm", "-journal")
 
 _BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _FORBIDDEN: Final = (sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_FULL: Final = "the store's disk is full: free space, or name a file on another disk"
+_NO_STORE: Final = "the file is no store, or one of another version of this package: name another, or remove it"
 _RIGHTS: Final = "this user may not use the store's file: give it the right to the file and its folder, or name another"
 _FAILURES: Final[Mapping[int, tuple[type[TransportError], str]]] = {
     **dict.fromkeys(_BUSY, (StoreUnavailableError, "the store was locked until the deadline: see who is stopped")),
     **dict.fromkeys(_FORBIDDEN, (StorePermissionError, _RIGHTS)),
-    sqlite3.SQLITE_NOTADB: (
-        ConfigError,
-        "the file is no store, or one of another version of this package: name another, or remove it",
-    ),
-    sqlite3.SQLITE_FULL: (
-        StoreUnavailableError,
-        "the store's disk is full: free space, or name a file on another disk",
-    ),
+    sqlite3.SQLITE_NOTADB: (ConfigError, _NO_STORE),
+    sqlite3.SQLITE_FULL: (StoreUnavailableError, _FULL),
     sqlite3.SQLITE_CORRUPT: (StoreUnavailableError, "the store's file is damaged: remove it; its users publish again"),
 }
 """By SQLite's result code (https://www.sqlite.org/rescode.html)."""
@@ -88,12 +84,8 @@ def default_path() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise StorePermissionError(
-            "the folder of the default store is not this user's alone: remove it, or name a file by local:///path",
-            path=str(folder),
-            uid=found.st_uid,
-            mode=oct(found.st_mode),
-        )
+        text = "the folder of the default store is not this user's alone: remove it, or name a file by local:///path"
+        raise StorePermissionError(text, path=str(folder), uid=found.st_uid, mode=oct(found.st_mode))
     return folder / "default.sqlite"
 
 

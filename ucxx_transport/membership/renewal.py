@@ -87,10 +87,7 @@ class LeaseRenewer:
 
 
 class Keeper:
-    """The process that renews its owner's lease too; none with `keeper="thread"`. Start it, close it.
-
-    It opens the store's URL as the store was opened: a password travels to it and nowhere else.
-    """
+    """The process that renews its owner's lease too, in the store as that was opened; none with `keeper="thread"`."""
 
     def __init__(self, store: Store, config: PublisherConfig) -> None:
         self._order: Order = {"url": store.url, "config": store.config, "interval_s": config.interval_s}

@@ -35,9 +35,8 @@ def check_write(*, value: object = b"", lease_id: object = None, expected: objec
     if not isinstance(value, bytes):
         raise ConfigError(f"value must be bytes, not {type(value).__name__}", field="value")
     if len(value) > MAX_VALUE_BYTES:
-        raise ConfigError(
-            f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}", field="value", nbytes=len(value)
-        )
+        text = f"value has {len(value)} bytes: a store keeps at most {MAX_VALUE_BYTES}"
+        raise ConfigError(text, field="value", nbytes=len(value))
     for field, found, least in (("lease_id", lease_id, 1), ("expected", expected, 0)):
         if found is not None and not (type(found) is int and least <= found < 1 << 63):
             raise ConfigError(f"{field} = {found!r}: a number from {least} on is wanted", field=field)
@@ -46,9 +45,8 @@ def check_write(*, value: object = b"", lease_id: object = None, expected: objec
 def checked_ttl_s(ttl_s: object) -> float:
     """A time to live that a store can grant; a ConfigError unless it is a number above 0 and up to `MAX_TTL_S`."""
     if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
-        raise ConfigError(
-            f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds", field="ttl_s"
-        )
+        text = f"ttl_s = {ttl_s!r}: a lease lives for more than 0 and at most {MAX_TTL_S:.0e} seconds"
+        raise ConfigError(text, field="ttl_s")
     return float(ttl_s)
 
 
@@ -59,12 +57,8 @@ def lease_lost(lease_id: int) -> LeaseLostError:
 
 def revision_conflict(stored: bytes, expected: int, revision: int) -> ConflictError:
     """For a key, as stored, with another revision than expected; 0: it does not exist."""
-    return ConflictError(
-        "the key has another revision than expected; nothing was changed",
-        key=stored.decode(errors="replace"),
-        expected=expected,
-        revision=revision,
-    )
+    text = "the key has another revision than expected; nothing was changed"
+    return ConflictError(text, key=stored.decode(errors="replace"), expected=expected, revision=revision)
 
 
 class Watch(Closing):
