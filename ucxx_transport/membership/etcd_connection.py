@@ -160,8 +160,7 @@ def tls_context(config: StoreConfig, *, is_wanted: bool) -> ssl.SSLContext | Non
         if config.cert_file is not None:
             field, files = "cert_file", f"{config.cert_file}, {config.key_file}"
             context.load_cert_chain(config.cert_file, config.key_file)
-    except (OSError, ssl.SSLError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        text = f"store.{field} = {files!r} cannot be used for TLS: {reason}"
+    except OSError as error:  # as ssl's own are
+        text = f"store.{field} = {files!r} cannot be used for TLS: {error.strerror or error}"
         raise ConfigError(text, field=field) from error
     return context

@@ -15,7 +15,6 @@ The store's identity lies at `/identity` below the namespace: no key of a caller
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -153,9 +152,9 @@ def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Jso
     }
 
 
-def watch_request(first: bytes, end: bytes, *, after: int) -> Json:
-    """Ask for the changes after a revision."""
-    return {"create_request": {**range_request(first, end), "start_revision": str(after + 1)}}
+def watch_request(keys: Json, *, after: int) -> Json:
+    """Ask for the changes of a range after a revision."""
+    return {"create_request": {**keys, "start_revision": str(after + 1)}}
 
 
 def number(holder: Json, field: str) -> int:
@@ -212,5 +211,5 @@ def _text(raw: bytes) -> str:
 def _bytes(holder: Json, field: str) -> bytes:
     try:
         return base64.b64decode(holder.get(field) or "", validate=True)
-    except (binascii.Error, TypeError, ValueError):
+    except (TypeError, ValueError):
         raise errors.StoreUnavailableError("the answer is not etcd's: no base64", field=field) from None

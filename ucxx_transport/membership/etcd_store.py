@@ -52,8 +52,7 @@ class EtcdStore(Store):
         self._endpoints = endpoints
         self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
         self.tls = tls_context(config, is_wanted=tls)
-        self._user, self._password = config.user or "", config.password or NO_TOKEN
-        self._token: Secret | None = None if self._user else NO_TOKEN
+        self._token: Secret | None = None if config.user else NO_TOKEN
         self._is_closed = False
         self._watches: weakref.WeakSet[EtcdWatch] = weakref.WeakSet()
 
@@ -194,7 +193,7 @@ class EtcdStore(Store):
             try:
                 return work(token)
             except errors.StorePermissionError as error:
-                if not self._user or error.message not in messages.NO_LOGIN:
+                if not self.config.user or error.message not in messages.NO_LOGIN:
                     raise
                 facts = error.facts
             if self._token is token:
@@ -207,8 +206,9 @@ class EtcdStore(Store):
         raise errors.StoreUnavailableError(text, **facts)
 
     def _logged_in(self, until: float) -> Secret:
+        user = {"name": self.config.user, "password": self.config.password or NO_TOKEN}
         try:
-            answer = self._ask("auth/authenticate", {"name": self._user, "password": self._password}, until, NO_TOKEN)
+            answer = self._ask("auth/authenticate", user, until, NO_TOKEN)
         except errors.StoreUnavailableError as error:
             if messages.AUTH_IS_OFF in str(error.facts.get("reason")):
                 return NO_TOKEN
@@ -228,7 +228,7 @@ class EtcdWatch(Watch):
     def __init__(self, store: EtcdStore, prefix: str, *, after: int, identity: str) -> None:
         super().__init__(store.url)
         self._store = store
-        self._first, self._last = store.namespace.bounds(prefix)
+        self._range = messages.range_request(*store.namespace.bounds(prefix))
         self._after = self._revision = after
         self._identity = identity
         self._newest: Connection | None = None
@@ -281,7 +281,7 @@ class EtcdWatch(Watch):
 
     def _begin_at(self, endpoint: str, share: float) -> None:
         until = time.monotonic() + share
-        request = messages.watch_request(self._first, self._last, after=self._after)
+        request = messages.watch_request(self._range, after=self._after)
 
         def begin(token: Secret) -> None:
             with ExitStack() as failing:
@@ -320,8 +320,7 @@ class EtcdWatch(Watch):
                 text = "etcd no longer keeps what followed this revision; take a snapshot"
                 raise errors.CompactedError(text, after=self._after, compacted=compacted)
             if message.get("canceled"):  # its reason is text for people: what was watched is asked for once
-                request = {**messages.range_request(self._first, self._last), "count_only": True}
-                self._ask(stream.endpoint, "kv/range", request)
+                self._ask(stream.endpoint, "kv/range", {**self._range, "count_only": True})
                 raise errors.StoreUnavailableError("etcd has ended the watch", reason=message.get("cancel_reason"))
         return bool(found)
 

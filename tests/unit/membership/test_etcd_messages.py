@@ -90,7 +90,7 @@ def test_one_message_may_hold_several_revisions_each_of_them_whole() -> None:
 
 
 def test_a_watch_begins_after_the_revision() -> None:
-    request = messages.watch_request(*JOB.bounds("a"), after=41)["create_request"]
+    request = messages.watch_request(messages.range_request(*JOB.bounds("a")), after=41)["create_request"]
     assert request["start_revision"] == "42"
 
 
