@@ -31,13 +31,13 @@ from typing import Final, TypeVar
 from urllib.parse import quote
 
 from ucxx_transport.backoff import random_pause_s
+from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, StorePermissionError, StoreUnavailableError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import file_system
 from ucxx_transport.ring.segment import segment_folder
 
 ResultT = TypeVar("ResultT")
-_Identity = tuple[int, int]
 
 _log = get_logger(__name__)
 
@@ -114,20 +114,20 @@ def checked_path(path: Path) -> Path:
 class StoreFile:
     """The file, used in transactions: the first opens it, or makes it by the statements in `tables`. Thread-safe."""
 
-    def __init__(self, path: Path, tables: str) -> None:
+    def __init__(self, path: Path, tables: str, timeout_s: float) -> None:
         self.path = path
         self.is_closed = False
-        self._tables = tables
+        self._tables, self._timeout_s = tables, timeout_s
         self._connection: sqlite3.Connection | None = None
-        self._file: _Identity | None = None
+        self._file: tuple[int, int] | None = None
 
-    def transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], until: float) -> ResultT:
+    def transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
         """What `body` returns, in one transaction that is tried again while others have the file locked.
 
         SQLite's own waiting sleeps up to 100 ms at a time, in step with others, and would keep other threads out.
-        Raises by the module's table.
         """
-        pid, attempt = os.getpid(), 0
+        limit_s = self._timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
+        until, pid, attempt = time.monotonic() + limit_s, os.getpid(), 0
         while True:
             attempt += 1
             begun: list[bool] = []
@@ -153,11 +153,11 @@ class StoreFile:
         if self.is_closed:
             raise ConfigError("the store is closed: open another", path=str(self.path))
 
-    def close(self, timeout_s: float) -> None:
+    def close(self) -> None:
         """Refuse from now on. Calls under way are waited for. Idempotent."""
         self.is_closed = True
         with suppress(TransportError):  # the next call, which is this one, disconnects
-            self.transact("DEFERRED", lambda _: None, time.monotonic() + timeout_s)
+            self.transact("DEFERRED", lambda _: None, None)
 
     def disconnect(self) -> None:
         """Close the connection, for the next call to open another."""
@@ -264,7 +264,7 @@ class _Calls:
 _calls = _Calls()
 
 
-def _identity(path: Path) -> _Identity | None:
+def _identity(path: Path) -> tuple[int, int] | None:
     """Device and inode of the file that is there; None: none, or an empty one, which no store is."""
     with suppress(FileNotFoundError, NotADirectoryError):
         found = os.stat(path)

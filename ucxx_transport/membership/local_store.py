@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ucxx_transport import machine
-from ucxx_transport.config import StoreConfig, checked_seconds
+from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import CompactedError, StoreResetError
 from ucxx_transport.membership.entries import Batch, Entry, Event, Lease, Namespace, Snapshot
 from ucxx_transport.membership.local_file import StoreFile, checked_path, default_path
@@ -72,10 +72,10 @@ class LocalStore(Store):
         boot_id: str | None = None,
     ) -> None:
         self.config = config = config or StoreConfig()
-        self.namespace, self.timeout_s = Namespace(config.namespace), config.timeout_s
+        self.namespace = Namespace(config.namespace)
         self._clock = clock
         self._boot_id = machine.boot_id().hex() if boot_id is None else boot_id
-        self.file = StoreFile(checked_path(path or default_path()), _TABLES)
+        self.file = StoreFile(checked_path(path or default_path()), _TABLES, config.timeout_s)
         self.url = self.file.path.as_uri().replace("file://", "local://", 1)
 
     def grant(self, ttl_s: float, *, timeout_s: float | None = None) -> Lease:
@@ -144,33 +144,29 @@ class LocalStore(Store):
     def snapshot(self, prefix: str = "", *, timeout_s: float | None = None) -> Snapshot:
         bounds = self.namespace.bounds(prefix)
 
-        def read(db: sqlite3.Connection) -> tuple[str, int, list[_Row]]:
-            found = db.execute("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key", bounds)
+        def read(db: sqlite3.Connection) -> Snapshot:
+            rows = db.execute("SELECT * FROM entries WHERE key >= ? AND key < ? ORDER BY key", bounds)
             identity, _, revision, _ = _state(db)
-            return identity, revision, found.fetchall()
+            return Snapshot(revision=revision, entries=tuple(map(self.entry, rows)), identity=identity)
 
-        (identity, revision, rows), _ = self.read(read, timeout_s)
-        return Snapshot(revision=revision, entries=tuple(map(self.entry, rows)), identity=identity)
+        return self.read(read, timeout_s)[0]
 
     def watch(self, prefix: str = "", *, after: int, identity: str = "") -> LocalWatch:
         self.file.check_open()
         return LocalWatch(self, prefix, after=after, identity=identity)
 
     def close(self) -> None:
-        self.file.close(self.timeout_s)
+        self.file.close()
 
     def read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> tuple[ResultT, float]:
-        """What `body` reads, of one moment, after the leases that are over have ended; and for how long none will be.
-
-        Waits for no writer, unless there is a lease to end.
-        """
+        """What `body` reads at one moment, when no lease is over, and for how long none is; waits only to end one."""
 
         def look(db: sqlite3.Connection) -> tuple[ResultT, float]:
             first: float | None = db.execute("SELECT min(deadline_s) FROM leases").fetchone()[0]
             first = math.inf if first is None else first
             return body(db), first - self._clock() if _state(db)[1] == self._boot_id else 0.0
 
-        found, left_s = self._transact("DEFERRED", look, timeout_s)
+        found, left_s = self.file.transact("DEFERRED", look, timeout_s)
         return (found, left_s) if left_s > 0 else (self._write(body, timeout_s), 0.0)
 
     def _write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
@@ -186,11 +182,7 @@ class LocalStore(Store):
                 _end_lease(db, lease_id)
             return body(db)
 
-        return self._transact("IMMEDIATE", change, timeout_s)
-
-    def _transact(self, mode: str, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:
-        limit_s = self.timeout_s if timeout_s is None else checked_seconds(timeout_s, "timeout_s")
-        return self.file.transact(mode, body, time.monotonic() + limit_s)
+        return self.file.transact("IMMEDIATE", change, timeout_s)
 
     def entry(self, row: _Row) -> Entry:
         """A row, as callers know it."""
