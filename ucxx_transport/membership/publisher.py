@@ -353,10 +353,7 @@ class HeartbeatPublisher(Running):
         return publication
 
     def _yield_to_rival(self) -> None:
-        """Raise a ConflictError while another worker of this id is in the store: it may be about to end.
-
-        A DuplicateSourceError: it is there for longer than a dead one's record could live.
-        """
+        """Raise a ConflictError while another worker has this id, a DuplicateSourceError once it cannot be dead."""
         key, ttl_s = source_key(self.worker_id), self._config.ttl_s
         rival, self._rival = self._rival, {}  # where the store does not answer, its lease may be given more time
         if (entry := self._store.get(key)) is None:

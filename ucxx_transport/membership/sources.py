@@ -281,14 +281,11 @@ class Publication:
 
 
 def next_epoch(store: Store, worker_id: str, *, known: int) -> int:
-    """A new epoch for a worker id, larger than any before, and than `known`: a wiped store has forgotten that.
-
-    A ConflictError: another publisher of this worker id was faster; look again.
-    """
+    """A new epoch of a worker id, larger than any before; a ConflictError: another publisher was faster, look again."""
     key = epoch_key(worker_id)
     entry = store.get(key)
     last = int(entry.value) if entry is not None and entry.value.isdigit() else 0
-    epoch = max(last, known) + 1
+    epoch = max(last, known) + 1  # a store that was wiped has forgotten the one that is known
     store.put(key, str(epoch).encode(), expected=0 if entry is None else entry.revision)
     return epoch
 
@@ -340,10 +337,9 @@ class SourceView:
         return [change for key in late for change in self._remove(key)]
 
     def _put(self, key: str, value: bytes) -> list[SourceChange]:
-        try:
+        record: SourceRecord | None = None
+        with suppress(ProtocolError):
             record = SourceRecord.from_bytes(value)
-        except ProtocolError:
-            record = None
         if record is None or source_key(record.worker_id) != key:
             self.malformed += 1
             return []
