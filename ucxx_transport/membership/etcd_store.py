@@ -42,8 +42,7 @@ class EtcdStore(Store):
     """A store in etcd: many machines, at one or several `host:port`. The first call connects.
 
     Calls go to the endpoint that answered last, and to the others when it fails, within the same deadline; a `put` or
-    `delete` that may have been carried out is not sent again. A ConfigError: TLS is half turned on, or a file of it
-    cannot be used.
+    `delete` that may have been carried out is not sent again.
     """
 
     def __init__(self, endpoints: tuple[str, ...], config: StoreConfig | None = None, *, tls: bool = False) -> None:

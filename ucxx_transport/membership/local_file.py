@@ -66,12 +66,10 @@ _FAILURES: Final[Mapping[int, tuple[type[TransportError], str]]] = {
 }
 """By SQLite's result code (https://www.sqlite.org/rescode.html)."""
 _OTHER: Final = (StoreUnavailableError, "the store's file cannot be used: see to the folder and the space on its disk")
-_NETWORK_FILE_SYSTEMS: Final = frozenset(
-    {
-        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2"),
-        *("smb3", "smbfs", "wekafs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
-    }
-)
+_NETWORK_FILE_SYSTEMS: Final = {
+    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2"),
+    *("smb3", "smbfs", "wekafs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
+}
 """SQLite's wal-index is memory that all its users map: machines do not share it over these."""
 
 
@@ -101,8 +99,7 @@ def checked_path(path: Path) -> Path:
         raise _failed(sqlite3.SQLITE_PERM, real, error) from error
     if not stat.S_ISREG(mode) or not stat.S_ISDIR(parent.st_mode):
         raise ConfigError("a store is a file, and something else is there: name another", path=str(real))
-    kind = file_system(parent.st_dev)
-    if kind in _NETWORK_FILE_SYSTEMS:
+    if (kind := file_system(parent.st_dev)) in _NETWORK_FILE_SYSTEMS:
         raise ConfigError(
             f"the store would lie on a network file system ({kind}), where it would be damaged: name a local file, "
             "or use etcd:// for several machines",
