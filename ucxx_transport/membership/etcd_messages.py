@@ -152,11 +152,6 @@ def if_revision(key: bytes, revision: int, operation: str, request: Json) -> Jso
     }
 
 
-def watch_request(keys: Json, *, after: int) -> Json:
-    """Ask for the changes of a range after a revision."""
-    return {"create_request": {**keys, "start_revision": str(after + 1)}}
-
-
 def number(holder: Json, field: str) -> int:
     """An int64 of an answer; 0 when it is left out."""
     try:

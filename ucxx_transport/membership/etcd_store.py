@@ -280,7 +280,7 @@ class EtcdWatch(Watch):
 
     def _begin_at(self, endpoint: str, share: float) -> None:
         until = time.monotonic() + share
-        request = messages.watch_request(self._range, after=self._after)
+        request = {"create_request": {**self._range, "start_revision": str(self._after + 1)}}
 
         def begin(token: Secret) -> None:
             with ExitStack() as failing:

@@ -89,11 +89,6 @@ def test_one_message_may_hold_several_revisions_each_of_them_whole() -> None:
     assert found[1].events[1] == Event(kind="delete", key="c", value=b"", revision=5)
 
 
-def test_a_watch_begins_after_the_revision() -> None:
-    request = messages.watch_request(messages.range_request(*JOB.bounds("a")), after=41)["create_request"]
-    assert request["start_revision"] == "42"
-
-
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"hello", b"\xff", b"1"])
 def test_what_is_no_object_is_not_etcds(raw: bytes) -> None:
     with pytest.raises(StoreUnavailableError):
