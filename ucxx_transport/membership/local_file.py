@@ -276,9 +276,8 @@ def _make(path: Path, tables: str) -> None:
         _remove(fresh, "", *_BESIDE)  # of a maker that was killed
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         with closing(_opened(fresh)) as db:
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {FORMAT}")
-            db.executescript(f"BEGIN; {tables}; COMMIT; PRAGMA journal_mode = WAL")
+            marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}"
+            db.executescript(f"{marks}; BEGIN; {tables}; COMMIT; PRAGMA journal_mode = WAL")
         fresh.rename(path)
     finally:
         _remove(fresh, "", *_BESIDE)
