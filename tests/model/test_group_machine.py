@@ -9,7 +9,7 @@ only grows; and whenever the machine lets things settle, all healthy ranks are a
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
@@ -21,7 +21,7 @@ from tests.model.group_model import GroupModel
 from tests.support.exhaustive import exhaustive
 from tests.support.machines import CountedMachine, run_steps
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore, MemoryWatch
-from tests.support.rank_contexts import rank_context
+from tests.support.shared_states import shared_state
 from ucxx_transport.errors import (
     CompactedError,
     ConflictError,
@@ -32,8 +32,8 @@ from ucxx_transport.errors import (
     StoreUnavailableError,
 )
 from ucxx_transport.groups.decisions import GroupSnapshot
-from ucxx_transport.groups.participant import MembershipEndedError, Participant, change_view
-from ucxx_transport.groups.state import RankContext, Retrying, SharedState
+from ucxx_transport.groups.participant import Participant, change_view
+from ucxx_transport.groups.state import MembershipEndedError, Retrying, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 
 RANKS = 4
@@ -71,7 +71,6 @@ class Process:
     """One process that has a rank, or once had."""
 
     rank: int
-    context: RankContext
     shared: SharedState
     store: MemoryStore
     incarnation: str = ""
@@ -151,7 +150,7 @@ class GroupMachine(CountedMachine):
     def retrying(self, one: Process) -> Retrying:
         """For a hundred tries: each read of its clock is a second."""
         reads = count()
-        return Retrying(replace(one.context, clock=lambda: float(next(reads))), 100.0, "trying")
+        return Retrying(shared_state(one.store, one.rank, clock=lambda: float(next(reads))), 100.0, "trying")
 
     # what a rank does
 
@@ -161,7 +160,7 @@ class GroupMachine(CountedMachine):
         wanted = MemberRecord(rank=one.rank, incarnation=one.incarnation, epoch=one.shared.now.epoch, ttl_s=TTL_S)
         self.model.alive.add(one.incarnation)
         self.model.applied[one.incarnation] = one.shared.now.epoch
-        one.participant = Participant(one.context, one.shared, wanted)
+        one.participant = Participant(one.shared, wanted)
         one.participant.acquire(self.retrying(one))
         one.lease_id = one.participant.lease_id
         one.snapshot = one.watch = None
@@ -219,8 +218,8 @@ class GroupMachine(CountedMachine):
             return
         if one is None or one.is_dead:
             store = self.admin.beside()
-            context = rank_context(store, rank, clock=self.clock, group=GROUP, ack_timeout_s=ACK_TIMEOUT_S)
-            one = self.processes[rank] = Process(rank, context, SharedState(GROUP, rank), store)
+            shared = shared_state(store, rank, clock=self.clock, ack_timeout_s=ACK_TIMEOUT_S)
+            one = self.processes[rank] = Process(rank, shared, store)
             one.shared.on_view(partial(self.note_applied, one))
         self.publish(one)
 

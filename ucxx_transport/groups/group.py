@@ -15,7 +15,7 @@ from typing import Final, Self
 from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, checked_seconds
 from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
-from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, RankContext, Retrying, SharedState
+from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, Retrying, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
@@ -69,17 +69,9 @@ class RankGroup(OfOneProcess):
         ack_timeout_s = checked_seconds(ack_timeout_s, "ack_timeout_s")
         if ack_timeout_s <= 0:
             raise errors.ConfigError(f"ack_timeout_s must be more than 0, not {ack_timeout_s}", field="ack_timeout_s")
-        self._context = RankContext(
-            store=store,
-            group=group,
-            rank=rank,
-            config=made_of(PublisherConfig, config, "config"),
-            ack_timeout_s=ack_timeout_s,
-            clock=clock,
-        )
-        self._shared = SharedState(group, rank)
-        ttl_s = self._context.config.ttl_s
-        self._record = MemberRecord(rank=rank, incarnation="", epoch=0, ttl_s=ttl_s, address=address, meta=meta or {})
+        config = made_of(PublisherConfig, config, "config")
+        self._shared = SharedState(store, group, rank, config=config, ack_timeout_s=ack_timeout_s, clock=clock)
+        self._record = MemberRecord(rank=rank, incarnation="", ttl_s=config.ttl_s, address=address, meta=meta or {})
         self._joining = threading.RLock()
         self._cancelled = threading.Event()
         self._participant: Participant | None = None
@@ -88,7 +80,7 @@ class RankGroup(OfOneProcess):
     @property
     def rank(self) -> int:
         """This process's place."""
-        return self._context.rank
+        return self._record.rank
 
     @property
     def state(self) -> GroupState:
@@ -145,7 +137,7 @@ class RankGroup(OfOneProcess):
         """
         refuse_forked(self._pid, "RankGroup")
         self._shared.listeners.refuse_in_callback("join_group()")
-        retrying = Retrying(self._context, timeout_s, "joining", cancelled=self._cancelled)
+        retrying = Retrying(self._shared, timeout_s, "joining", cancelled=self._cancelled)
         try:
             while not self._joining.acquire(timeout=retrying.left_s):
                 retrying.check("another join_group() of this rank")
@@ -159,8 +151,8 @@ class RankGroup(OfOneProcess):
                 try:
                     return self._join_once(retrying)
                 except (errors.LeaseLostError, errors.StoreResetError) as error:
-                    _log.warning("join_restarted", reason=str(error), **self._context.keys)
-                    retrying.pause(self._context.config.backoff_s)
+                    _log.warning("join_restarted", reason=str(error), **self._shared.facts)
+                    retrying.pause(self._shared.config.backoff_s)
         finally:
             self._release()
 
@@ -178,7 +170,7 @@ class RankGroup(OfOneProcess):
         is_callback = self._participant is not None and self._participant.is_own_thread
         try:
             if not is_callback:
-                self._joining.acquire(timeout=self._context.config.stop_timeout_s)
+                self._joining.acquire(timeout=self._shared.config.stop_timeout_s)
             if (participant := self._participant) is not None:
                 self._stop(participant)
                 if self._participant is participant:  # else a join that a callback's leave did not keep waiting
@@ -237,7 +229,7 @@ class RankGroup(OfOneProcess):
         if type(version) is not int or not 0 <= version < 1 << 59:
             raise errors.ConfigError(f"a policy version is a number from 0 on, not {version!r}", field="version")
         self._member()
-        retrying = Retrying(self._context, timeout_s, "setting the policy version")
+        retrying = Retrying(self._shared, timeout_s, "setting the policy version")
         revision = put_policy_version(retrying, version, rewind=rewind)
         if not self._shared.listeners.is_calling_back():
             self._shared.wait(lambda now: now.snapshot.revision >= revision, retrying, f"revision {revision}")
@@ -253,7 +245,7 @@ class RankGroup(OfOneProcess):
         """
         self._shared.listeners.refuse_in_callback("wait_for_view()")
         self._member()
-        retrying = Retrying(self._context, timeout_s, "waiting for a view")
+        retrying = Retrying(self._shared, timeout_s, "waiting for a view")
         return self._shared.wait(lambda now: now.notified_view(min_epoch), retrying, f"epoch {min_epoch}")
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
@@ -297,7 +289,7 @@ class RankGroup(OfOneProcess):
 
     def _join_once(self, retrying: Retrying) -> GroupState:
         record = replace(self._record, incarnation=uuid.uuid4().hex, epoch=self.state.epoch)
-        participant = self._participant = Participant(self._context, self._shared, record)
+        participant = self._participant = Participant(self._shared, record)
 
         def joined(now: GroupState) -> GroupState | None:
             view = now.notified_view()
@@ -319,11 +311,11 @@ class RankGroup(OfOneProcess):
 
     def _stop(self, participant: Participant) -> None:
         """End it: in the view first, if it is in the group, then for this rank's waiting calls, then the lease."""
-        timeout_s = self._context.config.stop_timeout_s
+        timeout_s = self._shared.config.stop_timeout_s
         until_s = time.monotonic() + timeout_s
-        teardown = Teardown("rank", group=self._context.group, rank=self.rank)
+        teardown = Teardown("rank", group=self._shared.now.group, rank=self.rank)
         if self.state.state.is_seated:
-            leaving = Retrying(self._context, timeout_s, "leaving")
+            leaving = Retrying(self._shared, timeout_s, "leaving")
             change = partial(change_view, leaving, RankEvent.LEAVE, [self.rank], incarnation=participant.incarnation)
             teardown.step("view", change, until_s)
         self._shared.end(participant.incarnation)
@@ -332,14 +324,14 @@ class RankGroup(OfOneProcess):
     def _member(self) -> None:
         """A NotReadyError while this rank is not a member, a ConfigError in a forked child."""
         if not self.state.state.is_seated or self._participant is None:
-            raise errors.NotReadyError("this rank is not a member: join_group() first", **self._context.keys)
+            raise errors.NotReadyError("this rank is not a member: join_group() first", **self._shared.facts)
 
     def _change(
         self, event: RankEvent, ranks: Collection[int], timeout_s: float | str, *, active: Collection[int] = ()
     ) -> GroupView:
         """Write a change, and wait for a view that has it, in which those that are to be `active` are."""
         self._member()
-        retrying = Retrying(self._context, timeout_s, event.name.lower())
+        retrying = Retrying(self._shared, timeout_s, event.name.lower())
         epoch = change_view(retrying, event, ranks)
         if self._shared.listeners.is_calling_back() and self.view is not None:
             return self.view  # the next one may come by this very thread

@@ -28,11 +28,10 @@ from typing import Final
 
 from ucxx_transport import errors
 from ucxx_transport.groups.decisions import AckWaits, GroupSnapshot, parse_policy_version
-from ucxx_transport.groups.state import CALL_S, PAUSE_S, MembershipEndedError, RankContext, Retrying, SharedState
+from ucxx_transport.groups.state import CALL_S, PAUSE_S, MembershipEndedError, Retrying, SharedState
 from ucxx_transport.groups.view import NO_VIEW, GroupView, MemberRecord, RankEvent
 from ucxx_transport.logs import get_logger
 from ucxx_transport.machine import start_thread
-from ucxx_transport.membership.entries import GroupKeys
 from ucxx_transport.membership.renewal import Keeper, LeaseRenewer
 from ucxx_transport.membership.store import Watch
 from ucxx_transport.teardown import Teardown
@@ -58,9 +57,9 @@ TICK_S: Final = 0.05
 class Participant:
     """See the module. `record` is of this life alone: its `incarnation` was never used before."""
 
-    def __init__(self, context: RankContext, shared: SharedState, record: MemberRecord) -> None:
-        self._context, self._shared, self._record = context, shared, record
-        self._keys, self._rank, self.incarnation = GroupKeys(context.group), context.rank, record.incarnation
+    def __init__(self, shared: SharedState, record: MemberRecord) -> None:
+        self._shared, self._record = shared, record
+        self._keys, self._rank, self.incarnation = shared.keys, record.rank, record.incarnation
         self.lease_id: int | None = None
         self._has_applied = False  # in this life: before, another view than an earlier life's is only one to wait out
         self._was_seated = False
@@ -68,7 +67,7 @@ class Participant:
         self._watch: Watch | None = None
         # what the store has answered last, since it was last heard
         self._away: type[errors.RegistryError] | None = None
-        self._keeper = Keeper(context.store, context.config)
+        self._keeper = Keeper(shared.store, shared.config)
         self._renewer: LeaseRenewer | None = None
         self._thread: threading.Thread | None = None
         self.reset()
@@ -85,8 +84,8 @@ class Participant:
         DuplicateSourceError; it is one that came since the first look, or whose lease outlives its TTL from then on.
         However this ends, `stop` takes back what it has published.
         """
-        context, store = self._context, self._context.store
-        key, began = self._keys.member(self._rank), context.clock()
+        shared, store = self._shared, self._shared.store
+        key, began = self._keys.member(self._rank), shared.clock()
         first = ""
         for attempt in count():
             entry = retrying.call(store.get, key)
@@ -102,24 +101,22 @@ class Participant:
                     break
             elif holder.incarnation == self.incarnation:
                 break
-            elif holder.incarnation != first or context.clock() - began >= holder.ttl_s + MARGIN_S:
+            elif holder.incarnation != first or shared.clock() - began >= holder.ttl_s + MARGIN_S:
                 text = "a live member has this rank: give this process another one, or end that one"
                 facts = {"incarnation": holder.incarnation, "address": holder.address}
-                raise errors.DuplicateSourceError(text, **facts, **context.keys)
+                raise errors.DuplicateSourceError(text, **facts, **shared.facts)
             else:
                 retrying.pause(PAUSE_S)
                 retrying.check("the rank's holder")  # whose lease may still end
-        self._shared.begin(self.incarnation)
+        shared.begin(self.incarnation)
 
     def start(self) -> None:
         """Renew the lease, and take part."""
         assert self.lease_id is not None
         self._keeper.start()
         self._keeper.keep(self.lease_id)
-        interval_s = self._context.config.interval_s
-        self._renewer = LeaseRenewer(
-            lambda: self._context.store, self.lease_id, interval_s, on_lost=self._on_lease_lost
-        )
+        interval_s = self._shared.config.interval_s
+        self._renewer = LeaseRenewer(lambda: self._shared.store, self.lease_id, interval_s, on_lost=self._on_lease_lost)
         self._renewer.start()
         self._thread = start_thread(self._run, name=f"ucxx-group-{self._rank}")
 
@@ -185,19 +182,19 @@ class Participant:
             raise self._ended(errors.LeaseLostError, text, epoch=view.epoch, ended_by=ended_by.value)
 
     def _ended(self, error: type[errors.RegistryError], text: str, **facts: object) -> MembershipEndedError:
-        return MembershipEndedError(error(f"{text}: join_group() again", **facts, **self._context.keys))
+        return MembershipEndedError(error(f"{text}: join_group() again", **facts, **self._shared.facts))
 
     def _write(self, snapshot: GroupSnapshot) -> float | None:
         """Write the view that should follow, at this rank's turn, by what the store has then: a watch may be behind."""
-        now = self._context.clock()
+        now = self._shared.clock()
         if self._next(snapshot, now) is None:
             self._due = None
             return TICK_S if self._waits else None
         if self._due is None or self._due[0] != snapshot.view_revision:
             self._due = (snapshot.view_revision, now)
         if now - self._due[1] >= TURN_S * min(snapshot.turn_of(self._rank), LAST_TURN):
-            found = self._context.store.snapshot(self._keys.prefix, timeout_s=CALL_S)
-            latest = GroupSnapshot.of(self._context.group, found)
+            found = self._shared.store.snapshot(self._keys.prefix, timeout_s=CALL_S)
+            latest = GroupSnapshot.of(self._shared.now.group, found)
             if (wanted := self._next(latest, now)) is not None:
                 try:
                     self._put(self._keys.view, wanted.to_bytes(), expected=latest.view_revision)
@@ -210,50 +207,50 @@ class Participant:
         if self._keys.view in snapshot.problems:
             return None
         self._waits = snapshot.ack_waits(self._waits, now)
-        overdue = snapshot.overdue_ranks(self._waits, now=now, ack_timeout_s=self._context.ack_timeout_s)
+        overdue = snapshot.overdue_ranks(self._waits, now=now, ack_timeout_s=self._shared.ack_timeout_s)
         return snapshot.next_view(overdue)
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
-        store = self._context.store
+        store = self._shared.store
         self._seen_revision = store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
 
     # the thread
 
     def _run(self) -> None:
-        keys = self._context.keys
+        facts = self._shared.facts
         while not self._ending.is_set():
             try:
                 self._take_part()
             except (errors.CompactedError, errors.StoreResetError, errors.ConflictError) as error:
-                _log.info("group_read_again", reason=str(error), **keys)
+                _log.info("group_read_again", reason=str(error), **facts)
             except (errors.StoreUnavailableError, errors.StorePermissionError) as error:
                 if not self._ending.is_set() and not self._lease_lost.is_set():  # else this side has closed the watch
                     self._shared.count(outages=1)
                     if self._away is not type(error):
-                        _log.warning("group_store_away", reason=str(error), **keys)
+                        _log.warning("group_store_away", reason=str(error), **facts)
                     self._away = type(error)
             except MembershipEndedError as ended:
                 return self._end(ended.error)
             except errors.LeaseLostError as error:
                 return self._end(error)
             except Exception:  # noqa: BLE001 - the edge of the thread: whatever it was, the group goes on
-                _log.exception("group_thread_failed", **keys)
+                _log.exception("group_thread_failed", **facts)
             self._ending.wait(PAUSE_S)
         return None
 
     def _take_part(self) -> None:
         self._check_lease()
-        store, prefix = self._context.store, self._keys.prefix
+        store, prefix = self._shared.store, self._keys.prefix
         self.reset()
         found = store.snapshot(prefix, timeout_s=CALL_S)
-        snapshot = GroupSnapshot.of(self._context.group, found)
+        snapshot = GroupSnapshot.of(self._shared.now.group, found)
         with store.watch(prefix, after=snapshot.revision, identity=found.identity) as watch:
             self._watch = watch  # from here on it is closed to end this
             while not self._ending.is_set():
                 self._check_lease()
                 self._shared.listeners.retry()
                 step_in_s = self.step(snapshot)
-                batch = watch.next(self._context.config.interval_s if step_in_s is None else step_in_s)
+                batch = watch.next(self._shared.config.interval_s if step_in_s is None else step_in_s)
                 self._away = None
                 while batch is not None:  # what came together is one step
                     snapshot = snapshot.after(batch.revision, batch.events)
@@ -274,16 +271,16 @@ class Participant:
     def _give_back(self, until_s: float) -> None:
         """End the renewals, then the lease; if the store does not answer, it ends by itself."""
         if self._renewer is not None:
-            self._renewer.stop(self._context.config.interval_s)
+            self._renewer.stop(self._shared.config.interval_s)
         self._keeper.close()
         if self.lease_id is not None and not self._lease_lost.is_set():
-            self._context.store.revoke(self.lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
+            self._shared.store.revoke(self.lease_id, timeout_s=max(LEAST_CALL_S, until_s - time.monotonic()))
 
     def _end(self, error: errors.RegistryError | None) -> None:
         if error is not None:  # else by `leave`, which may just be about to end it itself
-            _log.warning("membership_lost", reason=str(error), **self._context.keys)
+            _log.warning("membership_lost", reason=str(error), **self._shared.facts)
         try:  # before anything else hears of it: the next `join_group` finds the rank free
-            self._give_back(time.monotonic() + self._context.config.stop_timeout_s)
+            self._give_back(time.monotonic() + self._shared.config.stop_timeout_s)
         except errors.RegistryError as failure:
             _log.warning("lease_not_revoked", lease=self.lease_id, reason=str(failure))
         self._shared.end(self.incarnation, error)
@@ -296,8 +293,7 @@ def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *,
 
     Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
     """
-    store, group = retrying.context.store, retrying.context.group
-    keys = GroupKeys(group)
+    store, keys, group = retrying.shared.store, retrying.shared.keys, retrying.shared.now.group
     while True:
         snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, keys.prefix))
         absent = [rank for rank in ranks if not snapshot.view.state_of(rank).is_seated]
@@ -316,9 +312,9 @@ def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int
 
     A ConfigError: a larger one is there, and it is not to `rewind`.
     """
-    key = GroupKeys(retrying.context.group).policy
+    store, key = retrying.shared.store, retrying.shared.keys.policy
     while True:
-        entry = retrying.call(retrying.context.store.get, key)
+        entry = retrying.call(store.get, key)
         known = None if entry is None else parse_policy_version(entry.value)
         if entry is not None and known == version:
             return entry.revision

@@ -20,6 +20,7 @@ from ucxx_transport.config import PublisherConfig, checked_seconds
 from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.view import NO_VIEW, GroupView, RankEvent, RankState, Seat, advance
 from ucxx_transport.logs import get_logger
+from ucxx_transport.membership.entries import GroupKeys
 from ucxx_transport.membership.listeners import ADD, REMOVE, Listeners, identity_of
 from ucxx_transport.membership.store import Store
 from ucxx_transport.teardown import not_in_forks
@@ -27,8 +28,6 @@ from ucxx_transport.teardown import not_in_forks
 _log = get_logger(__name__)
 
 T = TypeVar("T")
-
-ViewCallback = Callable[[GroupView], object]
 
 NOT_SEEN: Final = GroupSnapshot(group="")
 
@@ -47,41 +46,24 @@ RACE_S: Final = 0.01
 """Before the next read, when another member's write came first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankContext:
-    """What each part of a rank's membership works with: the arguments of `RankGroup`."""
-
-    store: Store
-    group: str
-    rank: int
-    config: PublisherConfig
-    ack_timeout_s: float
-    clock: Callable[[], float]
-
-    @property
-    def keys(self) -> dict[str, object]:
-        """For errors and logs."""
-        return {"group": self.group, "rank": self.rank}
-
-
 class Retrying:
     """Calls of a store for one purpose, such as "joining", under one deadline, until `cancelled` is set."""
 
     def __init__(
-        self, context: RankContext, timeout_s: float | str, purpose: str, *, cancelled: threading.Event | None = None
+        self, shared: SharedState, timeout_s: float | str, purpose: str, *, cancelled: threading.Event | None = None
     ) -> None:
-        self.context, self._purpose = context, purpose
-        self._deadline = context.clock() + checked_seconds(timeout_s, "timeout_s")
+        self.shared, self._purpose = shared, purpose
+        self._deadline = shared.clock() + checked_seconds(timeout_s, "timeout_s")
         self._cancelled = threading.Event() if cancelled is None else cancelled
 
     @property
     def left_s(self) -> float:
         """Seconds to the deadline, never negative."""
-        return max(0.0, self._deadline - self.context.clock())
+        return max(0.0, self._deadline - self.shared.clock())
 
     def call(self, method: Callable[..., T], *args: object, **settings: object) -> T:
         """What a method of the store answers, or raises as its answer; it is called until then. Errors as `check`."""
-        config = self.context.config
+        config = self.shared.config
         self.check("store")
         for attempt in count(1):
             try:
@@ -94,7 +76,7 @@ class Retrying:
     def swap(self, key: str, value: bytes, expected: int) -> int | None:
         """The revision of the write; None: another came first, or it was this one, its answer lost: read again."""
         try:
-            return self.call(self.context.store.put, key, value, expected=expected)
+            return self.call(self.shared.store.put, key, value, expected=expected)
         except errors.ConflictError:
             self.pause(RACE_S)
             return None
@@ -110,7 +92,7 @@ class Retrying:
         if self.left_s <= 0:
             what = waiting_for if isinstance(waiting_for, str) else f"ranks {list(waiting_for)}"
             text = f"{self._purpose}: the deadline passed, waiting for {what}"
-            raise errors.DeadlineExceededError(text, waiting_for=waiting_for, **facts, **self.context.keys)
+            raise errors.DeadlineExceededError(text, waiting_for=waiting_for, **facts, **self.shared.facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,30 +205,43 @@ class MembershipEndedError(Exception):
 
 
 class SharedState:
-    """The present `GroupState`: set by the rank's own thread, read and waited for by others. Thread-safe.
+    """What all parts of a rank's membership share: the arguments of `RankGroup`, and the present `GroupState`.
+
+    That is set by the rank's own thread, read and waited for by others. Thread-safe.
 
     A thread that a leave did not wait for may still run when the rank has joined again: what it says of its own life,
     by that one's `incarnation`, changes nothing of the next.
 
     Attributes:
+        keys: of the group in its store. facts: of errors and logs.
         now: everything at one moment; read it once for several facts that belong together.
         has_joined: whether this rank has been ACTIVE or INACTIVE since it published itself last.
         listeners: who hears of members that come ("add") and go ("remove"), and of the end of this rank's membership
             ("gone"), each in a thread of its own; whether the caller is one of them, or of `on_view`.
     """
 
-    def __init__(self, group: str, rank: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        group: str,
+        rank: int,
+        *,
+        config: PublisherConfig,
+        ack_timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.store, self.config, self.ack_timeout_s, self.clock = store, config, ack_timeout_s, clock
+        self.keys, self.facts = GroupKeys(group), {"group": group, "rank": rank}
         self.now = GroupState(group=group, rank=rank)
         self._changed = threading.Condition()
         self._incarnation = ""
         self.has_joined = False
-        self._view_callbacks: dict[object, ViewCallback] = {}
-        self._keys = {"group": group, "rank": rank}
+        self._view_callbacks: dict[object, Callable[[GroupView], object]] = {}
         self.listeners: Listeners[Member | errors.TransportError] = Listeners(
             self._changed,
             lambda: self.now.members.values(),  # noqa: PLW0108 - of the state there is then
             lambda what: self.count(**{f"callback_{what}": 1}),
-            keys=self._keys,
+            keys=self.facts,
         )
 
     def wait(
@@ -268,7 +263,7 @@ class SharedState:
                 self._changed.wait(min(retrying.left_s, PAUSE_S))
             return answer
 
-    def on_view(self, callback: ViewCallback) -> Callable[[], None]:
+    def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
         """Call `callback` with each view from now on, in the thread of `apply`, until what is returned is called."""
         registration = object()
         self._view_callbacks[registration] = callback
@@ -320,14 +315,14 @@ class SharedState:
             self.listeners.put([(REMOVE, member) for member in removed] + [(ADD, member) for member in added])
         for member, reason in zip(removed, reasons, strict=True):
             if reason != "left":
-                _log.warning("group_member_gone", member=member.rank, reason=reason, epoch=view.epoch, **self._keys)
+                _log.warning("group_member_gone", member=member.rank, reason=reason, epoch=view.epoch, **self.facts)
         for callback in callbacks:
             try:
                 with self.listeners.calling_back():
                     callback(view)
             except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
                 self.count(callback_errors=1)
-                _log.exception("group_callback_failed", group=before.group, rank=before.rank, epoch=view.epoch)
+                _log.exception("group_callback_failed", epoch=view.epoch, **self.facts)
         with self._changed:
             self._check(incarnation)
             self.now = replace(self.now, notified_epoch=view.epoch)
@@ -339,7 +334,7 @@ class SharedState:
             if incarnation != self._incarnation or not self.now.state.is_seated:
                 return
             state = advance(self.now.state, RankEvent.LEAVE if error is None else RankEvent.LOSE)
-            ended = error or errors.NotReadyError("this rank has left", **self._keys)
+            ended = error or errors.NotReadyError("this rank has left", **self.facts)
             self.now = replace(self.now, state=state, ended=ended)
             if self.has_joined and error is not None:
                 self.listeners.put([(GONE, error)])

@@ -234,9 +234,9 @@ class MemberRecord:
     """What a live member publishes, under its lease.
 
     Attributes:
+        ttl_s: how long its lease lives without being renewed, as granted.
         epoch: the largest epoch of a view that it has applied, in this life or an earlier one of its process: its
             acknowledgement of that view, and what a later one must exceed. 0: none yet.
-        ttl_s: how long its lease lives without being renewed, as granted.
         address: where it can be reached; "" when it has none.
         meta: plain values of its own for the others.
         revision: of its key, where it is from the store.
@@ -244,8 +244,8 @@ class MemberRecord:
 
     rank: int
     incarnation: str
-    epoch: int
     ttl_s: float
+    epoch: int = 0
     address: str = ""
     meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
     revision: int = field(default=0, compare=False)

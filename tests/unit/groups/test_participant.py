@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.memory_store import FakeClock, MemoryData, MemoryStore
-from tests.support.rank_contexts import rank_context
+from tests.support.shared_states import shared_state
 from ucxx_transport.errors import DeadlineExceededError, DuplicateSourceError, ProtocolError, RegistryError
 from ucxx_transport.groups.decisions import GroupSnapshot
 from ucxx_transport.groups.participant import Participant
-from ucxx_transport.groups.state import GroupStatistics, Retrying, SharedState
+from ucxx_transport.groups.state import GroupStatistics, Retrying
 from ucxx_transport.groups.view import MemberRecord, RankEvent, RankState
 
 KEY = "groups/g/members/1"
@@ -42,9 +42,9 @@ class Claimant:
         return MemberRecord(rank=1, incarnation=life, epoch=0, ttl_s=6.0)
 
     def acquire(self, timeout_s: float = 60.0) -> str:
-        context = rank_context(self.store, 1, clock=self.clock, backoff_s=0.1, max_backoff_s=1.0)
-        participant = Participant(context, SharedState("g", 1), self.record("mine"))
-        participant.acquire(Retrying(context, timeout_s, "joining", cancelled=self.waiting))
+        shared = shared_state(self.store, 1, clock=self.clock, backoff_s=0.1, max_backoff_s=1.0)
+        participant = Participant(shared, self.record("mine"))
+        participant.acquire(Retrying(shared, timeout_s, "joining", cancelled=self.waiting))
         return MemberRecord.from_bytes(self.store.data.entries[KEY].value).incarnation
 
     def held_by(self, life: str) -> int:
@@ -152,11 +152,10 @@ class Member:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.store = MemoryStore(MemoryData(clock=self.clock))
-        context = rank_context(self.store, 1, clock=self.clock, ack_timeout_s=2.0)
         record = MemberRecord(rank=1, incarnation="mine", epoch=0, ttl_s=6.0)
-        self.shared = SharedState("g", 1)
-        self.participant = Participant(context, self.shared, record)
-        self.participant.acquire(Retrying(context, 1.0, "joining"))
+        self.shared = shared_state(self.store, 1, clock=self.clock, ack_timeout_s=2.0)
+        self.participant = Participant(self.shared, record)
+        self.participant.acquire(Retrying(self.shared, 1.0, "joining"))
 
     def seen(self) -> GroupSnapshot:
         return GroupSnapshot.of("g", self.store.snapshot("groups/g/"))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.memory_store import FakeClock, MemoryStore
+from tests.support.shared_states import shared_state
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import LeaseLostError
 from ucxx_transport.groups.state import GONE, GroupState, SharedState
@@ -36,7 +38,7 @@ def contradiction(state: GroupState) -> str:
 
 @pytest.fixture
 def shared() -> SharedState:
-    shared = SharedState("g", 0)
+    shared = shared_state(MemoryStore(), 0, clock=FakeClock())
     shared.begin("0.0")
     return shared
 

@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 
 from tests.support.memory_store import MemoryStore
-from tests.support.rank_contexts import rank_context
+from tests.support.shared_states import shared_state
 from ucxx_transport.errors import DeadlineExceededError
 from ucxx_transport.groups.participant import change_view
 from ucxx_transport.groups.state import Retrying
@@ -31,8 +31,8 @@ def ticking() -> Callable[[], float]:
 
 
 def change(store: MemoryStore, event: RankEvent, rank: int, *, incarnation: str | None = None) -> int:
-    context = rank_context(store, 1, clock=ticking())
-    return change_view(Retrying(context, 100.0, "changing"), event, [rank], incarnation=incarnation)
+    shared = shared_state(store, 1, clock=ticking())
+    return change_view(Retrying(shared, 100.0, "changing"), event, [rank], incarnation=incarnation)
 
 
 def stored(store: MemoryStore) -> GroupView:
