@@ -161,8 +161,7 @@ class RankGroup(OfOneProcess):
 
         What this rank serves should have ended by then: the others stop asking it as soon as they see the view. A
         `join_group` that is under way in another thread is cancelled. If the store cannot be reached, the lease ends by
-        itself. `join_group` may be called again.
-        Callbacks have a second for the news that they have not heard.
+        itself. `join_group` may be called again. Callbacks have a second for the news that they have not heard.
         """
         if not may_end(self._pid):
             return

@@ -65,8 +65,7 @@ class Participant:
         self._was_seated = False
         self._ending, self._lease_lost = threading.Event(), threading.Event()
         self._watch: Watch | None = None
-        # what the store has answered last, since it was last heard
-        self._away: type[errors.RegistryError] | None = None
+        self._away: type[errors.RegistryError] | None = None  # what the store has answered since it was last heard
         self._keeper = Keeper(shared.store, shared.config)
         self._renewer: LeaseRenewer | None = None
         self._thread: threading.Thread | None = None
@@ -154,7 +153,7 @@ class Participant:
             self._put(key, str(known).encode(), expected=0)  # a store that lost its data has lost this too
         epoch = self._shared.now.epoch
         if own.epoch < epoch:  # acknowledge
-            raw = own.having_applied(epoch).to_bytes()
+            raw = replace(own, epoch=epoch).to_bytes()
             self._put(self._keys.member(self._rank), raw, expected=own.revision, lease_id=self.lease_id)
         return self._write(snapshot)
 
@@ -211,8 +210,7 @@ class Participant:
         return snapshot.next_view(overdue)
 
     def _put(self, key: str, value: bytes, *, expected: int, lease_id: int | None = None) -> None:
-        store = self._shared.store
-        self._seen_revision = store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
+        self._seen_revision = self._shared.store.put(key, value, lease_id=lease_id, expected=expected, timeout_s=CALL_S)
 
     # the thread
 

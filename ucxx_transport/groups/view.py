@@ -257,10 +257,6 @@ class MemberRecord:
             refuse("ttl_s", self.ttl_s, "a number of seconds")
         object.__setattr__(self, "meta", checked_meta(self.meta)[0])
 
-    def having_applied(self, epoch: int) -> MemberRecord:
-        """The record once its member has applied the view of `epoch`."""
-        return replace(self, epoch=max(self.epoch, epoch))
-
     def to_bytes(self) -> bytes:
         """For the store."""
         values = {key: getattr(self, key) for key in _RECORD_KEYS}

@@ -27,9 +27,9 @@ def follow(view: GroupView, alive: dict[int, MemberRecord]) -> GroupView:
 def all_active(*ranks: int) -> tuple[GroupView, dict[int, MemberRecord]]:
     """A group whose ranks are active, and have all applied its view."""
     alive = members(*(record(rank) for rank in ranks))
-    view = follow(follow(NO_VIEW, alive), {rank: one.having_applied(1) for rank, one in alive.items()})
+    view = follow(follow(NO_VIEW, alive), {rank: replace(one, epoch=1) for rank, one in alive.items()})
     assert view.active_ranks == ranks
-    return view, {rank: one.having_applied(view.epoch) for rank, one in alive.items()}
+    return view, {rank: replace(one, epoch=view.epoch) for rank, one in alive.items()}
 
 
 def states(view: GroupView) -> dict[int, str]:
@@ -58,10 +58,10 @@ def test_a_joiner_is_active_only_when_every_active_member_and_itself_have_acknow
     for rank in (0, 2):
         assert seen(admitted, alive).next_view() is None
         assert rank in seen(admitted, alive).awaited_ranks(2)
-        alive[rank] = alive[rank].having_applied(admitted.epoch)
+        alive[rank] = replace(alive[rank], epoch=admitted.epoch)
     assert seen(admitted, alive).awaited_ranks(2) == (1,)
     assert seen(admitted, alive).next_view() is None
-    alive[1] = alive[1].having_applied(admitted.epoch)
+    alive[1] = replace(alive[1], epoch=admitted.epoch)
     active = follow(admitted, alive)
     assert (active.epoch, active.active_ranks) == (admitted.epoch + 1, (0, 1, 2))
 
@@ -71,8 +71,8 @@ def test_two_joiners_come_at_one_epoch_and_wait_for_no_one_but_the_active() -> N
     alive |= members(record(1), record(2))
     admitted = follow(view, alive)
     assert states(admitted) == {0: "ACTIVE", 1: "JOINING", 2: "JOINING"}
-    alive[0] = alive[0].having_applied(admitted.epoch)
-    alive[1] = alive[1].having_applied(admitted.epoch)
+    alive[0] = replace(alive[0], epoch=admitted.epoch)
+    alive[1] = replace(alive[1], epoch=admitted.epoch)
     assert states(follow(admitted, alive)) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
 
 
@@ -80,10 +80,10 @@ def test_who_joins_behind_another_joiner_waits_for_it_once_it_is_active() -> Non
     view, alive = all_active(0)
     alive[1] = record(1)
     first = follow(view, alive)
-    alive = {rank: one.having_applied(first.epoch) for rank, one in alive.items()} | {2: record(2)}
+    alive = {rank: replace(one, epoch=first.epoch) for rank, one in alive.items()} | {2: record(2)}
     second = follow(first, alive)
     assert states(second) == {0: "ACTIVE", 1: "ACTIVE", 2: "JOINING"}
-    alive[0], alive[2] = alive[0].having_applied(second.epoch), alive[2].having_applied(second.epoch)
+    alive[0], alive[2] = replace(alive[0], epoch=second.epoch), replace(alive[2], epoch=second.epoch)
     assert seen(second, alive).awaited_ranks(2) == (1,)
 
 
@@ -91,7 +91,7 @@ def test_who_has_no_lease_any_more_is_gone_and_is_not_awaited_ranks() -> None:
     view, alive = all_active(0, 1)
     alive[2] = record(2)
     admitted = follow(view, alive)
-    alive = {rank: one.having_applied(admitted.epoch) for rank, one in alive.items() if rank != 1}
+    alive = {rank: replace(one, epoch=admitted.epoch) for rank, one in alive.items() if rank != 1}
     after = follow(admitted, alive)
     assert states(after) == {0: "ACTIVE", 1: "GONE", 2: "ACTIVE"}
     gone = after.seat_of(1)
@@ -103,7 +103,7 @@ def test_a_joiner_that_dies_while_it_waits_is_gone() -> None:
     admitted = follow(view, alive | members(record(1)))
     after = follow(admitted, {0: alive[0]})
     assert states(after) == {0: "ACTIVE", 1: "GONE"}
-    assert seen(after, {0: alive[0].having_applied(after.epoch)}).next_view() is None
+    assert seen(after, {0: replace(alive[0], epoch=after.epoch)}).next_view() is None
 
 
 def test_a_dead_rank_s_new_life_takes_its_place_with_a_larger_epoch() -> None:
@@ -117,7 +117,7 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_t
     view, alive = all_active(0, 1)
     alive[2] = record(2)
     admitted = follow(view, alive)
-    alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
+    alive |= {rank: replace(alive[rank], epoch=admitted.epoch) for rank in (0, 2)}
     waits = seen(admitted, {}).ack_waits({}, 100.0)
     assert seen(admitted, alive).overdue_ranks(waits, now=109.9, ack_timeout_s=10) == frozenset()
     late = seen(admitted, alive).overdue_ranks(waits, now=110.0, ack_timeout_s=10)
@@ -125,7 +125,7 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_t
     after = seen(admitted, alive).next_view(overdue=late)
     assert after is not None
     assert states(after) == {0: "ACTIVE", 1: "GONE", 2: "ACTIVE"}
-    alive = {rank: one.having_applied(after.epoch) for rank, one in alive.items()}
+    alive = {rank: replace(one, epoch=after.epoch) for rank, one in alive.items()}
     assert seen(after, alive).next_view() is None, "its lease lives, and its seat stays gone"
     back = follow(after, alive | members(record(1, life=1, epoch=after.epoch)))
     assert states(back) == {0: "ACTIVE", 1: "JOINING", 2: "ACTIVE"}
@@ -134,7 +134,7 @@ def test_who_does_not_acknowledge_in_time_is_dropped_and_not_admitted_again_by_t
 def test_a_joiner_that_does_not_apply_its_own_admission_is_dropped_itself() -> None:
     view, alive = all_active(0)
     admitted = follow(view, alive | members(record(1)))
-    alive = {0: alive[0].having_applied(admitted.epoch), 1: record(1)}
+    alive = {0: replace(alive[0], epoch=admitted.epoch), 1: record(1)}
     waits = seen(admitted, {}).ack_waits({}, 0.0)
     assert seen(admitted, alive).overdue_ranks(waits, now=10.0, ack_timeout_s=10) == {1}
 
@@ -143,9 +143,9 @@ def test_an_inactive_member_is_neither_waited_for_nor_dropped() -> None:
     view, alive = all_active(0, 1)
     set_aside = seen(view, alive).view_after(RankEvent.DEACTIVATE, [1])
     assert set_aside is not None
-    alive |= {0: alive[0].having_applied(set_aside.epoch), 2: record(2)}
+    alive |= {0: replace(alive[0], epoch=set_aside.epoch), 2: record(2)}
     admitted = follow(set_aside, alive)
-    alive |= {rank: alive[rank].having_applied(admitted.epoch) for rank in (0, 2)}
+    alive |= {rank: replace(alive[rank], epoch=admitted.epoch) for rank in (0, 2)}
     assert seen(admitted, alive).awaited_ranks(2) == ()
     assert (
         seen(admitted, alive).overdue_ranks(seen(admitted, {}).ack_waits({}, 0.0), now=99.0, ack_timeout_s=10)
@@ -171,12 +171,12 @@ def test_what_is_recalled_joins_and_what_is_deactivated_does_not_come_back_by_it
     aside = seen(view, alive).view_after(RankEvent.DEACTIVATE, [1])
     assert aside is not None
     assert states(aside) == {0: "ACTIVE", 1: "INACTIVE"}
-    alive = {rank: one.having_applied(aside.epoch) for rank, one in alive.items()}
+    alive = {rank: replace(one, epoch=aside.epoch) for rank, one in alive.items()}
     assert seen(aside, alive).next_view() is None
     recalled = seen(aside, alive).view_after(RankEvent.RECALL, [1])
     assert recalled is not None
     assert seen(recalled, alive).next_view() is None
-    alive = {rank: one.having_applied(recalled.epoch) for rank, one in alive.items()}
+    alive = {rank: replace(one, epoch=recalled.epoch) for rank, one in alive.items()}
     assert follow(recalled, alive).active_ranks == (0, 1)
 
 

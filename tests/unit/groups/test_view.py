@@ -136,11 +136,6 @@ def test_what_a_member_cannot_store_is_a_setting_to_fix() -> None:
             pytest.fail(f"{replace(RECORD, **row)} was made")
 
 
-def test_an_acknowledgement_never_goes_back() -> None:
-    assert RECORD.having_applied(9).epoch == 9
-    assert RECORD.having_applied(3).epoch == 7
-
-
 GROUP = "a/b"
 KEYS = GroupKeys(GROUP)
 
