@@ -108,6 +108,7 @@ class FetchLimits:
             )
         if on_loss is not None and not callable(on_loss):
             refuse("on_loss", on_loss, "a function of a Loss, or None", value=on_loss)
+        self.on_loss = on_loss
         if not isinstance(discard_lost, bool):
             refuse("discard_lost", discard_lost, "True or False", value=discard_lost)
         self.discard_lost = discard_lost

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -268,21 +268,14 @@ class PendingBatch:
 class Fetches:
     """The batches of one client: those that are not taken, and what came of the others, counted. Thread-safe.
 
-    `sources` say when a batch's losses are a reason to stop; `on_loss` is called with each loss. An `uploader` takes
-    every payload to a GPU as it comes.
+    An `uploader` takes every payload to a GPU as it comes.
     """
 
-    def __init__(
-        self,
-        core: ClientCore,
-        limits: FetchLimits,
-        sources: Sources,
-        *,
-        on_loss: Callable[[Loss], None] | None = None,
-        uploader: DeviceUploader | None = None,
-    ) -> None:
+    in_a_batch = 1
+
+    def __init__(self, core: ClientCore, limits: FetchLimits, uploader: DeviceUploader | None = None) -> None:
         self.core, self.limits, self.uploader = core, limits, uploader
-        self._sources, self._on_loss = sources, on_loss
+        self._sources = Sources(core.local.host_id, limits.unreachable_batches, self.in_a_batch)
         self.lock = threading.RLock()  # of what follows; it is taken by no code of Python's, which an interrupt ends
         self.changed = threading.Condition(self.lock)
         self.closed = False
@@ -317,14 +310,14 @@ class Fetches:
 
     def count(self, fetch: PendingBatch, batch: Batch, failure: Exception | None = None) -> None:
         """Count a batch, once, and log its losses; `failure` is what ended the fetch."""
-        losses, problem = batch.losses, failure
+        problem = failure
         with self.lock:
             if fetch.is_counted:
                 return
             sources, before = copy(self._sources), self.counts
             if batch.in_time:
                 came = [fetch.records[place] for place in batch.payloads]
-                problem = sources.problem_in(came, losses, alone=fetch.alone)
+                problem = sources.problem_in(came, batch.losses, alone=fetch.alone)
             now = replace(
                 before,
                 batches=before.batches + batch.in_time,
@@ -332,43 +325,36 @@ class Fetches:
                 nbytes=before.nbytes + sum(payload.nbytes for payload in batch.payloads.values()),
                 fetch_s=before.fetch_s + batch.took_s,
                 retried=before.retried + batch.retried,
-                losses=Counter(before.losses) + Counter(loss.reason.value for loss in losses),
+                losses=Counter(before.losses) + Counter(loss.reason.value for loss in batch.losses),
             )
-            due = self._due(losses)
             # all of it or nothing, wherever an interrupt comes
-            fetch.unreported, fetch.problem, fetch.batch = iter(losses), problem, batch
+            fetch.unreported, fetch.problem, fetch.batch = iter(batch.losses), problem, batch
             self.counts, self._sources, fetch.is_counted = now, sources, True
-        for alike, since in due:
-            first = alike[0]
-            sequences = [loss.sequence for loss in alike if loss.worker == first.worker]
+        self._log_losses(batch.losses, of=len(fetch.records))
+
+    def _log_losses(self, losses: Sequence[Loss], *, of: int) -> None:
+        """One line a reason; of a reason that lasts, one in a while, with how many were lost since the last."""
+        for reason in dict.fromkeys(loss.reason for loss in losses):
+            alike = [loss for loss in losses if loss.reason is reason]
+            first, now = alike[0], self.core.reactor.now()
+            with self.lock:
+                due_s, since = self._logged.get(reason, (now, 0))
+                self._logged[reason] = (now + LOG_PAUSE_S, 0) if now >= due_s else (due_s, since + len(alike))
+            if now < due_s:
+                continue
             _log.warning(
                 "episodes_lost",
                 lost=len(alike),
-                of=len(fetch.records),
-                reason=first.reason.value,
+                of=of,
+                reason=reason.value,
                 worker=first.worker,
-                sequences=tuple(sequences[:MOST_SEQUENCES]),
+                sequences=tuple(loss.sequence for loss in alike if loss.worker == first.worker)[:MOST_SEQUENCES],
                 workers=len({loss.worker for loss in alike}),
                 host=first.host,
                 error=None if first.error is None else str(first.error),
-                hint=sources.hint_for(first),
+                hint=self._sources.hint_for(first),
                 since=since,
             )
-
-    def _due(self, losses: Sequence[Loss]) -> list[tuple[list[Loss], int]]:
-        """Losses of one reason that are to be logged now, and how many more there were since the last time."""
-        by_reason: dict[LossReason, list[Loss]] = {}
-        for loss in losses:
-            by_reason.setdefault(loss.reason, []).append(loss)
-        due, now = [], self.core.reactor.now()
-        for reason, lost in by_reason.items():
-            due_s, since = self._logged.get(reason, (now, 0))
-            if now < due_s:
-                self._logged[reason] = due_s, since + len(lost)
-            else:
-                due.append((lost, since))
-                self._logged[reason] = now + LOG_PAUSE_S, 0
-        return due
 
     def count_closed(self, episodes: int, losses: Sequence[Loss] = (), *, fetch: PendingBatch | None = None) -> None:
         """Count what was asked for and is not taken, of a fetch that is not counted yet."""
@@ -383,7 +369,7 @@ class Fetches:
 
         No loss is reported twice, or passed over, where an interrupt comes in between: report them again.
         """
-        failed, hook = fetch.problem, self._on_loss
+        failed, hook = fetch.problem, self.limits.on_loss
         for loss in fetch.unreported:
             try:
                 if hook is not None:

@@ -19,7 +19,7 @@ from ucxx_transport.schema.episode_record import several
 from ucxx_transport.settings import check_names, known_options
 from ucxx_transport.teardown import Closing, refuse_forked
 from ucxx_transport.trainer.batch import Batch, FetchLimits, FetchSettings, LimitSettings, PrefetchStatistics
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss
 from ucxx_transport.trainer.pending import Fetches, PendingBatch
 from ucxx_transport.trainer.unpacking import unpacker_for
 
@@ -71,8 +71,6 @@ class Prefetcher(Fetches, Closing):
         ConfigError: an argument is out of its bounds, or this machine has no such device.
     """
 
-    in_a_batch = 1
-
     def __init__(
         self,
         config: ClientConfig | Mapping[str, object] | None = None,
@@ -94,8 +92,7 @@ class Prefetcher(Fetches, Closing):
             page_locker=None if uploader is None else uploader.page_locker,
             in_place=in_place,
         )
-        sources = Sources(core.local.host_id, checked.unreachable_batches, self.in_a_batch)
-        super().__init__(core, checked, sources, on_loss=on_loss, uploader=uploader)
+        super().__init__(core, checked, uploader)
         self._stopping = threading.Event()
         try:
             self._thread = start_thread(self._run, name="ucxx-prefetch")

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -74,10 +73,8 @@ class _Rollouts(PendingBatch):
 
     def is_for(self, other: _Rollouts) -> bool:
         """Whether both are the same rollouts: the same objects, or references to the same payloads."""
-        if len(self.rollouts) != len(other.rollouts):
-            return False
-        same_objects = all(map(operator.is_, self.rollouts, other.rollouts))
-        return same_objects or (len(self.keys) == len(self.rollouts) and self.keys == other.keys)
+        same_objects = [*map(id, self.rollouts)] == [*map(id, other.rollouts)]
+        return same_objects or (len(self.rollouts) == len(other.rollouts) == len(self.keys) and self.keys == other.keys)
 
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
         """The rollouts to train on."""

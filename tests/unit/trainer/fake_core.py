@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -41,6 +42,7 @@ class FakeCore:
     """
 
     pid = os.getpid()
+    local = SimpleNamespace(host_id="this host")
 
     def __init__(self, script: dict[int, list[TransportError]] | None = None, *, takes_s: float = 0.0) -> None:
         self.now_s = 1000.0

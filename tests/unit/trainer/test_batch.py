@@ -29,7 +29,7 @@ from ucxx_transport.client.core import ClientCore
 from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch, LossReason, PendingBatch, fetch_batch
 from ucxx_transport.trainer.batch import ROUND_PAUSE_S, FetchLimits
-from ucxx_transport.trainer.loss_policy import AskedFor, Sources, discardable_of
+from ucxx_transport.trainer.loss_policy import AskedFor, discardable_of
 from ucxx_transport.trainer.pending import Fetches
 
 LOST = PeerLostError("gone")
@@ -46,8 +46,8 @@ class Fetch(PendingBatch):
     def __init__(
         self, core: FakeCore, records: Sequence[AskedFor], uploader: Any, policy_version: int | None, **limits: Any
     ) -> None:
-        bounds = FetchLimits(**{"deadline_s": 10, **limits})
-        fetches = Fetches(cast("ClientCore", core), bounds, Sources("h", None), uploader=uploader)
+        bounds = FetchLimits(**{"deadline_s": 10, "unreachable_batches": None, **limits})
+        fetches = Fetches(cast("ClientCore", core), bounds, uploader)
         super().__init__(fetches, dict(enumerate(records)), policy_version)
         self.outcomes: list[Batch | Exception] = []
         fetches.add(self)

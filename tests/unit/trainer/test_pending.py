@@ -31,7 +31,7 @@ from ucxx_transport.trainer.batch import FetchLimits
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
 from ucxx_transport.trainer.pending import LOG_PAUSE_S, Fetches, PendingBatch
 
-HERE = "this host"
+HERE = FakeCore.local.host_id
 UNREACHABLE = PeerLostError("the address cannot be reached", reason="unreachable")
 
 
@@ -41,7 +41,7 @@ def episode(worker: str, sequence: int = 0, *, host: str = "10.77.0.1", host_id:
 
 
 def fetches_of(core: FakeCore, unreachable_batches: int | None = None) -> Fetches:
-    return Fetches(cast("ClientCore", core), FetchLimits(), Sources(HERE, unreachable_batches))
+    return Fetches(cast("ClientCore", core), FetchLimits(unreachable_batches=unreachable_batches))
 
 
 class Trainer:
