@@ -38,20 +38,13 @@ from ucxx_transport.teardown import Teardown
 
 _log = get_logger(__name__)
 
-MARGIN_S: Final = 1.0
-"""How long after its lease's end a dead member's key may still be there: etcd takes up to 0.5 s, a local store less."""
-
-TURN_S: Final = 0.1
-"""How long each live member has to write the next view before the one behind it does: several round trips."""
-
-LEAST_CALL_S: Final = 0.1
-"""For the last call of a teardown whose deadline has passed."""
-
-LAST_TURN: Final = 20
-"""The most turns that any member waits for, however many are before it."""
-
-TICK_S: Final = 0.05
-"""How often time is looked at while an acknowledgement or a turn is waited for."""
+MARGIN_S: Final = 1.0  # that a dead member's key may outlive its lease: etcd takes up to 0.5 s, a local store less
+TURN_S: Final = (
+    0.1  # that each live member has to write the next view before the one behind it does: several round trips
+)
+LAST_TURN: Final = 20  # the most turns that any member waits for, however many are before it
+TICK_S: Final = 0.05  # from one look at the time to the next while an acknowledgement or a turn is waited for
+LEAST_CALL_S: Final = 0.1  # for the last call of a teardown whose deadline has passed
 
 
 class Participant:
@@ -287,10 +280,7 @@ class Participant:
 
 
 def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None) -> int:
-    """Make RECALL, DEACTIVATE or LEAVE happen to those of `ranks` that it concerns, in this life or (None) any.
-
-    Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
-    """
+    """Make an event happen to those of `ranks` that it concerns, see `GroupSnapshot.view_after`; returns its epoch."""
     store, keys, group = retrying.shared.store, retrying.shared.keys, retrying.shared.now.group
     while True:
         snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, keys.prefix))
@@ -306,10 +296,7 @@ def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *,
 
 
 def put_policy_version(retrying: Retrying, version: int, *, rewind: bool) -> int:
-    """Write the policy version; returns the store's revision that has it.
-
-    A ConfigError: a larger one is there, and it is not to `rewind`.
-    """
+    """Write the policy version; returns the store's revision that has it. A ConfigError: that would `rewind` it."""
     store, key = retrying.shared.store, retrying.shared.keys.policy
     while True:
         entry = retrying.call(store.get, key)

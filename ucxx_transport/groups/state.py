@@ -30,20 +30,13 @@ _log = get_logger(__name__)
 T = TypeVar("T")
 
 NOT_SEEN: Final = GroupSnapshot(group="")
+GONE: Final = "gone"  # to listeners: this rank is a member no longer, without having left
 
 _REASONS: Final[Mapping[RankEvent | None, str]] = {RankEvent.LEAVE: "left", RankEvent.DROP: "dropped"}
 
-GONE: Final = "gone"
-"""To listeners: this rank is a member no longer, without having left."""
-
-PAUSE_S: Final = 0.2
-"""Between two looks at what no event announces: a deadline, a store that does not answer, a lease that may end."""
-
-CALL_S: Final = 5.0
-"""The bound of one call of the store: one that never answers is asked again while there is time."""
-
-RACE_S: Final = 0.01
-"""Before the next read, when another member's write came first."""
+PAUSE_S: Final = 0.2  # to the next look at what no event announces: a deadline, a silent store, a lease that may end
+CALL_S: Final = 5.0  # for one call of the store: one that never answers is asked again while there is time
+RACE_S: Final = 0.01  # to the next read, when another member's write came first
 
 
 class Retrying:
@@ -250,10 +243,7 @@ class SharedState:
         retrying: Retrying,
         waiting_for: str | Callable[[GroupState], str | Sequence[int]],
     ) -> T:
-        """The first true answer of `find`, which is asked at each change, and must not block.
-
-        Raises why this rank is a member no longer, or that the deadline has passed, or that the wait was cancelled.
-        """
+        """The first true answer of `find`, which is asked under the lock; else what ended the wait is raised."""
         with self._changed:
             while not (answer := find(self.now)):
                 if self.now.ended is not None:
@@ -294,10 +284,7 @@ class SharedState:
             self._changed.notify_all()
 
     def apply(self, incarnation: str, view: GroupView) -> None:
-        """Take a newer view with its counts, call back for it, and only then wake waiting calls; for one thread.
-
-        A MembershipEndedError: this rank has begun a later life.
-        """
+        """Take a newer view with its counts, call back, then wake waiting calls; for one thread. Errors as `show`."""
         with self._changed:
             self._check(incarnation)
             before, callbacks = self.now, list(self._view_callbacks.values())

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 MAX_FETCH_ROUNDS: Final = 3
-
-ROUND_PAUSE_S: Final = 0.1
-"""Between two rounds: a server process that died takes a second or two to be back."""
+ROUND_PAUSE_S: Final = 0.1  # between two of them: a server process that died takes a second or two to be back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,9 +47,8 @@ def check_settings(settings: StreamSettings) -> None:
     """Refuse, by a ConfigError, settings that an `EpisodeStream` would refuse, without making one."""
     checked_count(settings.get("ahead", 1), "ahead", at_least=1)
     checked_device(settings.get("device"))
-    limits: Any = {
-        name: value for name, value in settings.items() if name in (*LimitSettings.__annotations__, "on_loss")
-    }
+    known = {*LimitSettings.__annotations__, "on_loss"}
+    limits: Any = {name: value for name, value in settings.items() if name in known}
     FetchLimits(**limits)
 
 

@@ -42,8 +42,7 @@ from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import MAX_WORKER_ID_CHARS, EpisodeRecord, form_of, reference_of
 from ucxx_transport.schema.wire_form import describe
 
-MOST_SOURCES: Final = 4096
-"""That are remembered: those heard of, or missed, last."""
+MOST_SOURCES: Final = 4096  # that are remembered: those heard of, or missed, last
 
 AskedFor: TypeAlias = EpisodeRecord | TransportError
 """One episode of a batch, or why its record could not be read."""
@@ -115,10 +114,7 @@ class Wanted:
 def sort_out(
     records: Mapping[int, AskedFor], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
-    """What to fetch of a batch, by places, and what is lost already, each in the batch's order.
-
-    With `max_staleness`, an episode that does not name its version is as old as can be.
-    """
+    """What to fetch of a batch, and what is lost already, in its order; one of no version is as old as can be."""
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
@@ -200,8 +196,7 @@ def key_of(output: object, record: AskedFor) -> Hashable:
     return id(output)
 
 
-_Source: TypeAlias = "tuple[str, str | None]"
-"""A worker, and where it is."""
+_Source: TypeAlias = "tuple[str, str | None]"  # a worker, and where it is
 
 
 class Sources:
@@ -229,10 +224,7 @@ class Sources:
     def problem_in(
         self, came: Sequence[AskedFor], losses: Sequence[Loss], *, alone: bool = False
     ) -> TransportError | None:
-        """Why the trainer should stop after a batch, an error of the kind that its episodes were lost by.
-
-        `came` are those that came; `alone` is one episode that was asked for by itself.
-        """
+        """Why the trainer should stop after a batch, or an episode asked for `alone`: an error of its losses' kind."""
         if not came:
             for loss in losses:
                 if _cannot_heal(loss):

@@ -40,15 +40,10 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-LOG_PAUSE_S: Final = 60.0
-"""Between two log lines of one reason; the first comes at once."""
+LOG_PAUSE_S: Final = 60.0  # between two log lines of one reason; the first comes at once
+MOST_SEQUENCES: Final = 8  # of one log line
 
-MOST_SEQUENCES: Final = 8
-"""Of one log line."""
-
-_GRACE_S: Final = 5.0
-"""A fetch keeps its own deadline; who waits for it gives the thread this much more before the batch counts as lost."""
-
+_GRACE_S: Final = 5.0  # for the thread, which keeps a fetch's own deadline, before who waits counts it as lost
 _TAKEN: Final = "the batch was taken or cancelled; take each once"
 
 PendingT = TypeVar("PendingT", bound="PendingBatch")
@@ -266,10 +261,7 @@ class PendingBatch:
 
 
 class Fetches:
-    """The batches of one client: those that are not taken, and what came of the others, counted. Thread-safe.
-
-    An `uploader` takes every payload to a GPU as it comes.
-    """
+    """The batches of one client: those that are not taken, and what came of the others, counted. Thread-safe."""
 
     in_a_batch = 1
 

@@ -48,10 +48,8 @@ if TYPE_CHECKING:
     from ucxx_transport.schema.fields import ArrayTree
     from ucxx_transport.schema.tensors import Placement
 
-FIRST_LOOK_S: Final = 0.25e-3
-LONGEST_LOOK_S: Final = 4e-3
-"""After an upload it is looked whether copies have ended: so soon, then ever later."""
-
+FIRST_LOOK_S: Final = 0.25e-3  # from an upload to the first look whether copies have ended
+LONGEST_LOOK_S: Final = 4e-3  # from one look to the next, at most
 _JOIN_TIMEOUT_S: Final = 5.0
 
 _log = get_logger(__name__)
@@ -68,10 +66,7 @@ InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"
 
 
 def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, InPlace]:
-    """How payloads become arrays on `device`, what takes them there as they come, if that is a GPU, and from where.
-
-    A ConfigError: as `checked_device`, or a library is not installed, or this machine has no such GPU.
-    """
+    """How payloads become arrays on `device`, what takes them to a GPU, and from where. A ConfigError: none is here."""
     as_they_are = attrgetter("arrays")
     name = checked_device(device)
     if name == "numpy":
@@ -84,10 +79,7 @@ def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, 
 
 
 def checked_device(device: object) -> str:
-    """A device in words: None, a word (a `torch.device` too), or a `Receiver`; a ConfigError where it is none of these.
-
-    Whether it is there is not asked.
-    """
+    """A device in words, be it here or not: None, a word (a `torch.device` too) or a `Receiver`; else a ConfigError."""
     name = "numpy" if device is None else str(device)
     if isinstance(device, Receiver) or _DEVICE.fullmatch(name):
         return name
@@ -145,11 +137,7 @@ class DevicePayload(Payload):
 
 
 class DeviceUploader:
-    """Copies payloads to one device as they come, and holds their memory meanwhile. Thread-safe.
-
-    Raises:
-        ConfigError: memory cannot be page-locked for it.
-    """
+    """Copies payloads to one device as they come, and holds their memory meanwhile. Thread-safe."""
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
