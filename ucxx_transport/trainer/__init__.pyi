@@ -1,0 +1,11 @@
+from ucxx_transport.trainer.batch import Batch as Batch
+from ucxx_transport.trainer.batch import PrefetchStatistics as PrefetchStatistics
+from ucxx_transport.trainer.batch import fetch_batch as fetch_batch
+from ucxx_transport.trainer.episode_stream import EpisodeStream as EpisodeStream
+from ucxx_transport.trainer.episode_stream import StreamedEpisode as StreamedEpisode
+from ucxx_transport.trainer.loss_policy import Loss as Loss
+from ucxx_transport.trainer.loss_policy import LossReason as LossReason
+from ucxx_transport.trainer.mixin import UCXXDataPackerMixin as UCXXDataPackerMixin
+from ucxx_transport.trainer.pending import PendingBatch as PendingBatch
+from ucxx_transport.trainer.prefetcher import Prefetcher as Prefetcher
+from ucxx_transport.trainer.rollout_feed import RolloutFeed as RolloutFeed
