@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ucxx_transport.config import checked_count
@@ -83,9 +84,8 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     ) -> None:
         several(references, "references")
         self._ahead = self.in_a_batch = checked_count(ahead, "ahead", at_least=1)
-        # then what ends it; for StopIteration the class: an object would keep the frames that it is raised through
-        self._begun: deque[PendingBatch | BaseException | type[StopIteration]] = deque()
-        self._end_traceback: Any = None
+        # then what makes the error that ends it, without the frames that it was raised through before
+        self._begun: deque[PendingBatch | Callable[[], BaseException]] = deque()
         super().__init__(config, on_loss=on_loss, **settings)
         try:  # a daemon: it may wait for a reference that never comes
             start_thread(self._take, references, name="ucxx-stream")
@@ -132,12 +132,10 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                     pending.cancel()
                     self.check_usable()  # it was closed meanwhile
                 raise
-        if isinstance(first, BaseException):
-            raise first.with_traceback(self._end_traceback)  # else each raise adds its frames to it
-        raise first
+        raise first()
 
     def _take(self, references: Iterable[Any]) -> None:
-        end: BaseException | type[StopIteration] = StopIteration
+        end: Callable[[], BaseException] = StopIteration
         try:
             for reference in references:
                 if not is_ours(reference):
@@ -146,10 +144,9 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
                 if not self._append(record_of(reference)):  # read before the next is asked for, which may reuse it
                     return
         except BaseException as error:  # noqa: BLE001 - the edge of a thread: raised to who iterates, sys.exit() too
-            end = error
+            end = partial(error.with_traceback, error.__traceback__)
         finally:
             with self.lock:
-                self._end_traceback = end.__traceback__ if isinstance(end, BaseException) else None
                 self._begun.append(end)
                 self.changed.notify_all()
 
