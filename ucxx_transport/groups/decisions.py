@@ -22,8 +22,7 @@ from ucxx_transport.schema.wire_form import describe
 
 MAX_POLICY_DIGITS: Final = 18
 
-AckWaits = Mapping[tuple[int, int], float]
-"""Joiners whose acknowledgements are waited for: rank and epoch → when this member first saw that."""
+AckWaits = Mapping[tuple[int, int], float]  # joiners to be acknowledged: rank and epoch → when that was first seen
 
 
 def parse_policy_version(value: bytes) -> int:

@@ -25,8 +25,7 @@ from ucxx_transport.teardown import OfOneProcess, Teardown, may_end, refuse_fork
 
 _log = get_logger(__name__)
 
-CHANGE_TIMEOUT_S: Final = 30.0
-"""A change of the group that names no bound: several acknowledgement timeouts, and an outage of seconds."""
+CHANGE_TIMEOUT_S: Final = 30.0  # for a change that names no bound: several ack_timeout_s, and an outage of seconds
 
 
 class RankGroup(OfOneProcess):
@@ -275,9 +274,8 @@ class RankGroup(OfOneProcess):
     ) -> Callable[[], None]:
         """Call `on_add` with each member there is and each that is admitted, `on_remove` with each that has gone.
 
-        A rank whose new life is admitted has gone before. The members there are come in this thread, before this
-        returns; the others in a thread of its own, so that a slow callback delays neither the group nor another one.
-        Returns what ends that.
+        A rank whose new life is admitted has gone before. The members there are come in this thread, before this has
+        returned what ends that; others in a thread of its own: a slow callback delays neither the group nor another.
         """
         refuse_forked(self._pid, "RankGroup")
         return self._shared.listeners.subscribe({ADD: on_add, REMOVE: on_remove})

@@ -309,7 +309,7 @@ class SharedState:
                     callback(view)
             except Exception:  # noqa: BLE001 - a callback's failure is the application's: the group goes on
                 self.count(callback_errors=1)
-                _log.exception("group_callback_failed", epoch=view.epoch, **self.facts)
+                _log.exception("group_callback_failed", group=before.group, rank=before.rank, epoch=view.epoch)
         with self._changed:
             self._check(incarnation)
             self.now = replace(self.now, notified_epoch=view.epoch)

@@ -223,8 +223,7 @@ class GroupView:
             return cls(epoch=form["epoch"], seats=tuple(map(Seat.from_form, form["seats"])))
 
 
-NO_VIEW: Final = GroupView(epoch=0)
-"""What is followed by a group's first view."""
+NO_VIEW: Final = GroupView(epoch=0)  # what is followed by a group's first view
 
 _RECORD_KEYS: Final = ("rank", "incarnation", "address", "meta", "epoch", "ttl_s")
 

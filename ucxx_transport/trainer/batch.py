@@ -114,9 +114,8 @@ class FetchLimits:
     def sorter(self, policy_version: int | None) -> Callable[[Mapping[int, AskedFor]], SortedOut]:
         """What sorts the episodes of a batch out, for a trainer with weights of this version."""
         if self.max_staleness is not None and policy_version is None:
-            raise ConfigError(
-                "max_staleness needs policy_version: how old is judged against it", field="policy_version"
-            )
+            text = "max_staleness needs policy_version: how old is judged against it"
+            raise ConfigError(text, field="policy_version")
         version = as_policy_version(policy_version)
         return partial(sort_out, policy_version=version, max_staleness=self.max_staleness)
 

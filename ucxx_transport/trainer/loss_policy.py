@@ -44,8 +44,7 @@ from ucxx_transport.schema.wire_form import describe
 
 MOST_SOURCES: Final = 4096  # that are remembered: those heard of, or missed, last
 
-AskedFor: TypeAlias = EpisodeRecord | TransportError
-"""One episode of a batch, or why its record could not be read."""
+AskedFor: TypeAlias = EpisodeRecord | TransportError  # one episode of a batch, or why its record could not be read
 
 
 class LossReason(enum.Enum):

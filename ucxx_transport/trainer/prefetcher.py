@@ -81,17 +81,12 @@ class Prefetcher(Fetches, Closing):
         link_factory: LinkFactory | None = None,
         **limits: Unpack[LimitSettings],
     ) -> None:
-        others = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
-        check_names(f"setting of {type(self).__name__}", limits, LimitSettings.__annotations__.keys() | others)
+        known = {"config", *FetchSettings.__annotations__, *(type(self).__init__.__kwdefaults__ or ())}
+        check_names(f"setting of {type(self).__name__}", limits, known)
         checked = FetchLimits(**limits, on_loss=on_loss)
         self.unpack, uploader, in_place = unpacker_for(device)
-        core = ClientCore(
-            config,
-            link_factory,
-            watcher=watcher,
-            page_locker=None if uploader is None else uploader.page_locker,
-            in_place=in_place,
-        )
+        page_locker = None if uploader is None else uploader.page_locker
+        core = ClientCore(config, link_factory, watcher=watcher, page_locker=page_locker, in_place=in_place)
         super().__init__(core, checked, uploader)
         self._stopping = threading.Event()
         try:

@@ -143,10 +143,8 @@ class RolloutFeed(Prefetcher):
             refuse("on_missing", on_missing, "'shrink', 'refill' or a function")
         if not callable(output_of):
             refuse("output_of", output_of, "a function of a rollout")
-        self.output_of = output_of
-        self._on_missing = on_missing
-        self._state = threading.RLock()
-        self._turn = threading.RLock()
+        self.output_of, self._on_missing = output_of, on_missing
+        self._state, self._turn = threading.RLock(), threading.RLock()
         self._pending: deque[_Rollouts] = deque()  # of which the first is begun
         self._in_use: _Rollouts | None = None
         self._is_awaited = True
@@ -167,10 +165,7 @@ class RolloutFeed(Prefetcher):
 
     @property
     def buffer(self) -> list[object] | None:
-        """The rollouts in use: those of the batch collected last that can be resolved, and those that are not ours.
-
-        With `on_missing` it is what that makes of them.
-        """
+        """The rollouts in use: those of the batch collected last that are not lost, or what `on_missing` makes."""
         with self._locked():
             in_use = self._in_use
         return None if in_use is None else in_use.to_train_on(self._on_missing)

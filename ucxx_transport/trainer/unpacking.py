@@ -54,15 +54,12 @@ _JOIN_TIMEOUT_S: Final = 5.0
 
 _log = get_logger(__name__)
 
+_DEVICE: Final = re.compile("numpy|cpu|(cuda|cupy)(:[0-9]+)?")
 
 Unpack: TypeAlias = "Callable[[Payload], ArrayTree]"
 """Gives a payload's arrays, in its own nesting; valid for as long as they live, whatever becomes of the payload."""
 
-
-_DEVICE: Final = re.compile("numpy|cpu|(cuda|cupy)(:[0-9]+)?")
-
-InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"
-"""Of which rings of this host payloads stay in their slots; see `LocalReader`."""
+InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"  # whose payloads stay in their slots: `LocalReader`
 
 
 def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, InPlace]:
@@ -83,9 +80,8 @@ def checked_device(device: object) -> str:
     name = "numpy" if device is None else str(device)
     if isinstance(device, Receiver) or _DEVICE.fullmatch(name):
         return name
-    raise ConfigError(
-        f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}", field="device"
-    )
+    text = f"device must be None, 'numpy', 'cpu', 'cuda', 'cuda:N', 'cupy' or 'cupy:N', not {name!r}"
+    raise ConfigError(text, field="device")
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
