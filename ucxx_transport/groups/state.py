@@ -206,7 +206,8 @@ class SharedState:
     by that one's `incarnation`, changes nothing of the next.
 
     Attributes:
-        keys: of the group in its store. facts: of errors and logs.
+        keys: of the group, in its store.
+        facts: for errors and logs.
         now: everything at one moment; read it once for several facts that belong together.
         has_joined: whether this rank has been ACTIVE or INACTIVE since it published itself last.
         listeners: who hears of members that come ("add") and go ("remove"), and of the end of this rank's membership
