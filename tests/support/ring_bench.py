@@ -44,11 +44,11 @@ from ucxx_transport.ring.layout import (
     STATE,
     STATE_COUNT_WORD,
     TAKE_NUMBER,
-    message_bytes,
 )
 from ucxx_transport.ring.states import generation_of, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words, create_ring
 from ucxx_transport.wire import codec
+from ucxx_transport.wire.frames import message_bytes
 
 LIVING = Owner(1, 1)
 DYING = Owner(2, 2)

@@ -38,7 +38,7 @@ processes of one boot share and no one sets.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError
@@ -178,17 +178,9 @@ class RingStatistics:
     reading: int
 
 
-COUNTERS: Final = tuple(counter.name for counter in fields(RingStatistics))[1:-4]  # in the order of their words
-ABORTED: Final = COUNTERS.index("aborted")
-CONSUMED: Final = COUNTERS.index("consumed")
-RELEASED: Final = COUNTERS.index("released")
-RECLAIMED_WRITES: Final = COUNTERS.index("reclaimed_writes")
-RECLAIMED_READS: Final = COUNTERS.index("reclaimed_reads")
-
-
-def message_bytes(nbytes: int) -> int:
-    """Size of a payload's message, which begins in its headroom and ends in its tailroom."""
-    return HEADROOM_BYTES + round_up(nbytes, 8) + TRAILER_BYTES
+COUNTERS: Final = RingStatistics.__slots__[1:-4]  # in the order of their words
+ABORTED, CONSUMED, RELEASED = map(COUNTERS.index, ("aborted", "consumed", "released"))
+RECLAIMED_WRITES, RECLAIMED_READS = map(COUNTERS.index, ("reclaimed_writes", "reclaimed_reads"))
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -282,7 +274,7 @@ class Identity:
 
     def to_bytes(self) -> bytes:
         """The identity as it lies in the segment, still marked incomplete."""
-        values = {name: getattr(self, name) for name in _FIELDS} | {"on_full": POLICIES.index(self.on_full)}
+        values = asdict(self) | {"on_full": POLICIES.index(self.on_full)}
         return _IDENTITY.pack(MAGIC, LAYOUT_VERSION, self.total_bytes, 0, *values.values())
 
     @classmethod
@@ -293,32 +285,22 @@ class Identity:
             found = raw[:WORD_BYTES]
             raise ProtocolError(f"not a ring: it begins with {found!r}", field="magic", found=found.hex())
         if version != LAYOUT_VERSION:
-            expected = LAYOUT_VERSION
-            raise ProtocolError(
-                f"a ring of layout version {version}; this program reads version {expected}: run the same release of "
-                "ucxx_transport on both sides",
-                field="layout_version",
-                found=version,
-                expected=expected,
-            )
-        stated = dict(zip(_FIELDS, values, strict=True))
+            remedy = "run the same release of ucxx_transport on both sides"
+            text = f"a ring of layout version {version}; this program reads version {LAYOUT_VERSION}: {remedy}"
+            raise ProtocolError(text, field="layout_version", found=version, expected=LAYOUT_VERSION)
+        stated = dict(zip(cls.__slots__, values, strict=True))
         if stated["on_full"] >= len(POLICIES):
             raise ProtocolError("a ring of an unknown policy", field="on_full", found=stated["on_full"])
         try:
             identity = cls(**stated | {"on_full": POLICIES[stated["on_full"]], "checksum": bool(stated["checksum"])})
         except ConfigError as exc:
             raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc
-        if not identity.total_bytes == total_bytes == segment_bytes:
-            raise ProtocolError(
-                "a ring whose sizes contradict each other",
-                field="total_bytes",
-                segment_bytes=segment_bytes,
-                declared_bytes=total_bytes,
-                computed_bytes=identity.total_bytes,
-            )
+        computed = identity.total_bytes
+        if not computed == total_bytes == segment_bytes:
+            sizes = {"segment_bytes": segment_bytes, "declared_bytes": total_bytes, "computed_bytes": computed}
+            raise ProtocolError("a ring whose sizes contradict each other", field="total_bytes", **sizes)
         return identity
 
 
-_FIELDS: Final = tuple(stated.name for stated in fields(Identity))
 _IDENTITY: Final = struct.Struct("<4Q16s12Q16sQ")
 IDENTITY_BYTES: Final = _IDENTITY.size

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ucxx_transport.errors import ConfigError, SlotError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.layout import ABORTED, CONSUMED, RELEASED, message_bytes
+from ucxx_transport.ring.layout import ABORTED, CONSUMED, RELEASED
 from ucxx_transport.ring.transitions import HoldWords, Transitions
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.wire_form import record_and_meta
@@ -115,12 +115,9 @@ class Hold:
     def require_live(self) -> None:
         """Refuse, by a SlotError, one that has ended, or is another process's."""
         if self.lease_id not in live:
-            raise SlotError(
-                f"this {'write' if self.reason == ABORTED else 'read'} lease has ended, or was inherited by a forked "
-                "process",
-                slot=self.slot,
-                generation=self.generation,
-            )
+            kind = "write" if self.reason == ABORTED else "read"
+            text = f"this {kind} lease has ended, or was inherited by a forked process"
+            raise SlotError(text, slot=self.slot, generation=self.generation)
 
     def end(self, reason: int, wait_s: float | None = None) -> bool:
         """End it; False changes nothing: it had ended, was reclaimed, or is another process's."""
@@ -182,8 +179,8 @@ class ReadLease(Hold):
 
         It does not keep the attempt.
         """
-        first = self.transitions.first_byte - layout.HEADROOM_BYTES
-        return self._memory(first, message_bytes(self.words[layout.HOLD_NBYTES]))
+        first, padded = self.transitions.first_byte, layout.round_up(self.words[layout.HOLD_NBYTES], 8)
+        return self._memory(first - layout.HEADROOM_BYTES, layout.HEADROOM_BYTES + padded + layout.TRAILER_BYTES)
 
     @property
     def envelope(self) -> bytes:
@@ -294,11 +291,8 @@ class WriteLease(Hold):
         if self._ref is None:
             reserved = self.nbytes
             if nbytes is not None and (self.transitions.schema is not None or not 0 <= nbytes <= reserved):
-                raise ConfigError(
-                    f"nbytes must be 0 to {reserved} on a raw ring, and left out on one with a schema",
-                    field="nbytes",
-                    value=nbytes,
-                )
+                text = f"nbytes must be 0 to {reserved} on a raw ring, and left out on one with a schema"
+                raise ConfigError(text, field="nbytes", value=nbytes)
             self.require_live()
             self.words[layout.HOLD_NBYTES] = reserved if nbytes is None else nbytes
             self._ref = self._commit(self)

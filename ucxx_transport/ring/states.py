@@ -42,14 +42,10 @@ class SlotEvent(IntEnum):
 
 TRANSITIONS: Final[Mapping[tuple[SlotState, SlotEvent], SlotState]] = MappingProxyType(
     {
-        # a writer has the slot
-        (SlotState.FREE, SlotEvent.RESERVE): SlotState.WRITING,
-        # the oldest unread payload is dropped for a new one (policy, counted)
-        (SlotState.READY, SlotEvent.OVERWRITE): SlotState.WRITING,
-        # the payload is complete
-        (SlotState.WRITING, SlotEvent.COMMIT): SlotState.READY,
-        # the writer failed, gave up, or died
-        (SlotState.WRITING, SlotEvent.ABORT): SlotState.FREE,
+        (SlotState.FREE, SlotEvent.RESERVE): SlotState.WRITING,  # a writer has the slot
+        (SlotState.READY, SlotEvent.OVERWRITE): SlotState.WRITING,  # the oldest unread payload is dropped for a new one
+        (SlotState.WRITING, SlotEvent.COMMIT): SlotState.READY,  # the payload is complete
+        (SlotState.WRITING, SlotEvent.ABORT): SlotState.FREE,  # the writer failed, gave up, or died
         # the first read attempt enters; then further ones, and some end while others are in flight
         (SlotState.READY, SlotEvent.ACQUIRE): SlotState.READING,
         (SlotState.READING, SlotEvent.JOIN): SlotState.READING,
@@ -57,8 +53,7 @@ TRANSITIONS: Final[Mapping[tuple[SlotState, SlotEvent], SlotState]] = MappingPro
         # the last attempt in flight ends: all readers have had the payload, or one still wants it
         (SlotState.READING, SlotEvent.CONSUME): SlotState.FREE,
         (SlotState.READING, SlotEvent.RELEASE): SlotState.READY,
-        # the payload is dropped on request
-        (SlotState.READY, SlotEvent.DISCARD): SlotState.FREE,
+        (SlotState.READY, SlotEvent.DISCARD): SlotState.FREE,  # the payload is dropped on request
     }
 )
 
@@ -84,10 +79,6 @@ def advance(word: int, event: SlotEvent) -> int:
     state = state_of(word)
     target = TRANSITIONS.get((state, event))
     if target is None:
-        raise SlotError(
-            f"a slot cannot {event.name} while {state.name}",
-            state=state.name,
-            event=event.name,
-            generation=generation_of(word),
-        )
+        text = f"a slot cannot {event.name} while {state.name}"
+        raise SlotError(text, state=state.name, event=event.name, generation=generation_of(word))
     return generation_of(word) + (target is SlotState.WRITING) << STATE_BITS | target

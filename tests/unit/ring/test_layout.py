@@ -7,7 +7,8 @@ import pytest
 from tests.support.rows import row
 from ucxx_transport.errors import ConfigError, ProtocolError
 from ucxx_transport.ring import layout
-from ucxx_transport.ring.layout import Identity, message_bytes
+from ucxx_transport.ring.layout import Identity
+from ucxx_transport.wire.frames import message_bytes
 
 
 def identity(
