@@ -41,13 +41,9 @@ _NOWHERE: Final[tuple[int, int, int, int | None]] = (0, 0, 0, None)
 def verify_checksum(content: npt.NDArray[np.uint8], ref: SlotRef) -> None:
     """Compare a payload with the checksum that its reference may carry; a ChecksumError where they differ."""
     if ref.checksum is not None and (found := xxhash.xxh3_64_intdigest(content.data)) != ref.checksum:
-        raise ChecksumError(
-            "the payload's bytes are not those that were written",
-            slot=ref.slot,
-            generation=ref.generation,
-            expected=f"{ref.checksum:#018x}",
-            found=f"{found:#018x}",
-        )
+        text = "the payload's bytes are not those that were written"
+        sums = {"expected": f"{ref.checksum:#018x}", "found": f"{found:#018x}"}
+        raise ChecksumError(text, slot=ref.slot, generation=ref.generation, **sums)
 
 
 class ReadableRing(RingHandle):
@@ -78,13 +74,9 @@ class ReadableRing(RingHandle):
         if ref.ring_id != self.ring_id:
             self._require_open()
             self.transitions.count("stale")
-            raise StaleSlotError(
-                "stale slot: the reference names another ring, or an earlier one of that name",
-                slot=ref.slot,
-                generation=ref.generation,
-                ring_id=ref.ring_id.hex(),
-                found_ring_id=self.ring_id.hex(),
-            )
+            text = "stale slot: the reference names another ring, or an earlier one of that name"
+            rings = {"ring_id": ref.ring_id.hex(), "found_ring_id": self.ring_id.hex()}
+            raise StaleSlotError(text, slot=ref.slot, generation=ref.generation, **rings)
         if deadline_s is not None:
             deadline_s = checked_seconds(deadline_s, "deadline_s")
         lease = self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)
@@ -95,13 +87,9 @@ class ReadableRing(RingHandle):
     def refuse(self, lease: ReadLease, ref: SlotRef) -> NoReturn:
         """Release a payload of another length or schema than its reference says: a ProtocolError."""
         lease.release_reading()
-        raise ProtocolError(
-            "the payload is not what its reference promised",
-            promised_bytes=ref.nbytes,
-            nbytes=lease.nbytes,
-            promised_fingerprint=ref.fingerprint,
-            fingerprint=self.fingerprint,
-        )
+        text = "the payload is not what its reference promised"
+        promised = {"promised_bytes": ref.nbytes, "promised_fingerprint": ref.fingerprint}
+        raise ProtocolError(text, **promised, nbytes=lease.nbytes, fingerprint=self.fingerprint)
 
     def acquire_slot(
         self,
@@ -189,12 +177,8 @@ class ReadableRing(RingHandle):
         if len(self._places) > _REMEMBERED_READERS:
             self._places.pop(next(iter(self._places)), None)
         if large and not number:
-            raise ConfigError(
-                f"the next payload has {large - 1} bytes, which is more than max_bytes = {max_bytes}",
-                field="max_bytes",
-                nbytes=large - 1,
-                max_bytes=max_bytes,
-            )
+            text = f"the next payload has {large - 1} bytes, which is more than max_bytes = {max_bytes}"
+            raise ConfigError(text, field="max_bytes", nbytes=large - 1, max_bytes=max_bytes)
         return leases[:number]
 
     def _walk(self, holds: ctypes.Array[ctypes.c_void_p], asked: Words, limit_s: float | None) -> None:

@@ -71,19 +71,11 @@ class Creation:
                 continue
             except OSError as exc:
                 raise ConfigError(f"{self.path} cannot be made: {exc.strerror}", field="name") from exc
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(fd).st_nlink:  # else a sweep took the file, still unlocked, for an abandoned one
-                    return fd
-            except BlockingIOError:
-                pass  # a sweep is about to take it
-            self._close()
-        raise ConfigError(
-            "a ring of that name is in use; choose another ring.name, or leave it out for a random one",
-            field="name",
-            name=self.name,
-            reason="in_use",
-        )
+            if _lock(fd, 0.0) and os.fstat(fd).st_nlink:
+                return fd
+            self._close()  # a sweep took the file, still unlocked, for an abandoned one, or is about to
+        text = "a ring of that name is in use; choose another ring.name, or leave it out for a random one"
+        raise ConfigError(text, field="name", name=self.name, reason="in_use")
 
     def descriptor(self) -> int | None:
         """Of the file, whose lock it holds; None where this process did not make it, or has removed it."""
@@ -134,11 +126,8 @@ def host_id(folder: Path | None = None) -> str:
     try:
         facts = os.stat(folder)
     except OSError as error:
-        raise ConfigError(
-            f"the folder of the rings cannot be used: {error.strerror}; make it, or set ring.folder to another",
-            field="folder",
-            value=str(folder),
-        ) from error
+        text = f"the folder of the rings cannot be used: {error.strerror}; make it, or set ring.folder to another"
+        raise ConfigError(text, field="folder", value=str(folder)) from error
     numbers = struct.pack("<3Q", machine.pid_namespace(), facts.st_dev, facts.st_ino)
     return xxhash.xxh3_128_hexdigest(machine.boot_id() + numbers)
 
@@ -167,12 +156,8 @@ def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
             raise NotReadyError("the ring is still being made; try again", name=path.name)
         return mmap.mmap(fd, facts.st_size)
     except FileNotFoundError:
-        raise ConfigError(
-            "no such ring on this host: its creator is gone, or is on another host or in another container",
-            field="name",
-            name=path.name.removeprefix(NAME_PREFIX),
-            reason="missing",
-        ) from None
+        text = "no such ring on this host: its creator is gone, or is on another host or in another container"
+        raise ConfigError(text, field="name", name=path.name.removeprefix(NAME_PREFIX), reason="missing") from None
     except OSError as exc:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
     finally:

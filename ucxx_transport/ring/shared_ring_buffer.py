@@ -233,11 +233,8 @@ class SharedRingBuffer(ReadableRing):
         """The reads that free a payload, its reference's meta, and its envelope; a ConfigError where one cannot be."""
         most = self.readers
         if readers is not None and not (hasattr(readers, "__index__") and 1 <= readers <= most):
-            raise ConfigError(
-                f"readers must be 1 to the ring's own {most} (ring.readers), not {readers}",
-                field="readers",
-                value=readers,
-            )
+            text = f"readers must be 1 to the ring's own {most} (ring.readers), not {readers}"
+            raise ConfigError(text, field="readers", value=readers)
         if meta:
             meta, packed = checked_meta(meta)
             envelope = envelope or packed
@@ -350,9 +347,5 @@ class SharedRingBuffer(ReadableRing):
     def _check_size(self, nbytes: int) -> None:
         most = self.slot_bytes
         if not 0 <= nbytes <= most:
-            raise ConfigError(
-                f"a payload of {nbytes} bytes does not fit a slot of {most}: raise ring.slot_bytes",
-                field="slot_bytes",
-                nbytes=nbytes,
-                slot_bytes=most,
-            )
+            text = f"a payload of {nbytes} bytes does not fit a slot of {most}: raise ring.slot_bytes"
+            raise ConfigError(text, field="slot_bytes", nbytes=nbytes, slot_bytes=most)

@@ -84,9 +84,8 @@ class Transitions:
             # multiprocessing's forked children leave by os._exit, without atexit, but all its children run its own hook
             multiprocessing.util.Finalize(self, creation, exitpriority=0)
             if code := self._brief.ring_initialise(self.address):  # makes the lock and the lists of slots
-                raise ConfigError(
-                    f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc", errno=code
-                )
+                text = f"a robust process-shared mutex cannot be made (errno {code}): use Linux with glibc"
+                raise ConfigError(text, errno=code)
 
     def payload(self, words: Words) -> npt.NDArray[np.uint8]:
         """The bytes of a hold's payload, shape (nbytes,), writable; they do not keep the hold."""
@@ -104,12 +103,9 @@ class Transitions:
         words[layout.HOLD_ARGUMENT] = required_reads
         code = self._commit(words)
         if code and self._waited_for(code, None, "commit", words):
-            raise SlotError(
-                "this write lease no longer holds its slot; nothing was committed",
-                slot=words[layout.HOLD_SLOT],
-                generation=words[layout.HOLD_GENERATION],
-                state=state_of(words[layout.HOLD_STATE]).name,
-            )
+            state = state_of(words[layout.HOLD_STATE]).name
+            text = "this write lease no longer holds its slot; nothing was committed"
+            raise SlotError(text, slot=words[layout.HOLD_SLOT], generation=words[layout.HOLD_GENERATION], state=state)
 
     def acquire(self, words: Words, wait_s: float | None = None) -> None:
         """READY → READING, or one attempt more within READING; gives nbytes and checksum; errors as in `_REFUSALS`."""
@@ -157,9 +153,8 @@ class Transitions:
         """
         code: int = getattr(self._brief, f"ring_{name}")(self.address, *arguments, 0)
         if code:
-            code = self._waited(
-                code, wait_s, partial(getattr(self._sleeping, f"ring_{name}"), self.address, *arguments)
-            )
+            waiting = partial(getattr(self._sleeping, f"ring_{name}"), self.address, *arguments)
+            code = self._waited(code, wait_s, waiting)
         return code
 
     def sleep(self, seen: int, left_s: float, *, for_ready: bool = False) -> None:
@@ -188,11 +183,9 @@ class Transitions:
             while (code := call(max(1, int(left_s * 1e9)))) == layout.LOCKED:
                 left_s = until_s - monotonic()
                 if left_s <= 0:
-                    raise errors.DeadlineExceededError(
-                        "the ring's lock is held by a thread that does not get on (stopped?)",
-                        waited_s=bound_s,
-                        holder_thread_id=self.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK,
-                    )
+                    holder = self.words[layout.MUTEX_BYTE // 8] & _THREAD_ID_MASK
+                    text = "the ring's lock is held by a thread that does not get on (stopped?)"
+                    raise errors.DeadlineExceededError(text, waited_s=bound_s, holder_thread_id=holder)
         if code == layout.DAMAGED:
             raise SlotError("the lock or a list of slots of the segment is damaged; recreate the ring")
         return code
@@ -252,44 +245,36 @@ def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, p
         raise errors.NotReadyError("the ring is still being made; try again", name=creation.name)
     identity = Identity.from_bytes(memory[: layout.IDENTITY_BYTES].tobytes(), len(mapping))
     if identity.boot_id != boot_id() or identity.pid_namespace != pid_namespace():
-        raise ConfigError(
+        text = (
             "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
-            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')",
-            field="name",
-            name=creation.name,
-            reason="pid_namespace",
-            creator_namespace=identity.pid_namespace,
-            own_namespace=pid_namespace(),
+            "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')"
         )
+        namespaces = {"creator_namespace": identity.pid_namespace, "own_namespace": pid_namespace()}
+        raise ConfigError(text, field="name", name=creation.name, reason="pid_namespace", **namespaces)
     schema = None
     if identity.schema_bytes:
         schema = Schema.from_bytes(memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())
         if schema.fingerprint != identity.fingerprint or schema.nbytes > identity.slot_bytes:
-            raise errors.ProtocolError(
-                "a ring whose schema is not the one it names", field="schema", name=creation.name
-            )
+            text = "a ring whose schema is not the one it names"
+            raise errors.ProtocolError(text, field="schema", name=creation.name)
     if populates:
         populate(mapping)
     return Transitions(creation, mapping, identity, schema)
 
 
+_TAKEN_BY_OTHERS: Final = (
+    "other readers have attempts in flight for all the reads that this payload asks for; it is theirs unless one of "
+    "them gives it back"
+)
+_RECYCLED: Final = (
+    "stale slot: the slot was recycled, or its payload was read, dropped or never written; go on with the next record, "
+    "and write what several read with readers=N"
+)
 _REFUSALS: Final[Mapping[int, tuple[type[SlotError | BusyError], str]]] = {
     layout.OUT_OF_RANGE: (SlotError, "the ring has no such slot"),
     layout.DAMAGED: (SlotError, "the lock or the slot's header is damaged; recreate the ring"),
     layout.CROWDED: (BusyError, "the slot carries as many read attempts as it can"),
-    layout.TAKEN: (
-        BusyError,
-        (
-            "other readers have attempts in flight for all the reads that this payload asks for; it is theirs unless "
-            "one of them gives it back"
-        ),
-    ),
+    layout.TAKEN: (BusyError, _TAKEN_BY_OTHERS),
     layout.HAD: (StaleSlotError, "stale slot: the payload was read already, though an attempt is still in flight"),
-    layout.STALE: (
-        StaleSlotError,
-        (
-            "stale slot: the slot was recycled, or its payload was read, dropped or never written; go on with the next "
-            "record, and write what several read with readers=N"
-        ),
-    ),
+    layout.STALE: (StaleSlotError, _RECYCLED),
 }
