@@ -285,10 +285,8 @@ def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
         remedies.append("start more readers")
     if writing:
         parts.append(f"{writing} {'is' if writing == 1 else 'are'} being written")
-    text = (
-        f"of {ring.identity.slots} on host {os.uname().nodename}: {'; '.join(parts)}. What helps: "
-        f"{'; '.join([*remedies, 'more ring.slots'])}"
-    )
+    helps = "; ".join([*remedies, "more ring.slots"])
+    text = f"of {ring.identity.slots} on host {os.uname().nodename}: {'; '.join(parts)}. What helps: {helps}"
     facts: dict[str, object] = {
         "slots": ring.identity.slots,
         "reading": sum(holder.slots for holder in holders),

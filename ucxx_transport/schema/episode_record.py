@@ -264,12 +264,8 @@ def slot_ref_of(value: Any) -> SlotRef:
     if isinstance(found, SlotRef):
         return found
     if found.ref is None:
-        raise StaleSlotError(
-            "this record has no payload, because its worker could not write it; go on with the next",
-            worker=found.worker_id,
-            sequence=found.sequence,
-            dropped=found.dropped,
-        )
+        text = "this record has no payload, because its worker could not write it; go on with the next"
+        raise StaleSlotError(text, worker=found.worker_id, sequence=found.sequence, dropped=found.dropped)
     return found.ref
 
 

@@ -228,11 +228,9 @@ def flatten(tree: object, paths: Sequence[str] = ()) -> dict[str, object]:
     except ConfigError:
         raise
     except FOREIGN_ERRORS as exc:  # of a mapping that is no dict
-        raise ConfigError(
-            f"{describe(tree)} cannot be gone through as a mapping of names to arrays ({type(exc).__name__}: {exc}); "
-            "give a dict of its arrays",
-            field="data",
-        ) from exc
+        cause = f"{type(exc).__name__}: {exc}"
+        text = f"{describe(tree)} cannot be gone through as a mapping of names to arrays ({cause})"
+        raise ConfigError(f"{text}; give a dict of its arrays", field="data") from exc
     leaves = dict(found)
     if len(leaves) < len(found):
         twice = Counter(path for path, _ in found).most_common(1)[0][0]
@@ -284,15 +282,12 @@ def are_numbers(node: object, depth: int = 0) -> Iterator[bool]:
 def _check_key(key: object, path: str) -> None:
     place = f"under {path!r}" if path else "of the root"
     if not isinstance(key, str) or not key:
-        raise ConfigError(
-            f"a key {place} is {describe(key)}: keys must be text, and not empty; name it, as in "
-            f"'agent_{key if type(key) is int else 0}'",
-            field=path or "data",
-        )
+        number = key if type(key) is int else 0
+        text = f"a key {place} is {describe(key)}: keys must be text, and not empty; name it, as in 'agent_{number}'"
+        raise ConfigError(text, field=path or "data")
     if key.isdecimal():
-        raise ConfigError(
-            f"the key {key!r} {place} reads as a list position: name it, as in 'agent_{key}'", field=path or "data"
-        )
+        text = f"the key {key!r} {place} reads as a list position: name it, as in 'agent_{key}'"
+        raise ConfigError(text, field=path or "data")
 
 
 def nesting_of(paths: Sequence[str]) -> Any:
@@ -301,9 +296,8 @@ def nesting_of(paths: Sequence[str]) -> Any:
     A ConfigError: a name is another's or begins it, or the positions of a list have gaps.
     """
     if positions := [path for path in paths if path.partition("/")[0].isdecimal()]:
-        raise ConfigError(
-            "the root of a tree is a mapping: a field's name may not begin with a list position", field=positions[0]
-        )
+        text = "the root of a tree is a mapping: a field's name may not begin with a list position"
+        raise ConfigError(text, field=positions[0])
     return _nested([(path.split("/"), index) for index, path in enumerate(paths)], "")
 
 
@@ -326,9 +320,8 @@ def _nested(fields: Iterable[tuple[Sequence[str], int]], path: str) -> Any:
         return children
     positions = [str(i) for i in range(len(children))]
     if set(children) != set(positions):
-        raise ConfigError(
-            f"the segments under {path!r} must be all names, or all positions 0 to {len(children) - 1}", field=path
-        )
+        text = f"the segments under {path!r} must be all names, or all positions 0 to {len(children) - 1}"
+        raise ConfigError(text, field=path)
     return [children[key] for key in positions]
 
 

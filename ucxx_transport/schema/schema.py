@@ -67,9 +67,8 @@ class Schema:
         given: object = fields
         self.fields: tuple[TensorSpec, ...] = tuple(given) if isinstance(given, Iterable) else ()
         if not 1 <= len(self.fields) <= MAX_FIELDS or not all(isinstance(field, TensorSpec) for field in self.fields):
-            raise ConfigError(
-                f"a Schema is made of 1 to {MAX_FIELDS} TensorSpec objects, not of {describe(fields)}", field="fields"
-            )
+            text = f"a Schema is made of 1 to {MAX_FIELDS} TensorSpec objects, not of {describe(fields)}"
+            raise ConfigError(text, field="fields")
         self._names = tuple(field.name for field in self.fields)
         self._nesting, self._flat = nesting_of(self._names), not any("/" in name for name in self._names)
         self._by_name = {field.name: field for field in self.fields}
@@ -91,9 +90,8 @@ class Schema:
             raise ConfigError(f"a payload of {self.nbytes} bytes; at most {MAX_PAYLOAD_BYTES}", field="fields")
         packed = self.to_bytes()
         if len(packed) > MAX_SCHEMA_BYTES:
-            raise ConfigError(
-                f"a Schema of {len(packed)} bytes is over {MAX_SCHEMA_BYTES}: shorten names", field="fields"
-            )
+            text = f"a Schema of {len(packed)} bytes is over {MAX_SCHEMA_BYTES}: shorten names"
+            raise ConfigError(text, field="fields")
         # 0 stands for "raw, no schema" on the wire and in a SlotRef
         self.fingerprint = xxhash.xxh3_64_intdigest(packed) or 1
 
@@ -144,10 +142,9 @@ class Schema:
         for name in maxima:
             if name not in leaves:
                 remedy = "give it 0 rows there, such as np.zeros((0, 1176), 'float32'), or name the fields by schema="
-                raise ConfigError(
-                    f"varlen names {describe(name)}, which the example lacks; {nearest_remedy(name, leaves) or remedy}",
-                    field=describe(name),
-                )
+                remedy = nearest_remedy(name, leaves) or remedy
+                text = f"varlen names {describe(name)}, which the example lacks; {remedy}"
+                raise ConfigError(text, field=describe(name))
         specs = []
         for name, leaf in leaves.items():
             array = as_array(leaf, name)
@@ -181,9 +178,8 @@ class Schema:
         wire_form.check_version(form["version"], "schema")
         fields = form["fields"]
         if not isinstance(fields, (list, tuple)) or not 1 <= len(fields) <= MAX_FIELDS:
-            raise ProtocolError(
-                f"a schema has a list of 1 to {MAX_FIELDS} fields, not {describe(fields)}", field="fields"
-            )
+            text = f"a schema has a list of 1 to {MAX_FIELDS} fields, not {describe(fields)}"
+            raise ProtocolError(text, field="fields")
         with untrusted():
             return cls([TensorSpec.from_dict(field) for field in fields])
 
@@ -221,9 +217,8 @@ class Schema:
                 if missing
                 else "name in schema= every field that any episode has, and give 0 rows where one has none"
             )
-            raise ConfigError(
-                f"the data does not fit the schema; {'; '.join(words)}: {remedy}", field=(missing or unknown)[0]
-            )
+            text = f"the data does not fit the schema; {'; '.join(words)}: {remedy}"
+            raise ConfigError(text, field=(missing or unknown)[0])
         return [found[name] for name in known]
 
     def nest(self, leaves: Sequence[object]) -> ArrayTree:

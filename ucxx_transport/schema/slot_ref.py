@@ -151,10 +151,8 @@ class SlotRef:
         if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:
                 wire_form.check_version(values[0], "slot reference")
-            raise ProtocolError(
-                f"a slot reference must be an array of {_FIELDS}, not {wire_form.describe(values)}",
-                field="slot reference",
-            )
+            text = f"a slot reference must be an array of {_FIELDS}, not {wire_form.describe(values)}"
+            raise ProtocolError(text, field="slot reference")
         return _rebuilt(values)
 
 

@@ -94,26 +94,18 @@ def as_array(value: object, field: str) -> Array:
     except ConfigError:
         raise
     except FOREIGN_ERRORS as exc:
-        raise misfit(
-            field,
-            f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc}); {_remedy_for(value)}",
-        ) from exc
+        text = f"{describe(value)} is not an array in host memory ({type(exc).__name__}: {exc})"
+        raise misfit(field, f"{text}; {_remedy_for(value)}") from exc
 
 
 def _of_any(value: Any, field: str) -> Array:
     """As `as_array`; what is no array raises a ConfigError, or what its library raises."""
     if value is None:
-        raise misfit(
-            field,
-            "None has neither shape nor dtype; give 0 rows where an episode has none, such as "
-            "np.zeros((0, 1176), 'float32') for a field that varlen= or schema= names",
-        )
+        remedy = "give 0 rows where an episode has none, such as np.zeros((0, 1176), 'float32')"
+        raise misfit(field, f"None has neither shape nor dtype; {remedy} for a field that varlen= or schema= names")
     if isinstance(value, np.ma.MaskedArray):
-        raise misfit(
-            field,
-            "a masked array would lose its mask; give array.filled(value), and the mask as a field of its own "
-            "(np.ma.getmaskarray(array)), or array.data where nothing is masked",
-        )
+        remedy = "and the mask as a field of its own (np.ma.getmaskarray(array)), or array.data where nothing is masked"
+        raise misfit(field, f"a masked array would lose its mask; give array.filled(value), {remedy}")
     if isinstance(value, (list, tuple)):
         return _of_list(value, field)
     # not imported here: only a program that has loaded it can hold one of its tensors
@@ -139,10 +131,8 @@ def _of_list(value: list[Any] | tuple[Any, ...], field: str) -> Array:
     if array.dtype.kind not in "biu" and len(leaves) == array.size:
         pairs = zip(leaves, array.ravel().tolist(), strict=True)
         if any(isinstance(leaf, (int, np.integer)) and leaf != number for leaf, number in pairs):
-            text = (
-                f"{describe(value)} has integers that {array.dtype.name} would round; give them as a field of their own"
-            )
-            raise misfit(field, text)
+            text = f"{describe(value)} has integers that {array.dtype.name} would round"
+            raise misfit(field, f"{text}; give them as a field of their own")
     return array
 
 
@@ -329,10 +319,8 @@ def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
         if memory.ndim != 1 or memory.format != "B" or not memory.contiguous:
             memory = memory.cast("B")
     except (TypeError, ValueError, BufferError) as exc:
-        raise ConfigError(
-            f"{describe(buffer)} is no contiguous buffer ({exc}); give a copy in C order, or array.view('uint8')",
-            field="buffer",
-        ) from exc
+        text = f"{describe(buffer)} is no contiguous buffer ({exc}); give a copy in C order, or array.view('uint8')"
+        raise ConfigError(text, field="buffer") from exc
     if not writable:
         return memory.toreadonly()
     if memory.readonly:

@@ -110,12 +110,9 @@ def draft_of(frozen: type) -> type:
 def check_version(version: object, what: str) -> None:
     """Refuse, by a ProtocolError, a form that was written by another version of its format."""
     if type(version) is not int or version != WIRE_VERSION:
-        raise ProtocolError(
-            f"{article(what)} of format version {describe(version)}; this side reads version {WIRE_VERSION}: "
-            "run the same release of ucxx_transport on both sides",
-            field="version",
-            version=describe(version),
-        )
+        found, remedy = describe(version), "run the same release of ucxx_transport on both sides"
+        text = f"{article(what)} of format version {found}; this side reads version {WIRE_VERSION}: {remedy}"
+        raise ProtocolError(text, field="version", version=found)
 
 
 pack: Callable[[object], bytes] = msgpack.packb
@@ -189,11 +186,8 @@ def checked_meta(meta: object, field: str = "meta") -> tuple[Mapping[str, object
     except (ValueError, OverflowError) as exc:  # a lone surrogate in text; an integer of more than 64 bits
         raise ConfigError(f"meta must be what msgpack can hold: {exc}", field="meta") from exc
     if len(packed) > MAX_META_BYTES:
-        raise ConfigError(
-            f"meta takes {len(packed)} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload",
-            field="meta",
-            nbytes=len(packed),
-        )
+        text = f"meta takes {len(packed)} bytes; at most {MAX_META_BYTES}: make what is large a field of the payload"
+        raise ConfigError(text, field="meta", nbytes=len(packed))
     return MappingProxyType(copy), packed
 
 
@@ -228,15 +222,10 @@ def plain(value: Any, depth: int = 0, path: str = "meta") -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item, depth + 1, path) for item in value]
     if isinstance(value, float) and not isfinite(value):
-        raise ConfigError(
-            f"{path} must be a finite number, not {value} (JSON has no others): give None, as a TrajectoryWriter does "
-            "in the meta of an episode by nonfinite_meta='none'",
-            field="meta",
-        )
+        remedy = "give None, as a TrajectoryWriter does in the meta of an episode by nonfinite_meta='none'"
+        text = f"{path} must be a finite number, not {value} (JSON has no others): {remedy}"
+        raise ConfigError(text, field="meta")
     if not isinstance(value, (int, float, str)):
-        raise ConfigError(
-            f"{path} must be made of None, bools, numbers, text, lists and mappings (of an array: .tolist()), "
-            f"not {describe(value)}",
-            field="meta",
-        )
+        plain_types = "None, bools, numbers, text, lists and mappings (of an array: .tolist())"
+        raise ConfigError(f"{path} must be made of {plain_types}, not {describe(value)}", field="meta")
     return value
