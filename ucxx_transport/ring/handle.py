@@ -88,12 +88,7 @@ class RingHandle(Closing):
 
     @classmethod
     def attach(
-        cls,
-        name: str,
-        *,
-        folder: Path | str | None = None,
-        descriptor: int | None = None,
-        populate: bool = True,
+        cls, name: str, *, folder: Path | str | None = None, descriptor: int | None = None, populate: bool = True
     ) -> Self:
         """Open a ring that another process, or another handle, made.
 

@@ -100,10 +100,7 @@ class ReadableRing(RingHandle):
         deadline_s: float | None = None,
         again: list[ReadLease] | None = None,
     ) -> ReadLease:
-        """`acquire` for a port and a client: the ring's id has been checked, of the numbers that they have 64 bits.
-
-        `again` has leases that have ended, and that no caller has, to be used again.
-        """
+        """`acquire` for a port and a client, which check id and 64 bits; `again`: ended leases, to be used again."""
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
         try:

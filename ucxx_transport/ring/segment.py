@@ -49,11 +49,7 @@ class Creation:
         self._process_id = os.getpid()
 
     def make(self, nbytes: int) -> mmap.mmap:
-        """Make a zeroed file, all of it allocated, and map it; an error leaves its removal to the caller.
-
-        A ConfigError: the name is in use by a live creator, or the memory is not there, or more than this process's
-        cgroup may have; says how much is needed and free.
-        """
+        """Make a zeroed file, all of it allocated, and map it; a ConfigError leaves its removal to the caller."""
         _allocate(self._open(), nbytes, self.path.parent)
         return map_segment(self.path)
 

@@ -183,7 +183,7 @@ class SharedRingBuffer(ReadableRing):
                 self._reclaim()
             transitions.sleep(freed, left_s)
 
-    def _write(  # noqa: C901, PLR0917 - all that a write is
+    def _write(  # noqa: PLR0917 - all that a write is
         self,
         nbytes: int,
         content: Any,
@@ -200,9 +200,8 @@ class SharedRingBuffer(ReadableRing):
             hold = self._spare.pop()
         except IndexError:
             hold = Hold(self.transitions)
-        else:
-            if hold.lease_id not in live:  # a parent's
-                hold = Hold(self.transitions)
+        if hold.lease_id not in live:  # a parent's
+            hold = Hold(self.transitions)
         self._reserve(hold, nbytes, deadline_s)
         slot = hold.words[layout.HOLD_SLOT]
         try:

@@ -129,10 +129,7 @@ class Transitions:
         return not (code and self._waited_for(code, wait_s, "finalise", words))
 
     def holds(self, *states: SlotState) -> Iterator[Words]:
-        """Each write and each read attempt in slots of these states, read in several critical sections.
-
-        Of a READY slot it is the payload, under no lease.
-        """
+        """Each write, read attempt and (under no lease) READY payload in these states; in several critical sections."""
         mask = sum(1 << state for state in states)
         first, number = ctypes.c_uint64(0), ctypes.c_uint64(0)
         room = max(_HOLDS_A_CALL, self.identity.entries)

@@ -291,10 +291,7 @@ def _check_key(key: object, path: str) -> None:
 
 
 def nesting_of(paths: Sequence[str]) -> Any:
-    """The dicts and lists that names of fields stand for, whose leaves are the indices of the fields.
-
-    A ConfigError: a name is another's or begins it, or the positions of a list have gaps.
-    """
+    """The dicts and lists that names stand for, their leaves the fields' indices; a ConfigError: they are no tree."""
     if positions := [path for path in paths if path.partition("/")[0].isdecimal()]:
         text = "the root of a tree is a mapping: a field's name may not begin with a list position"
         raise ConfigError(text, field=positions[0])

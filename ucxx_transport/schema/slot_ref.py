@@ -199,10 +199,7 @@ def renumbered(  # noqa: PLR0917 - one is made at every write
 
 
 def _rebuilt(values: Sequence[Any], digits: bool = False) -> SlotRef:  # noqa: FBT001, FBT002 - a keyword takes longer
-    """A reference of a form's values, in the module's order, which are not trusted; errors as `from_dict`.
-
-    With `digits` its hashes are text.
-    """
+    """A reference of values that are not trusted, whose hashes are text with `digits`; errors as `from_dict`."""
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
         wire_form.check_version(version, "slot reference")

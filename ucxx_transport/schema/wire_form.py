@@ -144,10 +144,7 @@ def pack_json(form: object) -> bytes:
 
 
 def take_json(raw: bytes, what: str, *, required: Collection[str], max_bytes: int) -> dict[str, Any]:
-    """The fields of a JSON record of bounded size, which may have NaN and infinities, written by this format's version.
-
-    A ProtocolError for anything else.
-    """
+    """The fields of a JSON record of this format's version, NaN and infinities too; a ProtocolError for all else."""
     if len(raw) > max_bytes:
         raise ProtocolError(f"{article(what)} of {len(raw)} bytes; at most {max_bytes}", field=what, nbytes=len(raw))
     try:
