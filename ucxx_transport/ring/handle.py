@@ -272,10 +272,8 @@ def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
         which = {0: "first", 1: "second", 2: "third"}.get(readers, f"{readers + 1}th")
         parts.append(f"{slots} wait{'s' if slots == 1 else ''} for a {which} reader")
     if waiting.keys() - {0}:
-        remedies.append(
-            "start the missing reader; if it is gone for good, write(readers=1), and discard(refs) by a client that "
-            "has not read them"
-        )
+        gone = "if it is gone for good, write(readers=1), and discard(refs) by a client that has not read them"
+        remedies.append(f"start the missing reader; {gone}")
     if waiting[0]:
         remedies.append("start more readers")
     if writing:

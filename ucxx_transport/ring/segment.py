@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import xxhash
 
@@ -56,11 +56,10 @@ class Creation:
     def _open(self) -> int:
         """Make a new empty file, and lock it; returns its descriptor."""
         machine.open_standard_streams()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         for _ in range(_CREATE_ATTEMPTS):
             try:
-                fd = self._fd = os.open(
-                    self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-                )
+                fd = self._fd = os.open(self.path, flags, 0o600)
             except FileExistsError:
                 if not remove_orphan(self.path):
                     break
@@ -141,24 +140,19 @@ def segment_path(name: str, folder: Path | str | None = None) -> Path:
 def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
     """The memory of a file, or of its descriptor, which stays the caller's; errors as `RingHandle.attach`."""
     machine.open_standard_streams()
-    fd = descriptor
     try:
-        if fd is None:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        facts = os.fstat(fd)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size % PAGE_BYTES:
-            raise ProtocolError("not a ring: no regular file of whole pages", name=path.name, nbytes=facts.st_size)
-        if facts.st_size == 0:
-            raise NotReadyError("the ring is still being made; try again", name=path.name)
-        return mmap.mmap(fd, facts.st_size)
+        with _opened(path if descriptor is None else descriptor, "r+b") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size % PAGE_BYTES:
+                raise ProtocolError("not a ring: no regular file of whole pages", name=path.name, nbytes=facts.st_size)
+            if facts.st_size == 0:
+                raise NotReadyError("the ring is still being made; try again", name=path.name)
+            return mmap.mmap(file.fileno(), facts.st_size)
     except FileNotFoundError:
         text = "no such ring on this host: its creator is gone, or is on another host or in another container"
         raise ConfigError(text, field="name", name=path.name.removeprefix(NAME_PREFIX), reason="missing") from None
     except OSError as exc:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
-    finally:
-        if fd is not None and fd != descriptor:
-            os.close(fd)
 
 
 def _allocate(fd: int, nbytes: int, folder: Path) -> None:
@@ -166,26 +160,21 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     # the pages of a file in memory stay charged to the cgroup: one that does not fit is no error, but SIGKILL
     in_memory = machine.file_system(os.fstat(fd).st_dev) in {"tmpfs", "ramfs"}
     if in_memory and (limit := machine.memory_limit()) is not None and nbytes > limit.room_bytes:
-        raise ConfigError(
+        text = (
             f"a ring of {_both(nbytes)} is more than its cgroup may have (SIGKILL): {limit.folder} has "
-            f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size "
-            "of a slot, or raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; "
-            "systemd: MemoryMax=)",
-            field="slots",
-            needed_bytes=nbytes,
-            room_bytes=limit.room_bytes,
-            limit_bytes=limit.limit_bytes,
+            f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size of a slot, or "
+            "raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; systemd: MemoryMax=)"
         )
+        sizes = {"needed_bytes": nbytes, "room_bytes": limit.room_bytes, "limit_bytes": limit.limit_bytes}
+        raise ConfigError(text, field="slots", **sizes)
     there = os.fstatvfs(fd)
     free = there.f_bavail * there.f_frsize
-    too_large = ConfigError(
+    text = (
         f"a ring of {_both(nbytes)} does not fit {folder}, which has {_both(free)} free: lower "
         "ring.slots or the size of a slot, remove what dead workers left with `ucxx-transport clean`, or enlarge it "
-        f"(docker: --shm-size; else: mount -o remount,size=… {folder})",
-        field="slots",
-        needed_bytes=nbytes,
-        free_bytes=free,
+        f"(docker: --shm-size; else: mount -o remount,size=… {folder})"
     )
+    too_large = ConfigError(text, field="slots", needed_bytes=nbytes, free_bytes=free)
     if there.f_blocks and nbytes > free:
         raise too_large
     for start in range(0, nbytes, _CHUNK_BYTES):
@@ -255,11 +244,13 @@ def _segment_paths(folder: Path | None) -> list[Path]:
     return sorted(folder.glob(NAME_PREFIX + "*"))
 
 
-def _opened(path: Path) -> FileIO:
-    """A file to read; an OSError when it is gone, a link, or not this user's to open."""
-    return open(
-        path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    )
+def _opened(file: Path | int, mode: Literal["rb", "r+b"] = "rb") -> FileIO:
+    """A file, or a descriptor, which stays open; an OSError when it is gone, a link, or not this user's to open."""
+
+    def open_no_link(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    return open(file, mode, buffering=0, closefd=isinstance(file, Path), opener=open_no_link)
 
 
 def _inspect(fd: int, path: Path) -> SegmentInfo:

@@ -142,11 +142,7 @@ class SlotRef:
 
     @classmethod
     def from_bytes(cls, raw: bytes | bytearray | memoryview) -> SlotRef:
-        """Rebuild a reference from `to_bytes`'s form, which is not trusted.
-
-        Raises:
-            ProtocolError: the form is malformed, too long or of another version; the message names the field.
-        """
+        """Rebuild a reference from `to_bytes`'s form, 68 KiB at most; else as `from_dict`."""
         values = wire_form.unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
         if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:
