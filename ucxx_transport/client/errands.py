@@ -70,7 +70,7 @@ class Take(Job):
     def __init__(
         self, source: Takeable, until_s: float, wait_until_s: float, *, max_payloads: int, max_bytes: int, selector: str
     ) -> None:
-        super().__init__([renumbered(_common(source, source.ring_id, 0), 0, 0, 0, None)], until_s)
+        super().__init__([renumbered(_common(source, source.ring_id, 0), 0, 0, 0, None, None)], until_s)
         self.source, self.wait_until_s = source, wait_until_s
         for field, value, most in (("max_payloads", max_payloads, 64), ("max_bytes", max_bytes, 1 << 46)):
             if type(value) is not int or not 1 <= value <= most:

@@ -54,12 +54,7 @@ class Transitions:
     """
 
     def __init__(
-        self,
-        creation: Creation,
-        mapping: mmap.mmap,
-        identity: Identity,
-        schema: Schema | None,
-        library: Library | None = None,
+        self, creation: Creation, mapping: mmap.mmap, identity: Identity, schema: Schema | None, library: Library
     ) -> None:
         self.creation, self.identity, self.schema = creation, identity, schema
         self.owner: Callable[[], Owner] = current_owner
@@ -77,7 +72,7 @@ class Transitions:
             *(identity.max_attempts, self.first_byte, self.stride, identity.envelope_bytes),
         )
         self.address = ctypes.addressof(self._struct)
-        self._brief, self._sleeping = library or load()
+        self._brief, self._sleeping = library
         self._reserve, self._commit = self._brief.ring_reserve, self._brief.ring_commit
         self._acquire, self._finalise = self._brief.ring_acquire, self._brief.ring_finalise
         if creation.descriptor() is not None:
@@ -218,7 +213,7 @@ def create_ring(config: RingConfig, library: Library | None = None) -> Transitio
     creation = Creation(segment_path(name, folder))
     try:
         mapping = creation.make(identity.total_bytes)
-        made = Transitions(creation, mapping, identity, schema, library)  # first: it removes the file at an exit
+        made = Transitions(creation, mapping, identity, schema, library or load())  # it removes the file at an exit
         if config.prefault:
             populate(mapping)
         for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
@@ -256,7 +251,7 @@ def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, p
             raise errors.ProtocolError(text, field="schema", name=creation.name)
     if populates:
         populate(mapping)
-    return Transitions(creation, mapping, identity, schema)
+    return Transitions(creation, mapping, identity, schema, load())
 
 
 _TAKEN_BY_OTHERS: Final = (

@@ -117,13 +117,9 @@ class SlotRef:
 
     def to_bytes(self) -> bytes:
         """The reference as one msgpack array, in the order of the module's table."""
-        meta = self.meta
-        return pack(
-            (
-                *(WIRE_VERSION, self.ring_id, self.ring_name, self.slot, self.generation, self.nbytes, self.host_id),
-                *(self.host, self.ports, self.fingerprint, self.checksum, dict(meta) if meta is not NO_META else {}),
-            )
-        )
+        named = (WIRE_VERSION, self.ring_id, self.ring_name, self.slot, self.generation, self.nbytes, self.host_id)
+        meta = {} if self.meta is NO_META else dict(self.meta)
+        return pack((*named, self.host, self.ports, self.fingerprint, self.checksum, meta))
 
     @classmethod
     def from_dict(cls, data: Any) -> SlotRef:
@@ -174,21 +170,13 @@ _UNKNOWN: Final[tuple[None, Any]] = (None, None)
 
 
 def renumbered(  # noqa: PLR0917 - one is made at every write
-    common: Common,
-    slot: int,
-    generation: int,
-    nbytes: int,
-    checksum: int | None,
-    meta: Mapping[str, object] | None = None,
+    common: Common, slot: int, generation: int, nbytes: int, checksum: int | None, meta: Mapping[str, object] | None
 ) -> SlotRef:
     """A reference to a payload of a ring, by numbers and a `meta` that are checked. Cannot fail."""
     ref = _Draft()
     ref.ring_id, ref.ring_name, ref.host_id, ref.host, ref.ports, ref.fingerprint = common
-    ref.slot = slot
-    ref.generation = generation
-    ref.nbytes = nbytes
-    ref.checksum = checksum
-    ref.meta = meta or NO_META
+    ref.slot, ref.generation, ref.nbytes = slot, generation, nbytes
+    ref.checksum, ref.meta = checksum, meta or NO_META
     ref.__class__ = SlotRef
     made: SlotRef = ref
     return made
