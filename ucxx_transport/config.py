@@ -78,10 +78,7 @@ class RingConfig:
     prefault: bool = setting("touch all pages at creation, so that the first lap is fast too", default=True)
     checksum: bool = setting("xxh3_64 of every payload, carried by its SlotRef", default=False)
     envelope_bytes: units.Bytes = setting(
-        "room beside each payload for what is noted of it (its record, or meta), in steps of 64; 0: none",
-        default=1024,
-        ge=0,
-        le=1024,
+        "room for what is noted of a payload (record or meta), in steps of 64; 0: none", default=1024, ge=0, le=1024
     )
     block_timeout_s: units.Seconds = setting("on_full='block': how long a write waits at most", default=30.0, gt=0)
     lock_timeout_s: units.Seconds = setting("how long the header's lock is waited for at most", default=5.0, gt=0)
@@ -130,9 +127,7 @@ class ServerConfig(_OverUCX):
     base_port: units.OptionalCount = setting(
         "listen on the first free ports of 64 from this one on; unset takes any free ones", default=None, ge=1, le=65535
     )
-    mode: Literal["process", "thread"] = setting(
-        "each port a supervised process, or a thread of this one", default="process"
-    )
+    mode: Literal["process", "thread"] = setting("each port a supervised process, or a thread here", default="process")
     token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
     spin_s: units.Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
@@ -144,9 +139,7 @@ class ServerConfig(_OverUCX):
     data_ports: units.OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
     start_timeout_s: units.Seconds = setting("bound on start()", default=30.0, gt=0)
     stop_timeout_s: units.Seconds = setting("bound on stop()", default=5.0, gt=0)
-    stall_timeout_s: units.Seconds = setting(
-        "a port's process whose loop has not turned for so long is replaced", default=10.0, gt=0
-    )
+    stall_timeout_s: units.Seconds = setting("a port's process whose loop stands still is replaced", default=10.0, gt=0)
     ucx: units.UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     @property
@@ -229,9 +222,7 @@ class StoreConfig:
     url: units.OptionalStoreURL = setting(
         "local://, local:///abs/path or etcd://host:2379,…; used where code names no store", default=None
     )
-    namespace: units.Name = setting(
-        "keeps the jobs that share a store apart; the same for all of one job", default="default"
-    )
+    namespace: units.Name = setting("keeps jobs that share a store apart; one for all of a job", default="default")
     timeout_s: units.Seconds = setting("bound on one call", default=5.0, gt=0)
     user: units.OptionalText = setting("etcd: the user's name", default=None)
     password: units.OptionalToken = setting("etcd: the user's password", default=None)
@@ -240,13 +231,10 @@ class StoreConfig:
     key_file: units.OptionalText = setting("etcd: the key of cert_file", default=None)
 
     def __post_init__(self) -> None:
-        for pair, words in (
-            (("cert_file", "key_file"), "a certificate and its key"),
-            (("user", "password"), "a user and a password"),
-        ):
+        for pair in (("cert_file", "key_file"), ("user", "password")):
             missing = [name for name in pair if getattr(self, name) is None]
             if len(missing) == 1:
-                raise ConfigError(f"store.{missing[0]} is missing: set both, {words}", field=missing[0])
+                raise ConfigError(f"store.{missing[0]} is missing: set both, {' and '.join(pair)}", field=missing[0])
 
 
 @section("publisher")
@@ -254,17 +242,12 @@ class PublisherConfig:
     """How a worker publishes itself, and how its lease is kept."""
 
     interval_s: units.Seconds = setting("how often the lease is renewed; it lives three times this", default=2.0, gt=0)
-    publish_timeout_s: units.Seconds = setting(
-        "how long a worker tries to publish itself before on_timeout", default=1800.0, gt=0
-    )
-    on_timeout: Literal["retry", "stop"] = setting(
-        "then keep retrying, with errors in the log, or stop", default="retry"
-    )
+    publish_timeout_s: units.Seconds = setting("how long it tries to publish, before on_timeout", default=1800.0, gt=0)
+    on_timeout: Literal["retry", "stop"] = setting("then keep trying, with errors in the log, or stop", default="retry")
     backoff_s: units.Seconds = setting("first pause between two tries; doubles, with jitter", default=0.1, gt=0)
     max_backoff_s: units.Seconds = setting("longest pause between two tries", default=5.0, gt=0)
     keeper: Literal["process", "thread"] = setting(
-        "who renews the lease: a process too, which no blocked interpreter starves, or a thread alone",
-        default="process",
+        "renews the lease: a process too, which no blocked interpreter starves, or a thread alone", default="process"
     )
     stop_timeout_s: units.Seconds = setting("bound on stop()", default=5.0, gt=0)
 

@@ -37,22 +37,15 @@ TOML_NAME: Final = "ucxx_transport.toml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What is declared of a setting; `metadata["rule"]` of the dataclass's field.
+    """What is declared of a setting; `metadata["rule"]` of the dataclass's field."""
 
-    Attributes:
-        default: as the section holds it. None stands for "unset", and may be given then.
-        gt, ge, le: its value is more than this, at least this, at most this; `le` goes with `ge`.
-        code_only: whether it cannot stand in the environment or in TOML.
-        parse: its kind, once it is in a section.
-    """
-
-    default: object
+    default: object  # as the section holds it; None stands for "unset", and may be given then
     description: str
     gt: float | None = None
     ge: float | None = None
-    le: float | None = None
-    code_only: bool = False
-    parse: Parse = str
+    le: float | None = None  # goes with `ge`
+    code_only: bool = False  # it cannot stand in the environment or in TOML
+    parse: Parse = str  # its kind, once it is in a section
 
     def held(self, value: object) -> object:
         """What the section holds for a value that was given, or a ValueError."""
@@ -196,9 +189,8 @@ def made_of(kind: type[SectionT], given: SectionT | Mapping[str, Any] | None, fi
     if isinstance(given, kind):
         return given
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(
-            f"{field} takes a {kind.__name__}, or a dict of its settings, not {type(given).__name__}", field=field
-        )
+        words = f"{field} takes a {kind.__name__}, or a dict of its settings, not {type(given).__name__}"
+        raise ConfigError(words, field=field)
     return kind(**(given or {}))
 
 

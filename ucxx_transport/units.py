@@ -1,16 +1,5 @@
 """Values as people write them: sizes and durations, `"512MiB"` and `"250ms"`, to numbers and back; kinds of settings.
 
-| text             | number        |
-|------------------|---------------|
-| `512MiB`, `512M` | 536 870 912   |
-| `4 KiB`, `4k`    | 4 096         |
-| `1GB`            | 1 000 000 000 |
-| `4096`, `4096B`  | 4 096         |
-| `5s`, `5`        | 5.0           |
-| `250ms`          | 0.25          |
-| `50us`, `50µs`   | 0.00005       |
-| `2m`, `2min`     | 120.0         |
-
 A bare prefix is binary (`4k` is 4096), as it is for UCX; `iB` says so, and `KB` `MB` `GB` are the decimal ones.
 
 A kind is the annotation of a setting: a function from what was given, maybe text, to what is held, which raises
