@@ -1,11 +1,5 @@
 """CUDA as far as the transport needs it: page-locked memory, what torch's and cupy's ends must do, what both do alike.
 
-| `cudaHostRegister` says      | means                                                                          |
-|------------------------------|--------------------------------------------------------------------------------|
-| 0                            | locked; unregistered by `unlock()`, else right before the memory goes, or at exit|
-| 712, already registered      | locked by another owner, which unregisters it                                  |
-| anything else                | `PageLockError`: never a slow copy through pageable memory in its place        |
-
 Memory that is unmapped while it is registered would leave CUDA with pages of another owner. So the array that stands
 for it is watched: its finaliser runs before the memory under it is given back.
 """
@@ -33,17 +27,13 @@ _log = get_logger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
-SUCCESS: Final = 0
-CUDART_UNLOADING: Final = 4
-ALREADY_REGISTERED: Final = 712
-NOT_REGISTERED: Final = 713
-"""`cudaError_t`, <driver_types.h>."""
+_SUCCESS: Final = 0
+_ALREADY_REGISTERED: Final = 712
+_NOTHING_LEFT_TO_DO: Final = frozenset({_SUCCESS, 4, 713})  # the library is unloading; it is not registered
+"""Of `cudaError_t`, <driver_types.h>."""
 
 _PORTABLE: Final = 1
 """`cudaHostRegisterPortable`, <driver_types.h>."""
-
-_NOTHING_LEFT_TO_DO: Final = frozenset({SUCCESS, CUDART_UNLOADING, NOT_REGISTERED})
-
 
 _INSTALL: Final = {
     "torch": "pip install 'ucxx_transport[torch]'",
@@ -56,26 +46,21 @@ def import_library(name: str, device: str) -> Any:
     try:
         return import_module(name)
     except ImportError as exc:
-        remedy = _INSTALL[name]
-        raise ConfigError(
-            f"device={device!r} needs {name}: {remedy}, or leave device out for numpy arrays ({exc})", field="device"
-        ) from exc
+        words = f"device={device!r} needs {name}: {_INSTALL[name]}, or leave device out for numpy arrays ({exc})"
+        raise ConfigError(words, field="device") from exc
 
 
 class PageLockError(ConfigError):
-    """Memory could not be page-locked for CUDA; the message says why and what to do."""
+    """Memory could not be page-locked, and nothing is copied slowly in its place; the message says what to do."""
 
 
 class DeviceArray(NamedTuple):
-    """An array on a GPU, of shape and dtype as a field has them: its library's own object, which keeps the memory.
-
-    A tuple since one is made of each leaf, which a frozen dataclass takes 3 µs for.
-    """
+    """An array on a GPU; a tuple since one is made of each leaf, which a frozen dataclass takes 3 µs for."""
 
     runtime: Runtime
-    array: Any
-    shape: tuple[int, ...]
-    dtype: DType
+    array: Any  # its library's own object, which keeps the memory
+    shape: tuple[int, ...]  # as a field has it
+    dtype: DType  # likewise
     device: int
 
 
@@ -105,9 +90,9 @@ class Runtime(ABC):
         """
         address: int = memory.__array_interface__["data"][0]
         status = self.call(device, "HostRegister", address, memory.nbytes, _PORTABLE)
-        if status == ALREADY_REGISTERED:
+        if status == _ALREADY_REGISTERED:  # by another owner, which unregisters it
             return lambda: None
-        if status != SUCCESS:
+        if status != _SUCCESS:
             raise PageLockError(
                 f"{what} of {memory.nbytes} bytes cannot be page-locked for CUDA: {self.error_words(status)}. Allow "
                 f"the process more locked memory ({_limit()}; docker: --ulimit memlock=-1) and the container more "
@@ -161,36 +146,22 @@ class Runtime(ABC):
 
 
 class Upload(NamedTuple):
-    """A payload's bytes on a device, or on their way there. Dropped, its memory is used again only in its turn.
+    """A payload's bytes on a device, or on their way there. Dropped, its memory is used again only in its turn."""
 
-    Attributes:
-        done: whether the copy has ended: its source may be used again.
-        wait: waits on the host until it has.
-        ready: lets the calling thread's current stream wait for the copy, and the memory for that stream.
-        view: an array of that shape and dtype over the bytes from an offset on; a ConfigError where the library has no
-            such dtype.
-    """
-
-    done: Callable[[], bool]
-    wait: Callable[[], object]
-    ready: Callable[[], object]
+    done: Callable[[], bool]  # whether the copy has ended: its source may be used again
+    wait: Callable[[], object]  # on the host until it has
+    ready: Callable[[], object]  # lets the thread's current stream wait for the copy, and the memory for that stream
     view: Callable[[int, tuple[int, ...], DType], Any]
+    """An array of that shape and dtype over the bytes from an offset on; a ConfigError: no such dtype there."""
 
 
 class Receiver(ABC):
-    """Takes payloads to one GPU. Thread-safe.
+    """Takes payloads to one GPU. Thread-safe."""
 
-    Attributes:
-        runtime: what locks the memory that payloads are copied from.
-        device: the GPU's number.
-        name: the device, as `device=` has it.
-        out_of_memory: what `begin` raises where the GPU has no memory for a payload.
-    """
-
-    runtime: Runtime
-    device: int
-    name: str
-    out_of_memory: type[Exception]
+    runtime: Runtime  # which locks the memory that payloads are copied from
+    device: int  # the GPU's number
+    name: str  # as `device=` has it
+    out_of_memory: type[Exception]  # what `begin` raises where the GPU has no memory for a payload
 
     def upload(self, source: Bytes) -> Upload:
         """`begin`; a ConfigError: the GPU has no memory for it."""
