@@ -233,12 +233,10 @@ async def in_thread(call: Callable[[], T]) -> T:
 
 def _no_thread() -> TransportError:
     if sys.is_finalizing() or not threading.main_thread().is_alive():  # exit handlers run, or the last threads
-        return ConfigError(
-            "the interpreter is exiting, and starts no thread any more: start this before the program ends"
-        )
-    return BusyError(
-        "this process may have no more threads; end some, or raise its limit (ulimit -u, or its cgroup's pids.max)"
-    )
+        words = "the interpreter is exiting, and starts no thread any more: start this before the program ends"
+        return ConfigError(words)
+    words = "this process may have no more threads; end some, or raise its limit (ulimit -u, or its cgroup's pids.max)"
+    return BusyError(words)
 
 
 class Owner(NamedTuple):

@@ -45,9 +45,8 @@ def refuse_forked(pid: int, what: str) -> None:
     Its threads did not come along, and its locks may be held for ever: so this comes before any of them is taken.
     """
     if os.getpid() != pid:
-        raise ConfigError(
-            f"{article(what)} cannot be used in a forked child; make one in the process that uses it", pid=pid
-        )
+        words = f"{article(what)} cannot be used in a forked child; make one in the process that uses it"
+        raise ConfigError(words, pid=pid)
 
 
 class OfOneProcess:
