@@ -23,6 +23,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -268,10 +269,8 @@ def version(*, as_json: AsJson = False) -> None:
 def installed_version(*distributions: str) -> str | None:
     """The version of the first of these distributions that is installed, or None; nothing is loaded."""
     for name in distributions:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return None
 
 
@@ -284,14 +283,13 @@ def config(*, as_json: AsJson = False) -> None:
     for checked in (ServerConfig, ClientConfig, StoreConfig, PublisherConfig):
         checked()  # a ring's is often complete in code alone
     settings: dict[str, dict[str, dict[str, object]]] = {name: {} for name in SECTIONS}
+    rows: list[Sequence[object]] = []
     for name, rules in SECTIONS.items():
         for field, given in effective(name).items():
             value = "(set, hidden)" if isinstance(given.value, Secret) else given.value
             settings[name][field] = {"value": value, "source": given.source, "description": rules[field].description}
+            rows.append((f"{name}.{field}", *settings[name][field].values()))
     file = os.path.abspath(TOML_NAME) if os.path.exists(TOML_NAME) else None
     title = f"{ENV_PREFIX}*  over  {file or f'./{TOML_NAME} (none here)'}"
-    rows: list[Sequence[object]] = []
-    for name, section in settings.items():
-        rows += [(f"{name}.{field}", *shown.values()) for field, shown in section.items()]
     shown = Rows(("setting", "value", "source", "meaning"), rows)
     say({"file": file, **settings}, title, shown, as_json=as_json)

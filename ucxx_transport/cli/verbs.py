@@ -6,15 +6,15 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ucxx_transport.cli.program import AsJson, Rows, console, logs_to_stderr, say
-from ucxx_transport.config import RingConfig, ServerConfig, StoreConfig
+from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.membership import SourceRecord, SourceWatcher, Store, open_store
 from ucxx_transport.membership.entries import SOURCES, source_key
@@ -25,9 +25,6 @@ from ucxx_transport.settings import gather
 from ucxx_transport.teardown import exit_on_sigterm
 from ucxx_transport.units import format_bytes, parse_bytes, parse_ports
 
-if TYPE_CHECKING:
-    from rich.live import Live
-
 
 def inspect(
     names: Annotated[
@@ -37,7 +34,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the rings on this host: creator, size, slots by state, address and counters."""
-    segments = _described(names or ())
+    segments = [_describe(info) for info in list_segments() if not names or info.name in names]
     missing = sorted(set(names or ()) - {segment["name"] for segment in segments})
     shown: list[str | Rows] = ["no rings on this host"]
     if names:
@@ -56,9 +53,14 @@ def top(
 ) -> None:
     """Show the rings on this host as they fill and empty, until interrupted."""
     before: dict[str, dict[str, Any]] = {}
-    with nullcontext() if as_json or once else _live() as live:
+    screen: AbstractContextManager[Any] = nullcontext()
+    if not as_json and not once:
+        from rich.live import Live
+
+        screen = Live(console=console(), auto_refresh=False)
+    with screen as live:
         while True:
-            now = {segment["name"]: segment for segment in _described()}
+            now = {info.name: _describe(info) for info in list_segments()}
             if live is None:
                 say({"segments": list(now.values())}, _table_of(list(now.values())), as_json=as_json)
             else:
@@ -68,12 +70,6 @@ def top(
                 return
             before = now
             time.sleep(interval_s)
-
-
-def _live() -> Live:
-    from rich.live import Live
-
-    return Live(console=console(), auto_refresh=False)
 
 
 def _rate(before: dict[str, Any] | None, now: dict[str, Any], interval_s: float) -> str:
@@ -106,11 +102,6 @@ def clean(
     say(document, *lines, as_json=as_json, wrong=wrong)
 
 
-def _described(names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every segment of this host that this user may open, or those of `names`, each as a JSON-safe document."""
-    return [_describe(info) for info in list_segments() if not names or info.name in names]
-
-
 def _table_of(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None = None) -> Rows:
     numbers = ("committed", "consumed", "lost", *(["rate"] if rates is not None else []))
     columns = ("segment", "creator", "size", "slots", "free", "writing", "ready", "reading", "address", *numbers)
@@ -133,6 +124,7 @@ def _table_of(segments: Sequence[dict[str, Any]], rates: dict[str, str] | None =
 
 
 def _describe(info: SegmentInfo) -> dict[str, Any]:
+    """A segment of this host as a JSON-safe document."""
     identity = info.identity
     document: dict[str, Any] = {
         "name": info.name,
@@ -163,31 +155,23 @@ def _describe(info: SegmentInfo) -> dict[str, Any]:
         return document | {"problem": error.message}
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+def _parsed(parse: Callable[[str], object], metavar: str, words: str) -> Any:
+    """An option whose text `parse` reads; what that refuses is wrong use."""
 
+    def checked(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
 
-def _checked_ports(text: str | None) -> str | None:
-    try:
-        if text is not None:
-            parse_ports(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return text
+    return typer.Option(parser=checked, metavar=metavar, help=words)
 
 
 def serve(
     *,
     slots: Annotated[int | None, typer.Option(min=1, max=65536, help="Slots of the ring; 16 unless set.")] = None,
-    slot_bytes: Annotated[
-        int | None, typer.Option(parser=_size, metavar="SIZE", help="Largest payload, such as 64KiB; 1MiB unless set.")
-    ] = None,
-    ports: Annotated[
-        str | None, typer.Option(callback=_checked_ports, help="How many ports, or their numbers: 5001,5002.")
-    ] = None,
+    slot_bytes: Annotated[Any, _parsed(parse_bytes, "SIZE", "Largest payload, such as 64KiB; 1MiB unless set.")] = None,
+    ports: Annotated[Any, _parsed(parse_ports, "PORTS", "How many ports, or their numbers: 5001,5002.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to publish; without it the best one of this host.")] = None,
     fill: Annotated[int, typer.Option(min=0, help="Payloads of random bytes to write, one slot each.")] = 0,
     as_json: AsJson = False,
@@ -203,10 +187,8 @@ def serve(
     exit_on_sigterm(code=0)
     outside = gather("ring", {})
     defaults = {field: value for field, value in (("slots", 16), ("slot_bytes", "1MiB")) if field not in outside}
-    ring_options: dict[str, Any] = defaults | _given(slots=slots, slot_bytes=slot_bytes)
-    server_options: dict[str, Any] = _given(ports=ports, host=host)
-    settings = RingConfig(**ring_options)
-    with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, ServerConfig(**server_options)) as server:
+    settings = defaults | _given(slots=slots, slot_bytes=slot_bytes)
+    with SharedRingBuffer.create(settings) as ring, UCXXServer(ring, _given(ports=ports, host=host)) as server:
         try:
             refs = [ring.write_raw(os.urandom(ring.slot_bytes)) for _ in range(min(fill, ring.slots))]
             document = {
