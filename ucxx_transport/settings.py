@@ -1,14 +1,8 @@
 """Settings: a section is a frozen dataclass that validates, and whose defaults are the environment and a file.
 
-| source, a stronger one above    | example                                  |
-|---------------------------------|------------------------------------------|
-| keyword argument                | `ServerConfig(ports=8)`                  |
-| `UCXX_TRANSPORT_SECTION__FIELD` | `UCXX_TRANSPORT_SERVER__PORTS=8`         |
-| a key of a mapping field        | `UCXX_TRANSPORT_SERVER__UCX__TLS=tcp`    |
-| `./ucxx_transport.toml`         | `[server]`, `ports = 8`                  |
-
-Mapping fields are merged key by key, every other value is replaced as a whole. A name that is unknown in any section is
-an error wherever it stands: a misspelt setting never passes in silence.
+A keyword argument wins over `UCXX_TRANSPORT_SECTION__FIELD`, of a mapping `…__FIELD__KEY`, and that over the tables of
+`./ucxx_transport.toml`. Mappings are merged key by key, every other value is replaced as a whole. A name that is
+unknown in any section is an error wherever it stands: a misspelt setting never passes in silence.
 """
 
 from __future__ import annotations
@@ -20,7 +14,6 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast, dataclass_transform, get_type_hints
 
 from ucxx_transport.errors import ConfigError, nearest_remedy
@@ -126,7 +119,8 @@ def gather(section: str, arguments: Mapping[str, object]) -> dict[str, Given]:
     for name, given in (*_from_toml(section), *_from_environment(section), *in_code):
         before = found.get(name)
         if before is not None and isinstance(before.value, Mapping) and isinstance(given.value, Mapping):
-            found[name] = Given({**before.value, **given.value}, f"{before.source}, {given.source}")
+            weaker = {key: one for key, one in before.value.items() if key not in given.value}  # the last one wins
+            found[name] = Given({**weaker, **given.value}, f"{before.source}, {given.source}")
         else:
             found[name] = given
     return found
@@ -211,8 +205,7 @@ def check_names(what: str, given: Iterable[str], known: Collection[str], **facts
 
 def known_options(call: Callable[P, T]) -> Callable[P, T]:
     """The same call; a keyword argument that it does not take is a ConfigError with the one that was meant."""
-    code = cast("FunctionType", call).__code__
-    known = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self"}
+    known = frozenset(inspect.signature(call).parameters) - {"self"}
     what = f"option of {call.__qualname__.removesuffix('.__init__')}"
 
     @functools.wraps(call)

@@ -82,6 +82,13 @@ def test_settings_of_ucx_are_merged_by_name(toml: Toml, env: Env) -> None:
     }
 
 
+def test_the_stronger_source_wins_however_each_writes_a_name_of_ucx(toml: Toml, env: Env) -> None:
+    toml("[server.ucx]\nUCX_TLS = 'all'\n")
+    env(SERVER__UCX__TLS="self")
+    assert ServerConfig().ucx == {"TLS": "self"}
+    assert ServerConfig(ucx={"UCX_TLS": "tcp"}).ucx == {"TLS": "tcp"}
+
+
 @pytest.mark.parametrize("build", [RingConfig, ServerConfig, ClientConfig])
 def test_an_unknown_variable_is_an_error_wherever_it_stands(env: Env, build: Callable[[], object]) -> None:
     env(CLIENT__DEADLIN_S="1s")
