@@ -165,10 +165,7 @@ def _ports() -> Finding:
     except ConfigError as error:
         return Finding("ports", error.message, "failure")
     pinned = os.environ.get("UCX_TCP_PORT_RANGE")
-    serving, reading = (
-        pinned or ("any free" if one.data_ports is None else "-".join(map(str, one.data_ports)))
-        for one in (server, client)
-    )
+    serving, reading = (pinned or one.link_settings.get("TCP_PORT_RANGE", "any free") for one in (server, client))
     free = "any free" if server.base_port is None else f"from {server.base_port} on"
     listening = f"{server.ports} {free}" if isinstance(server.ports, int) else ", ".join(map(str, server.ports))
     value = f"worker: listens on {listening}, data on {serving}; trainer: data on {reading}"

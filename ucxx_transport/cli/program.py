@@ -127,10 +127,7 @@ def _all_verbs() -> None:
 
 
 def _load(verb: str) -> tuple[Callable[..., object], dict[str, bool]]:
-    """A verb's function, and how its words are read.
-
-    One that cannot be imported has a stand-in, so that the others can be called and `--help` lists them all.
-    """
+    """A verb's function, and how its words are read. `--help` lists one that cannot be imported too: a stand-in."""
     module, _, function = VERBS[verb].partition(":")
     load = import_module if module.startswith("ucxx_transport.") else import_program
     try:
@@ -162,12 +159,9 @@ def program_folder(name: str, package: Path | None = None) -> Path:
 
 
 def import_program(module: str) -> ModuleType:
-    """Import a program's module, for example "cartpole.command"; errors as `program_folder`.
-
-    The folder around the program goes to the head of `sys.path`, which multiprocessing hands to spawned children.
-    """
+    """Import a program's module, for example "cartpole.command"; errors as `program_folder`."""
     around = str(program_folder(module.partition(".")[0]).parent)
-    if sys.path[:1] != [around]:
+    if sys.path[:1] != [around]:  # which multiprocessing hands to spawned children
         sys.path.insert(0, around)
     return import_module(module)
 

@@ -75,10 +75,8 @@ def top(
 def _rate(before: dict[str, Any] | None, now: dict[str, Any], interval_s: float) -> str:
     if before is None or "statistics" not in before or "statistics" not in now or before["ring_id"] != now["ring_id"]:
         return ""
-    payloads, nbytes = (
-        (now["statistics"][count] - before["statistics"][count]) / interval_s
-        for count in ("committed", "committed_bytes")
-    )
+    counts, old = now["statistics"], before["statistics"]
+    payloads, nbytes = ((counts[name] - old[name]) / interval_s for name in ("committed", "committed_bytes"))
     return f"{payloads:.3g}/s  {format_bytes(nbytes)}/s"
 
 

@@ -84,15 +84,16 @@ def test_ports_of_both_directions_are_named_with_those_that_are_set(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UCXX_TRANSPORT_SERVER__DATA_PORTS", "15100-15131")
-    for setting, value, listens in (
-        ("BASE_PORT", "15001", "2 from 15001 on"),
-        ("PORTS", "15001,15002", "15001, 15002"),
+    for setting, value, listens, reads in (
+        ("SERVER__BASE_PORT", "15001", "2 from 15001 on", "any free"),
+        ("CLIENT__UCX__TCP_PORT_RANGE", "15200-15231", "2 any free", "15200-15231"),
+        ("SERVER__PORTS", "15001,15002", "15001, 15002", "any free"),
     ):
         with row(setting=setting), monkeypatch.context() as patch:
-            patch.setenv(f"UCXX_TRANSPORT_SERVER__{setting}", value)
+            patch.setenv(f"UCXX_TRANSPORT_{setting}", value)
             answer = call(capsys, "doctor", "--no-loopback", "--json")
             (ports,) = (finding for finding in answer.document["findings"] if finding["name"] == "ports")
-            assert ports["value"] == f"worker: listens on {listens}, data on 15100-15131; trainer: data on any free"
+            assert ports["value"] == f"worker: listens on {listens}, data on 15100-15131; trainer: data on {reads}"
             assert "worker to trainer" in ports["remedy"]
 
 
