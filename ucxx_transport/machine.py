@@ -202,10 +202,7 @@ class Wakeup:
 
 
 def start_thread(target: Callable[..., object], *args: object, name: str) -> threading.Thread:
-    """Start a daemon thread.
-
-    A ConfigError: the interpreter is exiting, and starts none from Python 3.12 on. A BusyError: there may be no more.
-    """
+    """Start a daemon thread; a ConfigError: the interpreter is exiting; a BusyError: there may be no more of them."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     if sys.is_finalizing():  # it would be waited for, and never run
         raise _no_thread()

@@ -131,10 +131,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """Begin one copy to contiguous page-locked memory of the same shape and dtype; does not wait for it.
-
-        What is not contiguous is made so on the device.
-        """
+        """Begin one copy, made contiguous on the device, to such page-locked memory; does not wait for it."""
 
     @abstractmethod
     def wait(self, device: int) -> None:
