@@ -108,12 +108,9 @@ def _explained(error: TransportError | ModuleNotFoundError) -> tuple[str, Mappin
 
 
 def _program(verbs: Iterable[str]) -> typer.Typer:
+    help_options = {"help_option_names": ["-h", "--help"]}
     program = typer.Typer(
-        name="ucxx-transport",
-        add_completion=False,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=help_options
     )
     program.callback()(_all_verbs)  # without it a single verb would be the whole program
     for verb in verbs:

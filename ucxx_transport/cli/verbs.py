@@ -27,9 +27,7 @@ from ucxx_transport.units import format_bytes, parse_bytes, parse_ports
 
 
 def inspect(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Rings to show in full; without any, all in a table.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Rings to show in full; without, all in a table.")] = None,
     *,
     as_json: AsJson = False,
 ) -> None:
@@ -227,9 +225,7 @@ def registry(
     *,
     store: Annotated[
         str | None,
-        typer.Option(
-            help="URL: local://, local:///path, etcd://host:port. Default: the setting store.url, or local://"
-        ),
+        typer.Option(help="local:///path or etcd://host:port; without it the setting store.url, or local://"),
     ] = None,
     namespace: Annotated[str | None, typer.Option("--namespace", help="The job's part of the store.")] = None,
     as_json: AsJson = False,
@@ -278,8 +274,8 @@ def _follow(store: Store, *, as_json: bool) -> None:
             change, source = changes.get()
             where = f"{source.host}:{','.join(map(str, source.ports))}" if source.host else source.ring_name
             what = f"{change:<6} {source.worker_id} epoch {source.epoch} {source.status.value} {where}"
-            line = f"{time.strftime('%H:%M:%S')} {what}"
-            say({"change": change, "source": source.to_dict()}, line, as_json=as_json)
+            document = {"change": change, "source": source.to_dict()}
+            say(document, f"{time.strftime('%H:%M:%S')} {what}", as_json=as_json)
 
 
 def _reap(store: Store, workers: Sequence[str], *, as_json: bool) -> None:

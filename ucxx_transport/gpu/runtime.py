@@ -29,7 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _SUCCESS: Final = 0
 _ALREADY_REGISTERED: Final = 712
-_NOTHING_LEFT_TO_DO: Final = frozenset({_SUCCESS, 4, 713})  # the library is unloading; it is not registered
+_NOTHING_LEFT_TO_DO: Final = frozenset({_SUCCESS, 4, 713})  # 4: CUDA is unloading; 713: it is not registered
 """Of `cudaError_t`, <driver_types.h>."""
 
 _PORTABLE: Final = 1
@@ -51,7 +51,7 @@ def import_library(name: str, device: str) -> Any:
 
 
 class PageLockError(ConfigError):
-    """Memory could not be page-locked, and nothing is copied slowly in its place; the message says what to do."""
+    """Memory could not be page-locked; no slow copy takes its place. The message says why and what to do."""
 
 
 class DeviceArray(NamedTuple):
@@ -131,7 +131,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """Begin one copy, made contiguous on the device, to such page-locked memory; does not wait for it."""
+        """Begin one copy, made contiguous on the device, to page-locked memory of its shape and dtype; no wait."""
 
     @abstractmethod
     def wait(self, device: int) -> None:
