@@ -307,7 +307,7 @@ class MemoryFlight(Flight):
             del self._arrived[tag]
 
     def _leave_at_once(self, operation: Operation) -> None:
-        del operation.owner.posted[operation]
+        operation.owner.posted.pop(operation, None)  # which a signal handler's close may have ended
         operation.completed, operation.buffer = True, None
         if operation.on_done is not None:  # it had waited
             self.ended.append(operation)
