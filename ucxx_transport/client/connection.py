@@ -356,9 +356,8 @@ class Connection:
             return
         if isinstance(error, BusyError) and "limit" in error.facts:
             self.pool.short()
-        asked = [read for read in self.attempts if read.job is not None and not read.late]
-        queued = [read for read in self.queue if read.job is not None]
-        self.close()
+        asked, queued = [read for read in self.attempts if not read.late], list(self.queue)
+        self.close()  # which may start, and lose, others, and so end calls: their callbacks may end reads of this one
         self._engine.connection_lost(self, asked, queued, error)
 
     def close(self) -> None:

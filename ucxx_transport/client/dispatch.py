@@ -147,6 +147,8 @@ class Dispatch:
         self, connection: Carrier, asked: list[Read], queued: list[Read], error: TransportError
     ) -> None:
         """A connection is closed: what was `asked` there, and `queued` for it, goes on elsewhere, or fails."""
+        asked = [read for read in asked if read.job is not None]
+        queued = [read for read in queued if read.job is not None]
         key = connection.key
         if connection.rested and isinstance(error, PeerLostError):
             self.reassign(asked + queued, key)  # it may have been dead since it lay idle: the port is not to blame

@@ -6,16 +6,18 @@ import struct
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import pytest
 
 from tests.support.exchange_rig import ExchangeRig, SilentPeer, open_rig
 from tests.support.links import endpoints_open
+from tests.support.payloads import ref_to
 from tests.support.rows import row
 from ucxx_transport.client import Payload
 from ucxx_transport.client.connections import CONNECTS_AT_ONCE
+from ucxx_transport.client.core import ClientCore
 from ucxx_transport.client.ports import PROBE_S
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import (
@@ -28,6 +30,7 @@ from ucxx_transport.errors import (
     TransportError,
 )
 from ucxx_transport.link.endpoint import Endpoint
+from ucxx_transport.link.reactor import Reactor
 from ucxx_transport.ring import SlotState
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.testing import Hold
@@ -218,6 +221,21 @@ def test_when_all_ports_are_full_the_client_waits_a_little_and_says_busy() -> No
         occupant.close()
         rig.advance(2.0)
         client.consume(ref)
+
+
+def test_what_the_end_of_a_call_abandons_is_not_failed_by_a_connection_that_is_being_closed() -> None:
+    def no_link(_: Reactor) -> Never:
+        raise ConfigError("no link here")
+
+    core = ClientCore({"local": "off"}, no_link)
+    first, second = (ref_to(host="10.0.0.1", ports=(port,)) for port in (5001, 5002))
+    abandoned = core.begin([first])
+    ended = core.begin([second], on_done=lambda _: core.abandon(abandoned))  # while the first one's is being closed
+    while core.reactor.poll():
+        pass
+    assert (abandoned.done, ended.done) == (True, True)
+    assert core.statistics().failed == 1
+    core.close()
 
 
 def test_a_silent_server_costs_the_deadline_and_not_a_moment_more() -> None:
