@@ -93,6 +93,8 @@ def _check_room(item: object) -> None:
     dense = [each for each in tensors if each.layout is strided and not each.is_shared()]  # others have no storage
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in dense}
     needed = sum(storages.values())  # views of one storage are handed over as one
+    if not needed:
+        return  # torch needs no shared memory for it, be there some or not
     found = os.statvfs(HANDED_OVER_IN)
     free = found.f_bavail * found.f_frsize
     if found.f_blocks and needed > free:  # none: a file system without a limit

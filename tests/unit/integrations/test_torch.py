@@ -125,3 +125,10 @@ def test_only_what_a_worker_hands_over_in_shared_memory_has_to_fit_there(monkeyp
         _check_room(too_large)
     monkeypatch.setattr("os.statvfs", lambda _: Room(f_blocks=0, f_bavail=0))
     _check_room(too_large)  # by a file system without a limit
+
+
+def test_where_there_is_no_shared_memory_only_what_needs_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ucxx_transport.integrations.torch.HANDED_OVER_IN", "/nowhere")
+    _check_room({"obs": np.zeros(4)})
+    with pytest.raises(FileNotFoundError):
+        _check_room(torch.zeros(4))
