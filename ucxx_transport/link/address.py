@@ -93,11 +93,13 @@ def other_family(address: str, given: Mapping[str, str], environment: Mapping[st
     setting = environment.get("UCX_TCP_AF_PRIO", given.get("TCP_AF_PRIO", "inet,inet6"))
     if setting.partition(",")[0].strip() == ("inet6" if numeric.version == 6 else "inet"):
         return None
-    if numeric.version == 6:
+    if numeric.is_loopback:
+        others = True  # lo has both
+    elif numeric.version == 6:
         others = any(one.up and not one.loopback for one in list_interfaces())
     else:
         others = bool(ipv6_addresses())
-    if not (others or numeric.is_loopback):  # lo has both
+    if not others:
         return None
     prefers = "inet6,inet" if numeric.version == 6 else "inet,inet6"
     return ConfigError(
