@@ -196,7 +196,6 @@ class LinkCore(Usable, Posted):
 
     worker: Any
     root: type[Exception]
-    why_failed: Callable[..., TransportError]
     rdma = False
     accepts_failed = leaked_buffers = unexpected_messages = 0
 
@@ -269,12 +268,13 @@ class LinkCore(Usable, Posted):
             self.discard_unexpected()
             if not (self.endpoints or self.listeners or self.ready or self.posted):
                 break
+            late = time.monotonic() > late_s  # before the closes: each has a turn to end its operations
             try:
                 for listener in list(self.listeners):
                     listener.close()
                 for endpoint in list(self.endpoints.values()):
                     endpoint.close()
-                    if time.monotonic() > late_s:
+                    if late:
                         endpoint.end_close()
                 if not self.progress():
                     time.sleep(PAUSE_S)
@@ -286,6 +286,10 @@ class LinkCore(Usable, Posted):
         self.flight.release()
         if failure is not None:
             raise failure
+
+    @abstractmethod
+    def why_failed(self, exc: Any, peer: str, address: tuple[str, int] | None, *, connected: bool) -> TransportError:
+        """Our error for one of `root`, of a connection to the address that had been up or not."""
 
     @abstractmethod
     def release(self) -> None:

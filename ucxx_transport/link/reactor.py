@@ -74,7 +74,7 @@ class Reactor(Usable):
     ) -> None:
         super().__init__()
         self.now = clock
-        self.turns = 0
+        self.turns = 0  # of `run_once` and `poll`, so far
         self.asleep = False
         self._link_factory = link_factory
         self._spin_s = spin_s
