@@ -80,7 +80,7 @@ class ClientSession:
         self._awaited: dict[int, Attempt | int] = {}  # by channel; where it is no payload, the frame's sequence
         self._takes: dict[int, tuple[int, int]] = {}  # by attempt: payloads and bytes at most
         self._confirms: dict[int, Sequence[SlotRef]] = {}
-        self.named = 0  # of the window in use, by name
+        self.named = 0  # of the window in use: attempts by name, their bytes, attempts by TAKE
         self.named_bytes = 0
         self._taken = 0
         self.ends: list[int] = []  # that wait for a frame

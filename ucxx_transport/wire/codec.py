@@ -46,6 +46,7 @@ _ERRORS: Final[dict[Status, tuple[type[errors.TransportError], str]]] = {
     Status.INTERNAL: (errors.PeerLostError, "the server failed inside"),
     Status.EMPTY: (ProtocolError, "the server answered EMPTY to what was no TAKE"),
 }
+"""What each status stands for at the client; of the server's errors a status is the first one whose class fits."""
 _STATUSES: Final = {int(status): status for status in Status}
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _OK: Final = Status.OK

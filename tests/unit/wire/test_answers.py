@@ -15,7 +15,18 @@ from tests.support.payloads import ref_to
 from tests.support.rows import row
 from tests.unit.wire.frame_strategies import ERROR_HEADERS, HEADERS, OFFERED, OK_HEADERS
 from tests.unit.wire.session_rig import Pair
-from ucxx_transport.errors import ProtocolError
+from ucxx_transport.errors import (
+    AuthenticationError,
+    BusyError,
+    ConfigError,
+    DeadlineExceededError,
+    NotReadyError,
+    ProtocolError,
+    RingFullError,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+)
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.wire.codec import (
     check_trailer,
@@ -28,6 +39,7 @@ from ucxx_transport.wire.codec import (
     encode_reply,
     error_text,
     seal_of,
+    status_of,
 )
 from ucxx_transport.wire.frames import (
     ERROR_TEXT_BYTES,
@@ -138,6 +150,23 @@ def test_an_error_text_is_bounded_printable_and_fits_what_is_posted(status: Stat
     assert len(shown) <= ERROR_TEXT_BYTES
     if text.isprintable() and len(text.encode("utf-8", "replace")) <= ERROR_TEXT_BYTES:
         assert shown == text
+
+
+def test_an_error_of_the_server_is_the_status_that_its_class_has() -> None:
+    rows: list[tuple[type[TransportError], Status]] = [
+        (StaleSlotError, Status.STALE),
+        (NotReadyError, Status.NOT_READY),
+        (BusyError, Status.BUSY),
+        (ProtocolError, Status.BAD_REQUEST),
+        (SlotError, Status.BAD_REQUEST),
+        (RingFullError, Status.BAD_REQUEST),
+        (AuthenticationError, Status.UNAUTHORIZED),
+        (DeadlineExceededError, Status.BUSY),
+        (ConfigError, Status.INTERNAL),
+    ]
+    for cls, status in rows:
+        with row(cls=cls):
+            assert status_of(cls("it failed")) is status
 
 
 def test_control_characters_of_a_peer_never_reach_a_log() -> None:
