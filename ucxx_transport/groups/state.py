@@ -202,8 +202,8 @@ class SharedState:
 
     That is set by the rank's own thread, read and waited for by others. Thread-safe.
 
-    A thread that a leave did not wait for may still run when the rank has joined again: what it says of its own life,
-    by that one's `incarnation`, changes nothing of the next.
+    A thread that a leave does not wait for, or not yet, may still run when the rank has left, and when it has joined
+    again: what it says of its own life, by that one's `incarnation`, changes nothing from the end of that life on.
 
     Attributes:
         keys: of the group, in its store.
@@ -277,7 +277,7 @@ class SharedState:
             self.now = replace(self.now, state=state, snapshot=NOT_SEEN, ended=None)
 
     def show(self, incarnation: str, snapshot: GroupSnapshot) -> None:
-        """The store's present content, whether its view is applied or not. A MembershipEndedError: to a later life."""
+        """The store's present content, its view applied or not. A MembershipEndedError: that life is over."""
         with self._changed:
             self._check(incarnation)
             version = self.now.policy_version if snapshot.policy_version is None else snapshot.policy_version
@@ -305,6 +305,7 @@ class SharedState:
             if reason != "left":
                 _log.warning("group_member_gone", member=member.rank, reason=reason, epoch=view.epoch, **self.facts)
         for callback in callbacks:
+            self._check(incarnation)  # one before it may have blocked for longer than this life, or ended it
             try:
                 with self.listeners.calling_back():
                     callback(view)
@@ -329,5 +330,5 @@ class SharedState:
             self._changed.notify_all()
 
     def _check(self, incarnation: str) -> None:
-        if incarnation != self._incarnation:
+        if incarnation != self._incarnation or self.now.ended is not None:
             raise MembershipEndedError

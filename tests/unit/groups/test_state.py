@@ -12,7 +12,8 @@ from tests.support.memory_store import FakeClock, MemoryStore
 from tests.support.shared_states import shared_state
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import LeaseLostError
-from ucxx_transport.groups.state import GONE, GroupState, SharedState
+from ucxx_transport.groups.decisions import GroupSnapshot
+from ucxx_transport.groups.state import GONE, GroupState, MembershipEndedError, SharedState
 from ucxx_transport.groups.view import GroupView, RankEvent, RankState, Seat
 from ucxx_transport.membership.listeners import ADD, REMOVE
 
@@ -117,6 +118,38 @@ def test_an_ended_membership_has_its_reason_and_the_next_one_has_none(shared: Sh
     assert shared.now.view == view(1), "what was known stays known"
     shared.begin("0.1")
     assert (shared.now.state, shared.now.ended) == (RankState.JOINING, None)
+
+
+def test_a_thread_that_has_not_heard_of_its_end_yet_changes_nothing(shared: SharedState) -> None:
+    shared.apply("0.0", view(1))
+    shared.end("0.0")
+    left = shared.now
+    for late in (partial(shared.show, "0.0", GroupSnapshot(group="g")), partial(shared.apply, "0.0", view(3))):
+        with pytest.raises(MembershipEndedError):
+            late()
+        assert shared.now is left
+    shared.begin("0.1")
+    assert shared.now.state is RankState.JOINING
+
+
+@pytest.mark.parametrize("joins_again", [False, True])
+def test_no_callback_hears_of_a_view_of_an_earlier_life(shared: SharedState, joins_again: bool) -> None:
+    heard: list[int] = []
+
+    def leave(seen: GroupView) -> None:
+        if seen.epoch == 2:
+            shared.end("0.0")
+            if joins_again:
+                shared.begin("0.1")
+                shared.apply("0.1", view(3))
+
+    shared.on_view(leave)
+    shared.on_view(lambda seen: heard.append(seen.epoch))
+    shared.apply("0.0", view(1))
+    with pytest.raises(MembershipEndedError):
+        shared.apply("0.0", view(2))
+    assert heard == ([1, 3] if joins_again else [1])
+    assert shared.now.notified_epoch == heard[-1]
 
 
 def test_a_listener_that_comes_later_hears_of_the_members_as_they_are_now(shared: SharedState) -> None:
