@@ -147,7 +147,9 @@ class PendingBatch:
             batch, failure = given_up(self._sorted_out(), outcome), outcome
             self._core.reactor.submit(self.abandon)
             self._core.reactor.submit(partial(fetches.discard, batch.losses))
-        fetches.count(self, batch, failure)
+        if not fetches.count(self, batch, failure):
+            fetches.check_usable()
+            raise ConfigError(_TAKEN)
         return batch
 
     def fetch(self) -> Batch:
@@ -164,9 +166,10 @@ class PendingBatch:
         if self._core.inherited:
             return  # a forked child's copy
         with fetches.lock:
-            if self not in fetches.untaken:
-                return
-            del fetches.untaken[self]
+            try:
+                del fetches.untaken[self]
+            except KeyError:
+                return  # what is taken leaves without the lock, at any moment
             fetches.changed.notify_all()
             outcome = self._outcome
         came, losses = (outcome.payloads, outcome.losses) if isinstance(outcome, Batch) else (self.outputs, ())
@@ -300,12 +303,12 @@ class Fetches:
             except Exception as error:  # noqa: BLE001 - of what is lost already: it costs no other fetch
                 _log.warning("discard_failed", reason=f"{type(error).__name__}: {error}")
 
-    def count(self, fetch: PendingBatch, batch: Batch, failure: Exception | None = None) -> None:
-        """Count a batch, once, and log its losses; `failure` is what ended the fetch."""
+    def count(self, fetch: PendingBatch, batch: Batch, failure: Exception | None = None) -> bool:
+        """Count a batch, once, and log its losses; `failure` is what ended the fetch. False: it is cancelled."""
         problem = failure
         with self.lock:
-            if fetch.is_counted:
-                return
+            if fetch.is_counted or fetch not in self.untaken:
+                return fetch.is_counted
             sources, before = copy(self._sources), self.counts
             if batch.in_time:
                 came = [fetch.records[place] for place in batch.payloads]
@@ -323,6 +326,7 @@ class Fetches:
             fetch.unreported, fetch.problem, fetch.batch = iter(batch.losses), problem, batch
             self.counts, self._sources, fetch.is_counted = now, sources, True
         self._log_losses(batch.losses, of=len(fetch.records))
+        return True
 
     def _log_losses(self, losses: Sequence[Loss], *, of: int) -> None:
         """One line a reason; of a reason that lasts, one in a while, with how many were lost since the last."""

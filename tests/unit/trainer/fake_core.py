@@ -41,7 +41,7 @@ class FakeCore:
         raises: what `begin` raises next.
     """
 
-    pid = os.getpid()
+    pid, inherited = os.getpid(), False
     local = SimpleNamespace(host_id="this host")
 
     def __init__(self, script: dict[int, list[TransportError]] | None = None, *, takes_s: float = 0.0) -> None:

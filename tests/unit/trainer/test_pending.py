@@ -206,7 +206,7 @@ class Log:
         records += [episode("w")] * (of - len(losses))
         asked = dict(enumerate(records))
         batch = Batch(payloads={}, losses=losses, retried=0, took_s=0.0)
-        self.fetches.count(PendingBatch(self.fetches, asked, None), batch)
+        self.fetches.count(self.fetches.add(PendingBatch(self.fetches, asked, None)), batch)
         return self.events
 
 
@@ -215,7 +215,8 @@ def test_an_interrupt_anywhere_in_the_count_of_a_batch_counts_it_once_when_it_is
         fetches = fetches_of(FakeCore(), 2)
         losses = lost_of([(episode("a"), UNREACHABLE), (episode("b"), UNREACHABLE)])
         batch = Batch(payloads={}, losses=tuple(losses), retried=0, took_s=0.0)
-        first, second = (PendingBatch(fetches, {0: episode("a"), 1: episode("b")}, None) for _ in range(2))
+        asked = {0: episode("a"), 1: episode("b")}
+        first, second = (fetches.add(PendingBatch(fetches, asked, None)) for _ in range(2))
         interrupter = Interrupter(at, ("ucxx_transport/trainer/",))
         with suppress(KeyboardInterrupt), interrupter:
             fetches.count(first, batch)
@@ -283,9 +284,28 @@ def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: lis
 
 def test_what_is_counted_as_a_batch_is_not_counted_as_closed_too() -> None:
     fetches = fetches_of(FakeCore(), 2)
-    fetch = PendingBatch(fetches, {0: episode("a")}, None)
+    fetch = fetches.add(PendingBatch(fetches, {0: episode("a")}, None))
     fetches.count(fetch, Batch(payloads={}, losses=(), retried=0, took_s=0.0))
     fetches.count_closed(1, fetch=fetch)
     assert fetches.counts.losses == {}
-    fetches.count_closed(1, fetch=PendingBatch(fetches, {0: episode("a")}, None))
+    fetches.count_closed(1, fetch=fetches.add(PendingBatch(fetches, {0: episode("a")}, None)))
     assert fetches.counts.losses == {"closed": 1}
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_batch_that_is_cancelled_while_it_is_taken_is_counted_as_closed_alone(comes: bool) -> None:
+    fetches = fetches_of(FakeCore())
+    batch = fetches.add(PendingBatch(fetches, {0: episode("a")}, None))
+    batch.start() if comes else batch.fail(ValueError("not a loss of one episode"))
+    count = fetches.count
+
+    def cancel_first(*args: Any) -> bool:
+        batch.cancel()  # as another thread may, from the moment that the lock is free
+        return count(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetches, "count", cancel_first)
+        with pytest.raises(ConfigError, match="was taken or cancelled"):
+            batch.result(0)
+    counts = fetches.counts
+    assert (counts.batches, counts.episodes, counts.losses) == (0, 0, {"closed": 1})
