@@ -51,6 +51,9 @@ def check_settings(settings: StreamSettings) -> None:
     known = {*LimitSettings.__annotations__, "on_loss"}
     limits: Any = {name: value for name, value in settings.items() if name in known}
     FetchLimits(**limits)
+    if (max_staleness := limits.get("max_staleness")) is not None:
+        text = f"max_staleness = {max_staleness}, but a stream has no policy_version to judge by"
+        raise ConfigError(f"{text}: take batches of a RolloutFeed or a Prefetcher", field="max_staleness")
 
 
 class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
@@ -67,7 +70,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
         ahead: episodes fetched, or on their way, beyond the one in use; each holds a slot or a buffer.
         on_loss: as for `Prefetcher`, in the thread that iterates, with index 0.
         **settings: as for `Prefetcher`, of one episode: `device`, `deadline_s`, `max_fetch_rounds`, `discard_lost`,
-            `watcher`, `link_factory`; `unreachable_batches`, of `ahead` episodes each.
+            `watcher`, `link_factory`; `unreachable_batches`, of `ahead` episodes each. Not `max_staleness`.
 
     Raises:
         ConfigError: an argument is out of its bounds, or this machine has no such device.
@@ -84,6 +87,7 @@ class EpisodeStream(Prefetcher, Iterator[StreamedEpisode]):
     ) -> None:
         several(references, "references")
         self._ahead = self.in_a_batch = checked_count(ahead, "ahead", at_least=1)
+        check_settings({**settings, "ahead": ahead, "on_loss": on_loss})
         # then what makes the error that ends it, without the frames that it was raised through before
         self._begun: deque[PendingBatch | Callable[[], BaseException]] = deque()
         super().__init__(config, on_loss=on_loss, **settings)

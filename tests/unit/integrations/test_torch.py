@@ -73,6 +73,7 @@ def test_settings_are_checked_where_the_dataset_is_made() -> None:
         ("deadline_s", 0, "deadline_s must be more than 0, not 0"),
         ("max_fetch_rounds", 0, "max_fetch_rounds must be a whole number, at least 1, not 0"),
         ("max_staleness", -1, "max_staleness must be a whole number, at least 0"),
+        ("max_staleness", 1, "max_staleness = 1, but a stream has no policy_version"),
         ("unreachable_batches", 0, "unreachable_batches must be a whole number, at least 1"),
         ("on_loss", "x", "on_loss must be a function of a Loss"),
         ("device", "tpu", "device must be None, 'numpy', 'cpu'"),

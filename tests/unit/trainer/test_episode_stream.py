@@ -233,6 +233,10 @@ def test_wrong_arguments_are_refused() -> None:
         EpisodeStream([], device="tpu")
     with pytest.raises(ConfigError, match=r"Unknown setting of EpisodeStream 'ahed'; did you mean 'ahead'?"):
         EpisodeStream([], ahed=3)  # type: ignore[call-arg]  # what is refused
+    with pytest.raises(ConfigError, match=r"a stream has no policy_version .*: take batches of a RolloutFeed"):
+        EpisodeStream([], max_staleness=1)
+    with EpisodeStream([], LOCAL, max_staleness=None) as stream:
+        assert list(stream) == []
 
 
 def test_a_forked_child_is_refused_at_once(worker: LocalWorker) -> None:
