@@ -39,9 +39,7 @@ from ucxx_transport.teardown import Teardown
 _log = get_logger(__name__)
 
 MARGIN_S: Final = 1.0  # that a dead member's key may outlive its lease: etcd takes up to 0.5 s, a local store less
-TURN_S: Final = (
-    0.1  # that each live member has to write the next view before the one behind it does: several round trips
-)
+TURN_S: Final = 0.1  # each live member's, to write the next view before the one behind it does: several round trips
 LAST_TURN: Final = 20  # the most turns that any member waits for, however many are before it
 TICK_S: Final = 0.05  # from one look at the time to the next while an acknowledgement or a turn is waited for
 LEAST_CALL_S: Final = 0.1  # for the last call of a teardown whose deadline has passed
@@ -280,7 +278,10 @@ class Participant:
 
 
 def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None) -> int:
-    """Make an event happen to those of `ranks` that it concerns, see `GroupSnapshot.view_after`; returns its epoch."""
+    """Make an event happen to those of `ranks` that it concerns, see `GroupSnapshot.view_after`.
+
+    Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
+    """
     store, keys, group = retrying.shared.store, retrying.shared.keys, retrying.shared.now.group
     while True:
         snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, keys.prefix))

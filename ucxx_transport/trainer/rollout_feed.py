@@ -165,7 +165,10 @@ class RolloutFeed(Prefetcher):
 
     @property
     def buffer(self) -> list[object] | None:
-        """The rollouts in use: those of the batch collected last that are not lost, or what `on_missing` makes."""
+        """The rollouts in use: of the batch collected last, those that are not ours and those that can be resolved.
+
+        With `on_missing` it is what that makes of them.
+        """
         with self._locked():
             in_use = self._in_use
         return None if in_use is None else in_use.to_train_on(self._on_missing)
