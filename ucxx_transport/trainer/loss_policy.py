@@ -113,7 +113,10 @@ class Wanted:
 def sort_out(
     records: Mapping[int, AskedFor], *, policy_version: int | None = None, max_staleness: int | None = None
 ) -> tuple[list[Wanted], list[Loss]]:
-    """What to fetch of a batch, and what is lost already, in its order; one of no version is as old as can be."""
+    """What to fetch of a batch, by places, and what is lost already, each in the batch's order.
+
+    With `max_staleness`, an episode that does not name its version is as old as can be.
+    """
     wanted: list[Wanted] = []
     losses: list[Loss] = []
     seen: set[tuple[bytes, int, int]] = set()
