@@ -141,6 +141,8 @@ def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
     """The memory of a file, or of its descriptor, which stays the caller's; errors as `RingHandle.attach`."""
     machine.open_standard_streams()
     try:
+        if descriptor is not None:
+            os.fstat(descriptor)  # of a negative one `open` raises a ValueError
         with _opened(path if descriptor is None else descriptor, "r+b") as file:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode) or facts.st_size % PAGE_BYTES:

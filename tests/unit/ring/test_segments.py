@@ -304,6 +304,13 @@ def test_a_ring_whose_name_was_removed_is_attached_by_its_descriptor_and_its_loc
     os.close(descriptor)
 
 
+@pytest.mark.parametrize("descriptor", [-1, 2**30])
+def test_a_descriptor_of_no_open_file_is_refused(ring: SharedRingBuffer, descriptor: int) -> None:
+    with pytest.raises(ConfigError, match="cannot be mapped: Bad file descriptor") as caught:
+        SharedRingBuffer.attach(ring.name, descriptor=descriptor)
+    assert caught.value.facts["reason"] == "refused"
+
+
 def test_a_writer_hears_once_that_another_program_removed_its_rings_name(
     make_ring: MakeRing, log_events: list[MutableMapping[str, Any]]
 ) -> None:
