@@ -179,8 +179,11 @@ class RingStatistics:
 
 
 COUNTERS: Final = RingStatistics.__slots__[1:-4]  # in the order of their words
-ABORTED, CONSUMED, RELEASED = map(COUNTERS.index, ("aborted", "consumed", "released"))
-RECLAIMED_WRITES, RECLAIMED_READS = map(COUNTERS.index, ("reclaimed_writes", "reclaimed_reads"))
+ABORTED: Final = COUNTERS.index("aborted")
+CONSUMED: Final = COUNTERS.index("consumed")
+RELEASED: Final = COUNTERS.index("released")
+RECLAIMED_WRITES: Final = COUNTERS.index("reclaimed_writes")
+RECLAIMED_READS: Final = COUNTERS.index("reclaimed_reads")
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -87,9 +87,13 @@ class ReadableRing(RingHandle):
     def refuse(self, lease: ReadLease, ref: SlotRef) -> NoReturn:
         """Release a payload of another length or schema than its reference says: a ProtocolError."""
         lease.release_reading()
-        text = "the payload is not what its reference promised"
-        promised = {"promised_bytes": ref.nbytes, "promised_fingerprint": ref.fingerprint}
-        raise ProtocolError(text, **promised, nbytes=lease.nbytes, fingerprint=self.fingerprint)
+        raise ProtocolError(
+            "the payload is not what its reference promised",
+            promised_bytes=ref.nbytes,
+            nbytes=lease.nbytes,
+            promised_fingerprint=ref.fingerprint,
+            fingerprint=self.fingerprint,
+        )
 
     def acquire_slot(
         self,
@@ -100,7 +104,10 @@ class ReadableRing(RingHandle):
         deadline_s: float | None = None,
         again: list[ReadLease] | None = None,
     ) -> ReadLease:
-        """`acquire` for a port and a client, which check id and 64 bits; `again`: ended leases, to be used again."""
+        """`acquire` for a port and a client: the ring's id has been checked, of the numbers that they have 64 bits.
+
+        `again` has leases that have ended, and that no caller has, to be used again.
+        """
         if self.closed or unsettled or not 0 <= reader <= _MAX_READER:
             self._prepare(reader)
         try:

@@ -49,7 +49,7 @@ class Creation:
         self._process_id = os.getpid()
 
     def make(self, nbytes: int) -> mmap.mmap:
-        """Make a zeroed file, all of it allocated, and map it; a ConfigError leaves its removal to the caller."""
+        """Make a zeroed file, all of it allocated, and map it; any error leaves its removal to the caller."""
         _allocate(self._open(), nbytes, self.path.parent)
         return map_segment(self.path)
 

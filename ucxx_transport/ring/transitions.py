@@ -213,7 +213,8 @@ def create_ring(config: RingConfig, library: Library | None = None) -> Transitio
     creation = Creation(segment_path(name, folder))
     try:
         mapping = creation.make(identity.total_bytes)
-        made = Transitions(creation, mapping, identity, schema, library or load())  # it removes the file at an exit
+        # first: it removes the file at an exit
+        made = Transitions(creation, mapping, identity, schema, library or load())
         if config.prefault:
             populate(mapping)
         for first, content in ((layout.SCHEMA_BYTE, described), (0, identity.to_bytes())):
