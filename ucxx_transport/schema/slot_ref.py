@@ -138,7 +138,7 @@ class SlotRef:
 
     @classmethod
     def from_bytes(cls, raw: bytes | bytearray | memoryview) -> SlotRef:
-        """Rebuild a reference from `to_bytes`'s form, 68 KiB at most; else as `from_dict`."""
+        """Rebuild a reference from `to_bytes`'s form; over 68 KiB it is a ProtocolError, else as `from_dict`."""
         values = wire_form.unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
         if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:
@@ -183,7 +183,7 @@ def renumbered(  # noqa: PLR0917 - one is made at every write
 
 
 def _rebuilt(values: Sequence[Any], digits: bool = False) -> SlotRef:  # noqa: FBT001, FBT002 - a keyword takes longer
-    """A reference of values that are not trusted, whose hashes are text with `digits`; errors as `from_dict`."""
+    """A reference of untrusted values in the module's order, their hashes text with `digits`; errors as `from_dict`."""
     version, ring_id, ring_name, slot, generation, nbytes, host_id, host, ports, fingerprint, checksum, meta = values
     if version is not WIRE_VERSION:
         wire_form.check_version(version, "slot reference")

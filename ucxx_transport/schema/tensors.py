@@ -37,8 +37,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ucxx_transport.errors import FOREIGN_ERRORS, ConfigError
-from ucxx_transport.schema import fields
-from ucxx_transport.schema.fields import DTYPES, NUMBERS, DType, TensorSpec, are_numbers, casts_exactly, remedy_for
+from ucxx_transport.schema.fields import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    NUMBERS,
+    DType,
+    TensorSpec,
+    are_numbers,
+    casts_exactly,
+    remedy_for,
+)
 from ucxx_transport.schema.wire_form import describe, misfit
 
 if TYPE_CHECKING:
@@ -140,13 +148,13 @@ def _unwrapped(value: Any, field: str, leaves: list[object]) -> Any:
 def _raggedness(value: object) -> str:
     """What lengths the rows of nested lists have that are no array."""
     level: list[Any] = [value]
-    for _ in range(fields.MAX_DIMENSIONS):
+    for _ in range(MAX_DIMENSIONS):
         lengths = [len(item) if isinstance(item, (list, tuple)) else np.shape(item)[:1] for item in level]
         if len({*map(str, lengths)}) > 1:
             shown = ", ".join("a number" if length == () else str(length).strip("(,)") for length in lengths[:8])
             return f"its rows are of unequal lengths ({shown}{', …' * (len(lengths) > 8)})"
         level = [child for item in level for child in item]
-    return f"it is nested deeper than {fields.MAX_DIMENSIONS}"
+    return f"it is nested deeper than {MAX_DIMENSIONS}"
 
 
 def _remedy_for(value: Any) -> str:
