@@ -127,7 +127,9 @@ class ServerConfig(_OverUCX):
     base_port: units.OptionalCount = setting(
         "listen on the first free ports of 64 from this one on; unset takes any free ones", default=None, ge=1, le=65535
     )
-    mode: Literal["process", "thread"] = setting("each port a supervised process, or a thread here", default="process")
+    mode: Literal["process", "thread"] = setting(
+        "each port a supervised process, or a thread of this one", default="process"
+    )
     token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)
     spin_s: units.Seconds = setting(_SPIN_IN_WORDS, default=200e-6, ge=0, le=0.1)
@@ -139,7 +141,9 @@ class ServerConfig(_OverUCX):
     data_ports: units.OptionalPortRange = setting(_DATA_PORTS_IN_WORDS, default=None)
     start_timeout_s: units.Seconds = setting("bound on start()", default=30.0, gt=0)
     stop_timeout_s: units.Seconds = setting("bound on stop()", default=5.0, gt=0)
-    stall_timeout_s: units.Seconds = setting("a port's process whose loop stands still is replaced", default=10.0, gt=0)
+    stall_timeout_s: units.Seconds = setting(
+        "a port's process whose loop has not turned for so long is replaced", default=10.0, gt=0
+    )
     ucx: units.UCXSettings = setting(_SETTINGS_OF_UCX, default={})
 
     @property
@@ -222,7 +226,7 @@ class StoreConfig:
     url: units.OptionalStoreURL = setting(
         "local://, local:///abs/path or etcd://host:2379,…; used where code names no store", default=None
     )
-    namespace: units.Name = setting("keeps jobs that share a store apart; one for all of a job", default="default")
+    namespace: units.Name = setting("keeps jobs that share a store apart; the same in all of a job", default="default")
     timeout_s: units.Seconds = setting("bound on one call", default=5.0, gt=0)
     user: units.OptionalText = setting("etcd: the user's name", default=None)
     password: units.OptionalToken = setting("etcd: the user's password", default=None)

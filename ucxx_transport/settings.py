@@ -119,7 +119,8 @@ def gather(section: str, arguments: Mapping[str, object]) -> dict[str, Given]:
     for name, given in (*_from_toml(section), *_from_environment(section), *in_code):
         before = found.get(name)
         if before is not None and isinstance(before.value, Mapping) and isinstance(given.value, Mapping):
-            weaker = {key: one for key, one in before.value.items() if key not in given.value}  # the last one wins
+            # behind the weaker ones: a kind whose names are written in several ways (`UCX_TLS`, `TLS`) takes the last
+            weaker = {key: one for key, one in before.value.items() if key not in given.value}
             found[name] = Given({**weaker, **given.value}, f"{before.source}, {given.source}")
         else:
             found[name] = given
