@@ -208,7 +208,7 @@ def start_thread(target: Callable[..., object], *args: object, name: str) -> thr
         raise _no_thread()
     try:
         thread.start()
-    except RuntimeError:
+    except RuntimeError:  # there may be no more; or, from Python 3.12 on, the interpreter is exiting
         raise _no_thread() from None
     return thread
 

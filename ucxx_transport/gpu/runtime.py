@@ -51,7 +51,7 @@ def import_library(name: str, device: str) -> Any:
 
 
 class PageLockError(ConfigError):
-    """Memory could not be page-locked; no slow copy takes its place. The message says why and what to do."""
+    """Memory could not be page-locked for CUDA; no slow copy takes its place. The message says why and what to do."""
 
 
 class DeviceArray(NamedTuple):
@@ -131,7 +131,10 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """Begin one copy, made contiguous on the device, to page-locked memory of its shape and dtype; no wait."""
+        """Begin one copy to contiguous page-locked memory of the same shape and dtype; does not wait for it.
+
+        What is not contiguous is made so on the device.
+        """
 
     @abstractmethod
     def wait(self, device: int) -> None:
