@@ -36,7 +36,6 @@ _SMALLEST_BYTES = 4096
 _PAGE_BYTES: Final = 4096
 """What is page-locked is locked by whole pages, which two buffers must not share."""
 
-_FITTING: Final = "a writable, contiguous buffer of at least {} bytes"
 
 PageLocker: TypeAlias = Callable[[Bytes], object]
 """Page-locks the memory of an array for as long as the array lives; raises a `ConfigError` where that cannot be."""
@@ -199,10 +198,10 @@ def writable_bytes(into: Buffer, nbytes: int) -> Bytes:
     try:
         view = memoryview(into)
     except TypeError:
-        refuse("into", into, f"{_FITTING.format(nbytes)}, such as an array")
+        refuse("into", into, f"a writable, contiguous buffer of at least {nbytes} bytes, such as an array")
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
         facts = {"nbytes": view.nbytes, "readonly": view.readonly, "contiguous": view.c_contiguous}
-        raise ConfigError(f"into must be {_FITTING.format(nbytes)}", **facts)
+        raise ConfigError(f"into must be a writable, contiguous buffer of at least {nbytes} bytes", **facts)
     return np.frombuffer(view.cast("B"), dtype=np.uint8)[:nbytes]
 
 
