@@ -532,6 +532,12 @@ def test_a_fork_anywhere_in_the_making_of_a_link_is_known_to_all_that_was_there_
     assert not any(codes)
 
 
+def test_a_listener_that_is_closed_while_clients_connect_ends_them_and_nothing_else() -> None:
+    words = [sys.executable, "-m", "tests.e2e.programs.late_clients"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "closed with 0 clients that hear on\n"), done.stderr
+
+
 @pytest.mark.parametrize("variant", link_exit.VARIANTS)
 def test_interpreter_ends_cleanly_with_everything_open(lanes: str, variant: str) -> None:
     ended = subprocess.run(

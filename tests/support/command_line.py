@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,10 +36,16 @@ class Answer:
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> Answer:
-    """Run the command in this process."""
+    """Run the command in this process, which logs afterwards as before: its standard error is this test's alone."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(words)
+    logger = logging.getLogger("ucxx_transport")
+    handlers, level = list(logger.handlers), logger.level
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+    finally:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
     out, err = capsys.readouterr()
     assert isinstance(caught.value.code, int)
     return Answer(code=caught.value.code, out=out, err=err)

@@ -21,13 +21,17 @@ Precedence: `UCX_*` environment variables, then the configuration's `ucx`, then 
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import re
 import socket
+import sys
+import termios
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -37,11 +41,14 @@ from ucxx_transport.link import base, ucx_api
 from ucxx_transport.link.address import list_interfaces, other_family, rdma_devices
 from ucxx_transport.link.base import Timers
 from ucxx_transport.link.endpoint import Endpoint, Link, OnEndpoint
-from ucxx_transport.link.flight import FUNCTIONS, native_flight
+from ucxx_transport.link.flight import FUNCTIONS, PAUSE_S, native_flight
 from ucxx_transport.logs import get_logger
 
 _log = get_logger(__name__)
 _pids_that_used_ucx: Final[set[int]] = set()
+
+ACCEPTED_S: Final = 1.0
+"""How long a listener that goes waits for UCX's thread to read what clients have said: it takes microseconds."""
 
 QUIET_S: Final = 60.0
 """After one event about connections that fail while they are accepted, further ones are only counted for so long."""
@@ -245,6 +252,47 @@ class UCXXLink(Link):
         base.keep_for_good(self)
 
 
+class Listening(deque[Any]):
+    """UCX's listeners of a port, one each for IPv4 and IPv6, and how they end.
+
+    A connection that was accepted keeps a pointer to its listener, which UCX's own thread follows at the client's first
+    words, and which nothing takes back when the listener goes: a client that connects just then, or says nothing until
+    then, would end the process (https://github.com/openucx/ucx/issues/11087). So before they go no more are accepted,
+    those that are no endpoint are shut down, and what they had said by then is read.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__()
+        self._port, self._pid = port, os.getpid()
+
+    def __del__(self) -> None:
+        late_s, looks = time.monotonic() + ACCEPTED_S, 2  # an accept may end just behind the first
+        while self and looks and time.monotonic() < late_s and self._pid == os.getpid():
+            unread = sum(map(_shut_down, _sockets_of(self._port)))
+            looks = 2 if unread else looks - 1
+            time.sleep(PAUSE_S)
+
+
+def _sockets_of(port: int) -> Iterator[socket.socket]:
+    """This process's sockets of TCP that are bound to a port, each by another descriptor."""
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with suppress(OSError):  # it has been closed meanwhile
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as each:
+                    if each.family in (socket.AF_INET, socket.AF_INET6) and each.getsockname()[1] == port:
+                        yield each
+
+
+def _shut_down(each: socket.socket) -> int:
+    """End what a socket brings, for a listener further connections; how many bytes of it are not read yet."""
+    with suppress(OSError):  # its peer has
+        each.shutdown(socket.SHUT_RDWR)
+    unread = bytearray(4)
+    with suppress(OSError):  # of a listener
+        fcntl.ioctl(each, termios.FIONREAD, unread)
+    return int.from_bytes(unread, sys.byteorder)
+
+
 class UCXXListener:
     """See `Listener`. `on_endpoint` gets each connection in a turn of the link, outside of UCX's callbacks.
 
@@ -265,7 +313,8 @@ class UCXXListener:
 
         ucx = link.binding.lib.UCXListener.create(link.worker, port, note)
         self.port: int = ucx.port
-        self._ucx = deque([ucx])  # shared with the endpoints, which keep it when this one does no more
+        self._ucx = Listening(self.port)  # shared with the endpoints, which keep it when this one does no more
+        self._ucx.append(ucx)
         self._bound = weakref.ref(self._ucx)
         if link.ipv6 is not None:
             self._ucx.append(ucx_api.IPv6Listener(link.worker.handle, link.ipv6, self.port, note))
@@ -276,7 +325,7 @@ class UCXXListener:
         if not self._closed:
             self._link.check_usable()
             self._closed = True
-            self._ucx = deque()
+            self._ucx = Listening()
             self._link.listeners.discard(self)
 
     def _note_request(self, request: int) -> None:
@@ -291,7 +340,7 @@ class UCXXListener:
         else:
             self._link.ready.append(partial(self._hand_over, ucx, peer, bound))
 
-    def _hand_over(self, ucx: ucx_api.UcxEndpoint, peer: str, bound: deque[Any]) -> None:
+    def _hand_over(self, ucx: ucx_api.UcxEndpoint, peer: str, bound: Listening) -> None:
         """Give a connection that came to its owner."""
         if self._closed:
             with suppress(self._link.root):
