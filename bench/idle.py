@@ -1,18 +1,26 @@
-"""What does everything cost that has nothing to do? A worker with 4 ports and 16 connections, in percent of a core."""
+"""What does everything cost that has nothing to do? A worker with 4 ports and 16 connections, in percent of a core.
+
+Beside it: as many threads that do nothing but sleep, and wake as often. That is what the machine takes for it: on some
+1 ms of CPU a time, and more the longer the sleep.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from typing import Any, Final
 
 from bench.core.control import BenchError, ControlledProcess
+from bench.core.cpu_time import tree_cpu_s
 from bench.core.figures import Row
 from bench.core.lineup import Lineup
 from bench.core.ours import AsyncClientReader
 from bench.core.rounds import Plan
 from ucxx_transport import SlotRef
 
-__all__ = ["ALL", "CASE", "measure"]
+__all__ = ["ALL", "CASE", "SLEEPERS", "measure"]
 
 PORTS: Final = 4
 CONNECTIONS: Final = 16
@@ -22,6 +30,7 @@ SETTLE_S: Final = 1.0
 LEAST_S: Final = 1.0
 CASE: Final = f"{PORTS} ports, {CONNECTIONS} connections"
 ALL: Final = "all processes"
+SLEEPERS: Final = "as many that only sleep"
 POLL_S: Final = 0.05
 
 
@@ -50,7 +59,7 @@ class _Clients:
 def measure(question: str, plan: Plan) -> list[Row]:
     """Connect, wait for quiet, and measure for a round after another."""
     seconds = max(LEAST_S, 5 * plan.turn_s)
-    percents: dict[str, list[float]] = {"worker and ports": [], "clients": [], ALL: []}
+    percents: dict[str, list[float]] = {"worker and ports": [], "clients": [], ALL: [], SLEEPERS: []}
     with Lineup() as lineup:
         source = lineup.ring("the worker", ports=PORTS)
         clients = lineup.async_reader("16 clients", _Clients)
@@ -62,8 +71,9 @@ def measure(question: str, plan: Plan) -> list[Row]:
         for process in (source, clients):
             process.watch_cpu()
         for number in range(plan.rounds):
-            served, held = _percent_of_a_core(seconds, source, clients)
-            for subject, percent in zip(percents, (served, held, served + held), strict=True):
+            (served, held), threads, sleeps_per_s = _percent_of_a_core(seconds, source, clients)
+            slept = _percent_of_sleepers(seconds, threads, sleeps_per_s)
+            for subject, percent in zip(percents, (served, held, served + held, slept), strict=True):
                 percents[subject].append(percent)
             plan.on_turn(f"{question}: round {number + 1} of {plan.rounds}")
         clients.call("close")
@@ -81,9 +91,28 @@ def _wait_for_connections(source: ControlledProcess) -> None:
         time.sleep(POLL_S)
 
 
-def _percent_of_a_core(seconds: float, *processes: ControlledProcess) -> list[float]:
+def _percent_of_a_core(seconds: float, *processes: ControlledProcess) -> tuple[list[float], int, float]:
+    """Of each; then how many threads have slept, and how often a second all of them together."""
     began_s = [process.cpu_s for process in processes]
+    slept = {thread: count for process in processes for thread, count in process.sleeps.items()}
     clock_s = time.perf_counter()
     time.sleep(seconds)
     wall_s = time.perf_counter() - clock_s
-    return [100 * (process.cpu_s - before_s) / wall_s for process, before_s in zip(processes, began_s, strict=True)]
+    used_s = [process.cpu_s - before_s for process, before_s in zip(processes, began_s, strict=True)]
+    now = {thread: count for process in processes for thread, count in process.sleeps.items()}
+    sleeps = [count - slept[thread] for thread, count in now.items() if count > slept.get(thread, count)]
+    return [100 * each_s / wall_s for each_s in used_s], len(sleeps), sum(sleeps) / wall_s
+
+
+def _percent_of_sleepers(seconds: float, number: int, sleeps_per_s: float) -> float:
+    """Of so many processes, which together sleep so often."""
+    program = f"import time\nwhile True: time.sleep({number / max(sleeps_per_s, 1.0)})"
+    with ExitStack() as stack:
+        sleepers = [stack.enter_context(subprocess.Popen([sys.executable, "-c", program])) for _ in range(number)]
+        for sleeper in sleepers:
+            stack.callback(sleeper.kill)
+        time.sleep(SETTLE_S)
+        pids = tuple(sleeper.pid for sleeper in sleepers)
+        began_s, clock_s = tree_cpu_s(pids), time.perf_counter()
+        time.sleep(seconds)
+        return 100 * (tree_cpu_s(pids) - began_s) / (time.perf_counter() - clock_s)

@@ -235,7 +235,11 @@ TARGETS: Final = (
         *("sources", "share of all sources that are read", [sources.LIMITED], "read_share"),
         at_least={sources.DESCRIPTORS_CASE: 1.0},
     ),
-    *_each("idle", "% of a core, all processes together", [idle.ALL], "percent", at_most={idle.CASE: 1.0}),
+    *_each(
+        *("idle", "% of a core, all processes together", [idle.ALL], "percent"),
+        at_most={idle.CASE: 1.0},
+        beside=[idle.SLEEPERS],
+    ),
     *_each("spinning", "added by a worker that spins, µs", [spinning.SUBJECT], "added_us", at_most={K64: 500.0}),
     *_each(
         *("gpu", "slot → device: GB/s over a page-locked copy's", [gpu.SLOT_TO_DEVICE, gpu.PINNED_UP], "gb_per_s"),

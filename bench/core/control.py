@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
-from bench.core.cpu_time import process_tree, tree_cpu_s
+from bench.core.cpu_time import process_tree, tree_cpu_s, tree_sleeps
 from ucxx_transport.cli.program import logs_to_stderr
 from ucxx_transport.errors import TransportError
 
@@ -153,6 +153,11 @@ class ControlledProcess:
     def cpu_s(self) -> float:
         """CPU seconds used so far by the processes seen at the last `watch_cpu()`."""
         return tree_cpu_s(self._tree)
+
+    @property
+    def sleeps(self) -> dict[str, int]:
+        """How often each of their threads has gone to sleep so far."""
+        return tree_sleeps(self._tree)
 
     def pause(self) -> None:
         """Stop the process, threads and all, so that one which polls takes nothing from others; `resume` undoes it."""

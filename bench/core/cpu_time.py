@@ -1,4 +1,4 @@
-"""CPU time of whole process trees to the nanosecond, and of everything else on the machine.
+"""CPU time of whole process trees to the nanosecond, how often they wake, and CPU time of everything else there is.
 
 The kernel lets any process read another's CPU clock (`clock_getcpuclockid(3)`): the id is `~pid << 3 | CPUCLOCK_SCHED`.
 `/proc/<pid>/stat` counts in ticks of 10 ms: too coarse for a batch of small reads.
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ForeignLoad", "process_tree", "tree_cpu_s"]
+__all__ = ["ForeignLoad", "process_tree", "tree_cpu_s", "tree_sleeps"]
 
 CPUCLOCK_SCHED: Final = 2
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
@@ -43,6 +43,12 @@ def tree_cpu_s(pids: tuple[int, ...]) -> float:
         except OSError as error:
             raise RuntimeError(f"process {pid} ended while it was being measured") from error
     return total_s
+
+
+def tree_sleeps(pids: tuple[int, ...]) -> dict[str, int]:
+    """How often each living thread of the processes has gone to sleep since it started."""
+    paths = [path for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    return {str(path): int(path.read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]) for path in paths}
 
 
 class ForeignLoad:
