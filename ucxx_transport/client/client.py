@@ -335,6 +335,7 @@ class _Lead:
         core = self._core
         is_whole = core.reactor.asleep
         core.damaged = True  # also if a second interrupt comes now
+        core.reactor.asleep = False  # what comes next may be cut in two
         if is_whole:
             core.abandon(call)
             core.damaged = False

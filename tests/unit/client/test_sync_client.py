@@ -462,6 +462,27 @@ def test_a_signal_handler_cannot_use_the_client_that_it_interrupts(beside: PortB
         client.read(refs[1]).release()
 
 
+def test_an_interrupt_of_a_start_is_none_of_a_sleep_because_the_one_before_it_was(
+    beside: PortBeside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        core, beside.faults.hold = client._core, Hold()  # noqa: SLF001 - whether it is damaged shows nowhere else
+        with pytest.raises(KeyboardInterrupt), signalled_when(lambda: core.reactor.asleep):
+            client.read(beside.ring.write_raw(EPISODE))
+        beside.faults.hold.set()
+
+        def cut_in_two(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(core.reads), "start_one", cut_in_two)
+            with pytest.raises(KeyboardInterrupt):
+                client.read(beside.ring.write_raw(EPISODE))
+        assert core.damaged
+        client.read(beside.ring.write_raw(EPISODE)).release()
+
+
 def test_a_signal_handler_that_closes_the_client_which_it_interrupts_takes_no_leave(beside: PortBeside) -> None:
     with beside.client(deadline_s=30.0) as client:
         client.read(beside.ring.write_raw(EPISODE)).release()
