@@ -275,13 +275,15 @@ class _Process:
 
     def receive(self) -> dict[str, Any] | None:
         """The next report; an empty one where there is none, None at the end of file."""
-        try:
-            report = self._socket.recv(_MESSAGE_BYTES)
-        except BlockingIOError:
-            return {}
-        except OSError:  # it has not read all that it was sent
-            return None
-        return json.loads(report) if report else None
+        for _ in range(2):  # a reset, since it has not read all that it was sent, is said once, before its last reports
+            try:
+                report = self._socket.recv(_MESSAGE_BYTES)
+            except BlockingIOError:
+                return {}
+            except OSError:
+                continue
+            return json.loads(report) if report else None
+        return None
 
     def end(self, until_s: float) -> str:
         """End it, by SIGKILL once `until_s` has passed, before that by the close frame; returns how it ended."""

@@ -22,6 +22,7 @@ import pytest
 from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.sidecar import launch
 from ucxx_transport.sidecar.launch import Sidecar, interpreter
 
 MINUTE = 60.0
@@ -89,6 +90,18 @@ def test_what_kept_a_sidecar_from_coming_up_is_in_the_error(
     with sidecar() as one, pytest.raises(TransportError, match=r"died at its start: RuntimeError: no such library"):
         one.up.result(MINUTE)
     assert "Traceback" in capfd.readouterr().err, "all of it is on the worker's standard error"
+
+
+def test_what_a_sidecar_reports_is_read_though_it_died_with_an_order_unread() -> None:
+    process = object.__new__(launch._Process)  # noqa: SLF001 - which end is first to come is no test's to choose
+    process._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with process._socket as ours:
+        ours.setblocking(False)  # noqa: FBT003
+        with theirs:
+            ours.send(b"{}")
+            theirs.send(b'{"died": "of old age"}')
+        assert process.receive() == {"died": "of old age"}
+        assert process.receive() is None
 
 
 def test_one_that_cannot_be_started_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
