@@ -600,7 +600,7 @@ def test_a_batch_whose_wait_is_interrupted_stays_on_its_way(worker: LocalWorker)
     def waits() -> bool:
         return bool(feed.changed._waiters)  # type: ignore[attr-defined]  # noqa: SLF001 - not to be seen otherwise
 
-    with RolloutFeed(deadline_s=600, on_loss=losses.append, link_factory=silence) as feed:
+    with RolloutFeed({"connect_timeout_s": 600}, deadline_s=600, on_loss=losses.append, link_factory=silence) as feed:
         feed.start(worker.play_far_away(2))
         feed.defer(worker.play(1))
         for wait in (feed.collect, feed.wait):
