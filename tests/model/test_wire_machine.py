@@ -344,7 +344,7 @@ class WireMachine(CountedMachine):
         ready = {key_of(name) for name in self.ring.ready()}
         wanted = {key for client in self.clients for key in (*client.delivered, *client.discarded)}
         assert not (ready & wanted) - self.port.forgotten, "delivered, and still there for others"
-        latest = {slot: generation for slot, generation in self.contents}  # noqa: C416 - the last one of each slot
+        latest = dict(self.contents.keys())  # the last generation of each slot
         lost = {(slot, latest[slot]) for slot in latest} - ready - self.port.consumed
         assert not lost, "neither consumed nor there"
 

@@ -181,8 +181,7 @@ class Port:
             self._send(connection, connection.session.ends_frame())
 
     def _post_payload(self, connection: Connection, attempt: int, name: SlotRef) -> None:
-        judge: Callable[[bytes], object] = lambda m: self._arrived(connection, attempt, m)  # noqa: E731 - read beside its use
-        self._post(connection, attempt, receive_bytes(name.nbytes), judge)
+        self._post(connection, attempt, receive_bytes(name.nbytes), partial(self._arrived, connection, attempt))
 
     def _post(self, connection: Connection, attempt: int, room: int, judge: Callable[[bytes], object]) -> None:
         channel = attempt & 0xFFFF
