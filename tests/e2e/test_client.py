@@ -149,7 +149,7 @@ def test_payloads_are_taken_over_ucx_each_by_one_client() -> None:
             assert one.take(refs[0]) == []
 
 
-@pytest.mark.parametrize(("workers", "rings", "descriptors"), [(1, 40, 128), exhaustive(4, 125, 256)])
+@pytest.mark.parametrize(("workers", "rings", "descriptors"), [(1, 140, 128), exhaustive(4, 125, 256)])
 def test_many_small_sources_are_read_with_few_descriptors(workers: int, rings: int, descriptors: int) -> None:
     with ExitStack() as stack:
         sources = [stack.enter_context(program("many_sources", "worker")) for _ in range(workers)]
@@ -157,11 +157,11 @@ def test_many_small_sources_are_read_with_few_descriptors(workers: int, rings: i
         assert client.ask(descriptors=descriptors) == {"limit": descriptors}
         for source in sources:
             source.tell(rings=rings)
-        for _ in range(2):
+        for local in ("off", "off", "view", "copy", "auto"):
             refs = [ref for source in sources for ref in source.hear()["refs"]]
             assert len(refs) == workers * rings
-            heard = client.ask(refs=refs, local="off")
-            assert heard["errors"] == []
+            heard = client.ask(refs=refs, local=local)
+            assert heard["errors"] == [], local
             assert heard["read"] == len(refs)
             for source in sources:
                 source.tell(rings=0)

@@ -115,15 +115,13 @@ class LocalReader:
         return None
 
     def _opened(self, ref: Takeable) -> SharedRingBuffer:
-        """The ring of that name; where there is no descriptor for it, others are closed."""
+        """The ring of that name; where there is no descriptor to open it by, the limit is raised first."""
         try:
             return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
         except errors.ConfigError as error:
             if getattr(error.__cause__, "errno", None) not in (errno.EMFILE, errno.ENFILE):
                 raise
         raised_limit()
-        for _ in range((len(self._rings) + 1) // 2):
-            self._rings.popitem(last=False)[1].close()
         return SharedRingBuffer.attach(ref.ring_name, folder=self._folder)
 
     def read(self, ring: SharedRingBuffer, ref: SlotRef, limit_s: float, began_s: float) -> Payload:

@@ -8,6 +8,7 @@ a half-made file from an abandoned one.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -34,7 +35,9 @@ NAME_PREFIX: Final = "ucxx_transport-"
 _LOCK_WAIT_S: Final = 0.1  # the kernel releases a killed process's flock 0.2 to 2 ms after the kill (measured)
 _CHUNK_BYTES: Final = 256 << 20  # at a time, so that signals are seen in between: the kernel restarts its calls
 _CREATE_ATTEMPTS: Final = 16
-_MADV_POPULATE_READ: Final = 22  # <linux/mman.h>, since Linux 5.14; `mmap` has no name for it
+# <linux/mman.h>; `mmap` has no names for these
+_MADV_POPULATE_READ: Final = 22  # since Linux 5.14
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 
 class Creation:
@@ -149,12 +152,27 @@ def map_segment(path: Path, descriptor: int | None = None) -> mmap.mmap:
                 raise ProtocolError("not a ring: no regular file of whole pages", name=path.name, nbytes=facts.st_size)
             if facts.st_size == 0:
                 raise NotReadyError("the ring is still being made; try again", name=path.name)
-            return mmap.mmap(file.fileno(), facts.st_size)
+            return _mapped(file.fileno(), facts.st_size)
     except FileNotFoundError:
         text = "no such ring on this host: its creator is gone, or is on another host or in another container"
         raise ConfigError(text, field="name", name=path.name.removeprefix(NAME_PREFIX), reason="missing") from None
     except OSError as exc:
         raise ConfigError(f"{path} cannot be mapped: {exc.strerror}", field="name", reason="refused") from exc
+
+
+def _mapped(fd: int, nbytes: int) -> mmap.mmap:
+    """The memory of a file, without a descriptor: one of a file `mmap` keeps for as long as the memory is in use."""
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)  # owns the addresses
+    start = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.restype = ctypes.c_void_p
+    if (
+        call(start, ctypes.c_size_t(nbytes), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, ctypes.c_long(0))
+        != start.value
+    ):
+        raise OSError(code := ctypes.get_errno(), os.strerror(code))
+    return mapping
 
 
 def _allocate(fd: int, nbytes: int, folder: Path) -> None:
