@@ -28,7 +28,7 @@ from typing import Final, Protocol, TypeAlias, cast
 from ucxx_transport.errors import ConfigError, ProtocolError, TransportError
 from ucxx_transport.link.base import EndpointEvents, Message, OnDone, Operation, Posted, keep_for_good, lost
 from ucxx_transport.link.flight import CANCELLED, CHANNEL_BITS, CLOSE_TIMEOUT_S, TRUNCATED, LinkCore
-from ucxx_transport.link.ucx_api import UcxEndpoint, listener_has_answered, status_error
+from ucxx_transport.link.ucx_api import UcxEndpoint, bytes_received, status_error, tcp_sockets
 
 MAGIC: Final = b"UXTL"
 VERSION: Final = 2
@@ -170,8 +170,16 @@ class Endpoint(Posted):
             self._link.ending[self] = self._link.in_turn_after(CLOSE_TIMEOUT_S, self.end_close)
 
     def listener_has_answered(self) -> bool:
-        """Of one that is not connected yet: whether the peer's listener has said anything. Some 100 us."""
-        return self._address is not None and self._send_base < 0 and listener_has_answered(*self._address)
+        """Of one that is not connected yet: whether the peer's listener has said anything. Some 100 us.
+
+        UCX's connections are set up over the listener's port, and then by one to a data port of each end. This shows if
+        the first step is done; a stopped peer accepts, too, but says nothing.
+        """
+        for each in tcp_sockets() if self._send_base < 0 else ():
+            with suppress(OSError):  # not connected
+                if each.getpeername()[:2] == self._address and bytes_received(each):
+                    return True
+        return False
 
     def lose(self) -> None:
         """Say to the owner that the peer is lost. Until the owner is called, an interrupt has all of it done again."""

@@ -21,17 +21,13 @@ Precedence: `UCX_*` environment variables, then the configuration's `ucx`, then 
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import os
 import re
 import socket
-import sys
-import termios
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -252,45 +248,38 @@ class UCXXLink(Link):
         base.keep_for_good(self)
 
 
-class Listening(deque[Any]):
+class Listening:
     """UCX's listeners of a port, one each for IPv4 and IPv6, and how they end.
 
     A connection that was accepted keeps a pointer to its listener, which UCX's own thread follows at the client's first
     words, and which nothing takes back when the listener goes: a client that connects just then, or says nothing until
-    then, would end the process (https://github.com/openucx/ucx/issues/11087). So before they go no more are accepted,
-    those that are no endpoint are shut down, and what they had said by then is read.
+    then, would end the process (https://github.com/openucx/ucx/issues/11087). So before they go what comes is dropped,
+    those that were accepted are shut down, and what they had said by then is read. An interrupt meanwhile cuts this
+    short, and is printed, since no call is there to raise it from.
     """
 
-    def __init__(self, port: int = 0) -> None:
-        super().__init__()
-        self._port, self._pid = port, os.getpid()
+    ucx: Any = None
+
+    def __init__(self, link: UCXXLink, port: int, on_request: Callable[[int], None]) -> None:
+        self._pid, self._ipv6 = os.getpid(), link.ipv6
+        self._spare = os.open(os.devnull, os.O_RDONLY)  # to look with where no descriptor is left
+        self.ucx = link.binding.lib.UCXListener.create(link.worker, port, on_request)
+        self.port: int = self.ucx.port
+        if link.ipv6 is not None:
+            self._also = ucx_api.IPv6Listener(link.worker.handle, link.ipv6, self.port, on_request)
 
     def __del__(self) -> None:
+        os.close(self._spare)
         late_s, looks = time.monotonic() + ACCEPTED_S, 2  # an accept may end just behind the first
-        while self and looks and time.monotonic() < late_s and self._pid == os.getpid():
-            unread = sum(map(_shut_down, _sockets_of(self._port)))
-            looks = 2 if unread else looks - 1
+        while self.ucx and looks and time.monotonic() < late_s and self._pid == os.getpid():
+            waiting = sum(ucx_api.close_door(each) for each in ucx_api.tcp_sockets() if self._is_of(each))
+            looks = 2 if waiting else looks - 1
             time.sleep(PAUSE_S)
 
-
-def _sockets_of(port: int) -> Iterator[socket.socket]:
-    """This process's sockets of TCP that are bound to a port, each by another descriptor."""
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        with suppress(OSError):  # it has been closed meanwhile
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(name))) as each:
-                    if each.family in (socket.AF_INET, socket.AF_INET6) and each.getsockname()[1] == port:
-                        yield each
-
-
-def _shut_down(each: socket.socket) -> int:
-    """End what a socket brings, for a listener further connections; how many bytes of it are not read yet."""
-    with suppress(OSError):  # its peer has
-        each.shutdown(socket.SHUT_RDWR)
-    unread = bytearray(4)
-    with suppress(OSError):  # of a listener
-        fcntl.ioctl(each, termios.FIONREAD, unread)
-    return int.from_bytes(unread, sys.byteorder)
+    def _is_of(self, each: socket.socket) -> bool:
+        """Whether a socket is bound to an address of these listeners; one of IPv6 says more than these two."""
+        address = each.getsockname()
+        return address[1] == self.port and (len(address) == 2 or address[0] == self._ipv6)
 
 
 class UCXXListener:
@@ -311,21 +300,16 @@ class UCXXListener:
             if call is not None:
                 call(request)
 
-        ucx = link.binding.lib.UCXListener.create(link.worker, port, note)
-        self.port: int = ucx.port
-        self._ucx = Listening(self.port)  # shared with the endpoints, which keep it when this one does no more
-        self._ucx.append(ucx)
-        self._bound = weakref.ref(self._ucx)
-        if link.ipv6 is not None:
-            self._ucx.append(ucx_api.IPv6Listener(link.worker.handle, link.ipv6, self.port, note))
-        self._closed = False
+        bound = Listening(link, port, note)
+        self.port = bound.port
+        self._open: Listening | None = bound  # kept by the endpoints, too, when this one has gone
+        self._bound = weakref.ref(bound)
         self._quiet_until_s = 0.0
 
     def close(self) -> None:
-        if not self._closed:
+        if self._open is not None:
             self._link.check_usable()
-            self._closed = True
-            self._ucx = Listening()
+            self._open = None
             self._link.listeners.discard(self)
 
     def _note_request(self, request: int) -> None:
@@ -334,7 +318,7 @@ class UCXXListener:
         assert bound is not None  # else UCX does not listen any more
         peer = ucx_api.request_peer(request) or f"a client of port {self.port}"
         try:
-            ucx = bound[0].create_endpoint_from_conn_request(request, True)  # noqa: FBT003
+            ucx = bound.ucx.create_endpoint_from_conn_request(request, True)  # noqa: FBT003
         except self._link.root as exc:  # it has gone already, or its address cannot be reached
             self._link.ready.append(partial(self._note_failed, peer, f"{type(exc).__name__}: {exc}"))
         else:
@@ -342,7 +326,7 @@ class UCXXListener:
 
     def _hand_over(self, ucx: ucx_api.UcxEndpoint, peer: str, bound: Listening) -> None:
         """Give a connection that came to its owner."""
-        if self._closed:
+        if self._open is None:
             with suppress(self._link.root):
                 ucx.close_blocking()
         elif not self._link.hand_over(ucx, peer, self._on_endpoint, bound):

@@ -21,6 +21,7 @@ before ucxx is imported, by which UCX initialises itself.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -28,8 +29,10 @@ import os
 import re
 import socket
 import struct
+import sys
+import termios
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -234,7 +237,8 @@ _CLIENT_ADDRESS = 1  # enum ucp_conn_request_attr_field
 _LISTENER_FIELDS: Final = 1 << 0 | 1 << 2  # enum ucp_listener_params_field: the address, the connection handler
 _MAX_LANES = 32
 _SOCKADDR_WORDS = 16
-_TCP_INFO_BYTES, _BYTES_RECEIVED = 136, 128  # struct tcp_info of linux/tcp.h, to the end of tcpi_bytes_received
+_ATTACH_FILTER = 26  # SO_ATTACH_FILTER of asm-generic/socket.h
+_DROP_ALL: Final = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # linux/filter.h: return 0 bytes
 _FATAL = 0  # UCS_LOG_LEVEL_FATAL
 _OnRequest = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -312,20 +316,39 @@ def request_peer(handle: int) -> str | None:
     return f"[{socket.inet_ntop(socket.AF_INET6, raw[8:24])}]:{port}" if family == socket.AF_INET6 else None
 
 
-def listener_has_answered(host: str, port: int) -> bool:
-    """Whether a TCP connection of this process to that address (numeric) has received anything.
-
-    UCX's connections are set up over the listener's port, and then by one to a data port of each end. This shows if the
-    first step is done; a stopped peer accepts, too, but says nothing.
-    """
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # not connected, of another kind, or closed meanwhile
+def tcp_sockets() -> Iterator[socket.socket]:
+    """This process's TCP sockets, each by a descriptor of its own that the next one ends; fewer where none is left."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir("/proc/self/fd")
+    for name in names:
+        with suppress(OSError):  # closed meanwhile
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(name))) as probe:
-                    info = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-                    if probe.getpeername()[:2] == (host, port) and any(info[_BYTES_RECEIVED:]):
-                        return True
-    return False
+                kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK  # told, or a default timeout switches the other, too
+                with socket.socket(socket.AF_INET6, kind, socket.IPPROTO_TCP, os.dup(int(name))) as each:
+                    if each.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) == socket.IPPROTO_TCP:
+                        yield each
+
+
+def bytes_received(each: socket.socket) -> int:
+    """How many bytes a TCP socket has got so far, as the kernel counts them."""
+    return int.from_bytes(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)[128:], sys.byteorder)
+
+
+def close_door(each: socket.socket) -> int:
+    """Let a TCP socket bring nothing more; how much of it waits to be accepted, or read.
+
+    A listening one keeps its port, and whoever polls it hears of nothing: a filter drops what comes (socket(7)).
+    """
+    with suppress(OSError):  # a sandbox that has no filters
+        if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            each.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(_DROP_ALL)))
+            return int.from_bytes(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[24:], sys.byteorder)
+    with suppress(OSError):  # its peer has
+        each.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):  # of such a listener
+        return int.from_bytes(fcntl.ioctl(each, termios.FIONREAD, bytes(4)), sys.byteorder)
+    return 0
 
 
 def _quiet_ucxx_log() -> None:
