@@ -6,7 +6,7 @@
 | sqlite3          | no `local://` store: a ConfigError; `etcd://` works                                        |
 | cgroup           | a ring is not checked against the memory limit of its container                            |
 | memfd            | a temporary file takes its place, for the first words of a sidecar                         |
-| pidfd            | nothing: a sidecar watches its worker by polling                                           |
+| pidfd            | a worker's death shows within 2 s, not at once, where processes that it has forked live on |
 | CUDA             | no arrays on a GPU                                                                         |
 | UTF-8            | the command line writes `?` for a sign that the terminal has not; its JSON is ASCII        |
 | standard streams | a closed one is /dev/null from the first ring, sidecar or link on, else theirs would be it |
@@ -68,7 +68,7 @@ def parts() -> list[Finding]:
         _part("sqlite3", has_sqlite, NO_SQLITE, "warning"),
         _part("cgroup", os.path.exists("/proc/self/cgroup"), unchecked, "warning"),
         _part("memfd", hasattr(os, "memfd_create"), "a temporary file takes its place: TMPDIR must be writable"),
-        _part("pidfd", hasattr(os, "pidfd_open"), "nothing: a sidecar watches its worker by polling"),
+        _part("pidfd", hasattr(os, "pidfd_open"), "a death shows within 2 s where what a worker has forked lives"),
         _part("CUDA driver", os.path.exists("/dev/nvidiactl"), "no arrays on a GPU; all else works"),
         Finding.judged("encoding", encoding, "note", "" if is_utf8 else replaced),
         Finding.judged("streams", f"closed: {closed}" if closed else "open", "note", unheard if closed else ""),

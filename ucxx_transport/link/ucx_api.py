@@ -338,7 +338,7 @@ def bytes_received(each: socket.socket) -> int:
 def close_door(each: socket.socket) -> int:
     """Let a TCP socket bring nothing more; how much of it waits to be accepted, or read.
 
-    A listening one keeps its port, and whoever polls it hears of nothing: a filter drops what comes (socket(7)).
+    A listening one keeps its port, and its owner hears of nothing: a filter drops what comes (socket(7)).
     """
     with suppress(OSError):  # a sandbox that has no filters
         if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

@@ -4,7 +4,7 @@
 |---------------------------------|-----------------------------------------------------------------------------------|
 | a frame of a connection         | as it arrives; a second one in the same turn of the reactor has the next turn     |
 | time limits, beat, stuck sends  | every `SWEEP_INTERVAL_S`                                                          |
-| slots of dead processes         | every `RECLAIM_INTERVAL_S`, by one port of a server                               |
+| slots of dead processes         | as often, by one port of a server                                                 |
 | clients that wait for a payload | 0.5 ms after the last look, ever later up to 5 ms; soon again once one was served |
 """
 
@@ -39,8 +39,10 @@ from ucxx_transport.wire.server_side import ServerSession, SessionSource
 
 _log = get_logger(__name__)
 
-SWEEP_INTERVAL_S: Final = 0.5  # costs nothing that can be measured, and no limit needs to be kept more exactly
-RECLAIM_INTERVAL_S: Final = 1.0  # a killed reader's slot is back this soon even if no writer asks for it
+SWEEP_INTERVAL_S: Final = 1.0
+"""At most. No limit needs to be kept more exactly, and a killed reader's slot is back this soon even if no writer asks
+for it. A wake out of an idle core costs up to 1 ms of CPU."""
+BEATS: Final = 4  # at least, within `stall_timeout_s`
 # Connections above the limit that are still answered BUSY; beyond them a newcomer is closed without a word.
 BUSY_ANSWERS: Final = 16
 # The first and the longest pause between two looks for a payload that a client waits for.
@@ -64,7 +66,6 @@ class Port:
         self._connections: dict[Connection, None] = {}
         self._waiting: list[tuple[Connection, Take]] = []
         self._sweeper: Timer | None = None
-        self._reclaim_s = 0.0
         self._accepts_failed = 0
 
     def start(self, *candidates: int) -> int:
@@ -84,7 +85,6 @@ class Port:
         assert self._listener is not None
         port = self._counters.words[PORT] = self._listener.port
         self._counters.words[CONNECTIONS] = 0
-        self._reclaim_s = self._reactor.now()
         self._beat()
         return port
 
@@ -164,15 +164,15 @@ class Port:
                         self._counters.add(counter)
                     connection.close()
             self.slots.settle_kept()
-            if self._reclaims and now >= self._reclaim_s:
-                self._reclaim_s = now + RECLAIM_INTERVAL_S
+            if self._reclaims:
                 self.slots.reclaim()
         except Exception:  # noqa: BLE001 - the edge of a callback: the port goes on serving
             _log.exception("sweep_failed")
 
     def _beat(self) -> None:
         self._counters.words[BEAT] = time.monotonic_ns()
-        self._sweeper = self._reactor.call_at(self._reactor.now() + SWEEP_INTERVAL_S, self._sweep)
+        pause_s = min(SWEEP_INTERVAL_S, self._settings.stall_timeout_s / BEATS)
+        self._sweeper = self._reactor.call_at(self._reactor.now() + pause_s, self._sweep)
 
 
 class PortThread:

@@ -45,9 +45,9 @@ _log = get_logger(__name__)
 
 MESSAGE_BYTES: Final = 1 << 17  # of the longest message
 REASON_CHARS: Final = 4096  # of the reason of a failed start: a report is read whole
-# How often the worker and the port are looked at; the worker's end shows at once by the end of file, unless a process
-# that it has forked keeps the pipe open.
-LOOK_S: Final = 0.5
+# How often the worker and the port are looked at. The worker's end shows at once by its pidfd, where the kernel has
+# that, and by the end of file, unless a process that it has forked keeps the pipe open.
+LOOK_S: Final = 2.0
 _POLL_S: Final = 0.01  # how often the worker is looked at while its end is waited for
 DYING_S: Final = 60.0  # from the end of its descriptors to its own: the kernel frees some 10 GiB of memory a second
 REVOKE_S: Final = 10.0  # how long a store that does not answer is waited for at the end
@@ -134,9 +134,11 @@ class _Main:
         """Until the end, and which it is."""
         watched = select.poll()
         watched.register(self._socket, select.POLLIN | select.POLLHUP)
+        with suppress(AttributeError, OSError):  # before Linux 5.3, in some sandboxes
+            watched.register(os.pidfd_open(self._worker.pid), select.POLLIN)
         look_s, dead_by_s = LOOK_S, math.inf
         while time.monotonic() < dead_by_s:
-            if watched.poll(look_s * 1000):
+            if self._socket in dict(watched.poll(look_s * 1000)):
                 order = receive(self._socket)
                 if order is None:
                     self._renew_no_more()

@@ -13,7 +13,7 @@ from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.machine import Owner
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server.connection import FRAMES_POSTED, MAX_FRAMES
-from ucxx_transport.server.port import RECLAIM_INTERVAL_S, SWEEP_INTERVAL_S
+from ucxx_transport.server.port import SWEEP_INTERVAL_S
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import FRAME_BYTES, HEADER_BYTES, Frame, Kind, Status, message_bytes
 
@@ -59,7 +59,7 @@ def test_a_port_gives_back_what_a_dead_reader_of_this_host_held_though_nobody_as
     ref = rig.write(EPISODE)
     lease = dead.acquire(ref)
     assert rig.states(ref) == [SlotState.READING]
-    rig.advance(RECLAIM_INTERVAL_S + SWEEP_S)
+    rig.advance(SWEEP_S)
     assert rig.states(ref) == [SlotState.READY]
     assert not lease.release_reading()
     dead.close()

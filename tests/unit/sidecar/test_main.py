@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.support.waiting import wait_until
 from ucxx_transport.machine import is_stopped, owner_alive, process_start
+from ucxx_transport.sidecar import main
 from ucxx_transport.sidecar.main import worker_of
 
 
@@ -54,6 +57,24 @@ def test_a_worker_that_had_ended_before_is_gone_though_its_pid_is_another_s_now(
 ) -> None:
     parent.pid = 1
     assert not owner_alive(*worker_of(worker.pid))
+
+
+@pytest.mark.usefixtures("parent")
+def test_a_worker_s_end_shows_at_once_though_a_process_that_it_has_forked_keeps_its_end_of_the_pipe(
+    worker: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "LOOK_S", 1e6)
+    pidfd = os.pidfd_open(worker.pid)
+    monkeypatch.setattr(os, "pidfd_open", {worker.pid: pidfd}.__getitem__)
+    kept, near = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with kept, near, ThreadPoolExecutor() as pool:
+        end = pool.submit(main._Main(near.fileno(), worker.pid)._obey)  # noqa: SLF001 - else a process, and its LOOK_S
+        worker.kill()
+        try:
+            assert end.result(60) == "dead"
+        finally:
+            kept.send(b"")
+    os.close(pidfd)
 
 
 def test_a_stopped_worker_is_seen_to_be_stopped(worker: subprocess.Popen[bytes]) -> None:
