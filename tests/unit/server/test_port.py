@@ -13,6 +13,7 @@ from tests.unit.server.port_rig import PortRig, open_rig
 from ucxx_transport.machine import Owner
 from ucxx_transport.ring import SharedRingBuffer, SlotState
 from ucxx_transport.server.connection import FRAMES_POSTED, MAX_FRAMES
+from ucxx_transport.server.counters import BEAT
 from ucxx_transport.server.port import SWEEP_INTERVAL_S
 from ucxx_transport.wire.codec import decode_header, encode_frame
 from ucxx_transport.wire.frames import FRAME_BYTES, HEADER_BYTES, Frame, Kind, Status, message_bytes
@@ -63,6 +64,15 @@ def test_a_port_gives_back_what_a_dead_reader_of_this_host_held_though_nobody_as
     assert rig.states(ref) == [SlotState.READY]
     assert not lease.release_reading()
     dead.close()
+
+
+def test_a_port_shows_that_its_loop_turns_several_times_within_the_time_by_which_it_is_judged() -> None:
+    for stall_timeout_s in (0.2, 1.0, 60.0):
+        with row(stall_timeout_s=stall_timeout_s), open_rig(stall_timeout_s=stall_timeout_s) as rig:
+            for _ in range(3):
+                rig.counters.words[BEAT] = 0
+                rig.advance(stall_timeout_s / 3)
+                assert rig.counters.words[BEAT]
 
 
 def test_a_peer_that_goes_on_sending_after_its_last_answer_is_cut_off_at_once(rig: PortRig) -> None:
