@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from ucxx_transport.errors import SlotError
 from ucxx_transport.membership import Offer
 from ucxx_transport.server import RingSource
+from ucxx_transport.server.port import SWEEP_INTERVAL_S
 from ucxx_transport.sidecar.launch import Sidecar
 
 __all__ = ["FakeSource"]
@@ -61,7 +62,7 @@ class FakeSource(RingSource):
         self.old = max(0, self.old - 1)
 
     def is_healthy(self, within_s: float) -> bool:
-        assert within_s > 0
+        assert within_s >= 2 * SWEEP_INTERVAL_S, "a port's loop shows no sooner that it turns"
         return self.healthy
 
     def _now(self, word: str) -> None:

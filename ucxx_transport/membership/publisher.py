@@ -40,6 +40,7 @@ _log = get_logger(__name__)
 
 LOOK_EVERY: Final = 5
 """Every so many intervals the record itself is looked for: a lease that lives does not prove it is there."""
+HEALTHY_S: Final = 3.0  # at least: a port's loop shows once a second that it turns
 _LOSSES: Final = (errors.LeaseLostError, errors.ConflictError, errors.StoreResetError)
 _HOPELESS: Final = (errors.StorePermissionError, errors.DuplicateSourceError, errors.ConfigError, errors.ProtocolError)
 
@@ -296,7 +297,7 @@ class HeartbeatPublisher(Running):
     def _attend(self) -> None:
         """Renew the lease, and see that the record says what is so."""
         publication = self._visible()
-        if is_healthy := self._source.is_healthy(2 * self._config.interval_s):
+        if is_healthy := self._source.is_healthy(max(2 * self._config.interval_s, HEALTHY_S)):
             state, is_new = PublisherState.LIVE, publication.update(SourceStatus.READY, self._source.offer())
         else:  # it may be closed, and offer nothing
             state, is_new = PublisherState.UNWELL, publication.update(SourceStatus.STALE)

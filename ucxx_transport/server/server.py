@@ -122,7 +122,7 @@ class UCXXServer(RingSource, Running):
         """Whether every port listens and its loop has turned.
 
         Args:
-            within_s: seconds; a loop turns twice a second, later on a busy host.
+            within_s: seconds; a loop turns once a second, later on a busy host.
         """
         refuse_forked(self._pid, "UCXXServer")
         oldest_ns = time.monotonic_ns() - int(within_s * 1e9)
