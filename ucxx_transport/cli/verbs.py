@@ -16,9 +16,9 @@ import typer
 from ucxx_transport.cli.program import AsJson, Rows, console, logs_to_stderr, say
 from ucxx_transport.config import StoreConfig
 from ucxx_transport.errors import ConfigError, TransportError
-from ucxx_transport.membership import SourceRecord, SourceWatcher, Store, open_store
+from ucxx_transport.membership import SourceWatcher, Store, open_store
 from ucxx_transport.membership.entries import SOURCES, source_key
-from ucxx_transport.membership.sources import SourceView
+from ucxx_transport.membership.sources import SourceChange, SourceView
 from ucxx_transport.ring import SharedRingBuffer
 from ucxx_transport.ring.segment import SegmentInfo, list_segments, sweep_orphans
 from ucxx_transport.settings import gather
@@ -263,13 +263,9 @@ def _list(store: Store, *, as_json: bool) -> None:
 
 
 def _follow(store: Store, *, as_json: bool) -> None:
-    changes: SimpleQueue[tuple[str, SourceRecord]] = SimpleQueue()
-    with SourceWatcher(
-        store,
-        on_add=lambda source: changes.put(("add", source)),
-        on_update=lambda source: changes.put(("update", source)),
-        on_remove=lambda source: changes.put(("remove", source)),
-    ):
+    changes: SimpleQueue[SourceChange] = SimpleQueue()
+    with SourceWatcher(store) as watcher:
+        watcher.report_to(changes.put)
         while True:  # until it is interrupted
             change, source = changes.get()
             where = f"{source.host}:{','.join(map(str, source.ports))}" if source.host else source.ring_name
