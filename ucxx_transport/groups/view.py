@@ -1,26 +1,9 @@
 """The states of a rank, and the values of a group in its store: the view, the records of its members.
 
-| from     | event        | to       | meaning                                                                       |
-|----------|--------------|----------|-------------------------------------------------------------------------------|
-| ISOLATED | `ADMIT`      | JOINING  | it has published itself, and the view has a seat for it                       |
-| GONE     | `ADMIT`      | JOINING  | a new incarnation of it has                                                   |
-| JOINING  | `ACTIVATE`   | ACTIVE   | all live active members, and the rank itself, have acknowledged that it joins |
-| JOINING  | `DEACTIVATE` | INACTIVE | `deactivate_ranks`, before it was active                                      |
-| ACTIVE   | `DEACTIVATE` | INACTIVE | `deactivate_ranks`                                                            |
-| INACTIVE | `RECALL`     | JOINING  | `activate_ranks`: it joins once more, and all acknowledge it                  |
-| a seated | `LEAVE`      | GONE     | it left, or gave up waiting                                                   |
-| a seated | `LOSE`       | GONE     | its lease ended: it died, or was cut off from the store for as long           |
-| JOINING  | `DROP`       | GONE     | its lease lives, but it did not acknowledge in time that a rank joins         |
-| ACTIVE   | `DROP`       | GONE     | the same; an INACTIVE rank's acknowledgement is never waited for              |
+`TRANSITIONS` is the table of the states; what each event means stands beside it.
 
-| key              | value          | changed by                                                        |
-|------------------|----------------|-------------------------------------------------------------------|
-| `view`           | `GroupView`    | any live member, by compare-and-swap; every change a larger epoch |
-| `members/<rank>` | `MemberRecord` | the rank itself, under its lease                                  |
-| `policy`         | digits         | any member, by compare-and-swap                                   |
-
-Epochs grow across a wiped store too. So two views of one epoch are equal, and a view of a smaller epoch than one that
-was seen is an old one, or that of a store which lost its data.
+Every change of the view has a larger epoch, across a wiped store too. So two views of one epoch are equal, and a view
+of a smaller epoch than one that was seen is an old one, or that of a store which lost its data.
 
 Values are JSON, so that an operator can read them with the store's own tools. The writers of a store are trusted not
 to be hostile, but not to be of this version: keys and types are checked.
@@ -71,13 +54,13 @@ class RankState(StrEnum):
 class RankEvent(StrEnum):
     """What can happen to a rank. The values are part of the stored view."""
 
-    ADMIT = "admit"
-    ACTIVATE = "activate"
-    DEACTIVATE = "deactivate"
-    RECALL = "recall"
-    LEAVE = "leave"
-    LOSE = "lose"
-    DROP = "drop"
+    ADMIT = "admit"  # it, or a new incarnation of it, has published itself, and the view has a seat for it
+    ACTIVATE = "activate"  # all live active members, and the rank itself, have acknowledged that it joins
+    DEACTIVATE = "deactivate"  # `deactivate_ranks`, before it was active too
+    RECALL = "recall"  # `activate_ranks`: it joins once more, and all acknowledge it
+    LEAVE = "leave"  # it left, or gave up waiting
+    LOSE = "lose"  # its lease ended: it died, or was cut off from the store for as long
+    DROP = "drop"  # its lease lives, but it did not acknowledge in time that a rank joins; an INACTIVE one need not
 
 
 _ENDS: Final = (RankEvent.LEAVE, RankEvent.LOSE, RankEvent.DROP)

@@ -1,15 +1,15 @@
 """Entries: which keys there are, what each may hold, the bytes that a store knows it by, and how a store shows both.
 
-| key                             | value                                              | lease         |
-|---------------------------------|----------------------------------------------------|---------------|
-| `sources/<worker id>`           | `SourceRecord`: who serves which ring, and where   | the worker's  |
-| `epochs/<worker id>`            | the last epoch given to this worker id, in digits  | –             |
-| `groups/<group>/view`           | `GroupView`: the members at one epoch              | –             |
-| `groups/<group>/members/<rank>` | `MemberRecord`: a rank that is alive               | the member's  |
-| `groups/<group>/policy`         | the policy version that the group trains, in digits | –            |
+| key                             | value                                               | changed by                  |
+|---------------------------------|-----------------------------------------------------|-----------------------------|
+| `sources/<worker id>`           | `SourceRecord`: who serves which ring, and where    | the worker, under its lease |
+| `epochs/<worker id>`            | the last epoch given to this worker id, in digits   | the worker                  |
+| `groups/<group>/view`           | `GroupView`: the members at one epoch               | any live member             |
+| `groups/<group>/members/<rank>` | `MemberRecord`: a rank that is alive                | the rank, under its lease   |
+| `groups/<group>/policy`         | the policy version that the group trains, in digits | any member                  |
 
-Ids are percent-encoded, so that one with a "/" stays one segment of its key. A key of the namespace `job` lies in the
-store at `/ucxx_transport/job/<key>`, in UTF-8.
+What has no lease stays, and is changed by compare-and-swap. Ids are percent-encoded, so that one with a "/" stays one
+segment of its key. A key of the namespace `job` lies in the store at `/ucxx_transport/job/<key>`, in UTF-8.
 """
 
 from __future__ import annotations
