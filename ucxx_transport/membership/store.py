@@ -1,16 +1,8 @@
-"""The Store protocol: what membership needs of a key-value store, and what each answer means.
+"""The Store protocol: what membership needs of a key-value store.
 
 A store keeps keys with values, under leases or for ever. Every change of its content has a revision, which only grows;
 a key's own revision is that of its last change. Keys are text below the store's namespace, without a leading "/".
-
-| what went wrong                                      | raised                  | the caller                          |
-|------------------------------------------------------|-------------------------|-------------------------------------|
-| no answer, refused, no leader, the deadline passed   | `StoreUnavailableError` | tries again                         |
-| the lease has run out or was revoked                 | `LeaseLostError`        | asks for another and puts again     |
-| `expected` is not the key's revision                 | `ConflictError`         | reads again                         |
-| the watch's revision is no longer kept               | `CompactedError`        | takes a snapshot, watches from it   |
-| the store's data are others than before (wiped)      | `StoreResetError`       | starts over                         |
-| the store refuses this user                          | `StorePermissionError`  | gives up: fix the store's rights    |
+What goes wrong is one of the errors below `RegistryError`: `errors` says what each means, and what the caller does.
 """
 
 from __future__ import annotations
@@ -78,8 +70,8 @@ class Watch(Closing):
         Raises:
             StoreUnavailableError: the store cannot be reached. Call again: the watch goes on after its last batch. Or
                 it is closed, or another process's: then for good.
-            CompactedError, StoreResetError, StorePermissionError: see the module's table; for good. A wiped store is
-                noticed within about two seconds while `next` is being called, even when nothing changes in it.
+            CompactedError, StoreResetError, StorePermissionError: for good. A wiped store is noticed within about two
+                seconds while `next` is being called, even when nothing changes in it.
         """
         until = time.monotonic() + checked_seconds(timeout_s, "timeout_s")
         if self._pid != os.getpid():
@@ -112,9 +104,9 @@ class Watch(Closing):
 class Store(Protocol):
     """A key-value store with leases, revisions and watches. Thread-safe; close it, or use `with`.
 
-    Every call ends within `timeout_s` (None: the store's configured one), by an answer or an error of that table; or by
-    a `ConfigError`, which names what no call can mend: an argument, or what is found where the store should be. A
-    forked child may go on using a store, but not a watch.
+    Every call ends within `timeout_s` (None: the store's configured one), by an answer or one of those errors; or by a
+    `ConfigError`, which names what no call can mend: an argument, or what is found where the store should be. A forked
+    child may go on using a store, but not a watch.
     """
 
     url: str
