@@ -1,24 +1,8 @@
 """The policy of a batch: which outputs are episodes of ours, which are worth fetching, and what a failed fetch means.
 
-| episode                                                     | becomes                          |
-|-------------------------------------------------------------|----------------------------------|
-| a record that cannot be read                                | lost: `malformed`                |
-| dropped by its worker                                       | lost: `dropped`                  |
-| of weights more than `max_staleness` versions old           | lost: `too_old`, discarded       |
-| a payload that the batch has already                        | lost: `duplicate`                |
-| any other                                                   | is fetched                       |
-
-| a fetch that failed with                                    | becomes                          |
-|-------------------------------------------------------------|----------------------------------|
-| `StaleSlotError`: delivered before, or discarded            | lost: `duplicate`, at once       |
-| `StaleSlotError`: the slot was used again, or its ring gone | lost: `stale`, at once           |
-| another error that trying again cannot help                 | lost: `failed`, at once          |
-| a retryable error, while there are rounds and time          | is fetched again                 |
-| `DeadlineExceededError`, after that                         | lost: `timeout`                  |
-| another retryable error, after that                         | lost: `unreachable`              |
-
-What is lost as `failed`, `timeout` or `unreachable` may still lie in its slot: it is discarded too, unless
-`discard_lost` is off.
+An episode is lost for a `LossReason`. One whose fetch failed with a retryable error is fetched again while there are
+rounds and time; any other error costs it at once. What is lost as `failed`, `timeout` or `unreachable` may still lie in
+its slot: it is discarded too, unless `discard_lost` is off.
 
 | a batch                                                                          | is                           |
 |----------------------------------------------------------------------------------|------------------------------|
@@ -50,16 +34,15 @@ AskedFor: TypeAlias = EpisodeRecord | TransportError  # one episode of a batch, 
 class LossReason(enum.Enum):
     """Why an episode of a batch is not in it."""
 
-    MALFORMED = "malformed"
-    DROPPED = "dropped"
-    TOO_OLD = "too_old"
-    DUPLICATE = "duplicate"
-    STALE = "stale"
-    FAILED = "failed"
-    TIMEOUT = "timeout"
-    UNREACHABLE = "unreachable"
-    CLOSED = "closed"
-    """Asked for and not taken when the feed was closed: counted, and reported to no hook."""
+    MALFORMED = "malformed"  # its record cannot be read
+    DROPPED = "dropped"  # by its worker
+    TOO_OLD = "too_old"  # of weights more than `max_staleness` versions old: it is discarded
+    DUPLICATE = "duplicate"  # the batch has its payload already; or `StaleSlotError`: delivered before, or discarded
+    STALE = "stale"  # `StaleSlotError`: the slot was used again, or its ring is gone
+    FAILED = "failed"  # another error that trying again cannot help
+    TIMEOUT = "timeout"  # `DeadlineExceededError` in the last round that there was time for
+    UNREACHABLE = "unreachable"  # another retryable error, likewise
+    CLOSED = "closed"  # asked for and not taken when the feed was closed: counted, and reported to no hook
 
 
 _MAY_BE_THERE = frozenset({LossReason.TOO_OLD, LossReason.FAILED, LossReason.TIMEOUT, LossReason.UNREACHABLE})
