@@ -1,12 +1,4 @@
-"""A store by its URL, which an error repeats without any secret.
-
-| text                             | the store                                                        |
-|----------------------------------|------------------------------------------------------------------|
-| `local://`                       | this user's own file on this machine                             |
-| `local:///abs/path`              | that file; percent-encoded where it has a "?", "#" or "%"        |
-| `etcd://host:2379,host2,[::1]:1` | etcd at those endpoints, each with port 2379 unless it names one |
-| `etcds://…`                      | the same, over TLS                                               |
-"""
+"""A store by its URL, which an error repeats without any secret."""
 
 from __future__ import annotations
 
@@ -34,8 +26,9 @@ def open_store(url: str | None = None, config: StoreConfig | Mapping[str, object
     """The store that membership is kept in. Close it, or use `with`.
 
     Args:
-        url: `local://` or `local:///abs/path` for the processes of one machine; `etcd://host:2379,…` (`etcds://` over
-            TLS) for several machines; None: `store.url`.
+        url: for the processes of one machine `local://`, this user's own file, or `local:///abs/path`, percent-encoded
+            where it has a "?", "#" or "%"; for several machines `etcd://host:2379,host2,[::1]:1`, each with port 2379
+            unless it names one, or `etcds://…`, over TLS; None: `store.url`.
         config: its settings, a dict or a `StoreConfig`; None: those of the environment and the file.
 
     Raises:
