@@ -1,13 +1,8 @@
 """The program: its verbs, how what goes wrong ends it, what verbs print; and the verbs `version` and `config`.
 
-A verb prints one JSON document a line for programs, or lines and tables for people; complaints go to stderr.
-
-| exit code | meaning                                                              |
-|-----------|----------------------------------------------------------------------|
-| 0         | done; for `serve`, ended by SIGTERM                                  |
-| 1         | failed: the reason is on stderr, with `--json` also on stdout        |
-| 2         | wrong use: unknown verb, option or value                             |
-| 130       | interrupted                                                          |
+A verb prints one JSON document a line for programs, or lines and tables for people; complaints go to stderr. It exits
+with 0 when it is done (`serve`: ended by SIGTERM), 1 when it has failed (why: on stderr, or as JSON on stdout), 2 after
+wrong use (unknown verb, option or value), 130 when it was interrupted.
 
 Only the verb that is called is imported, so that `version` costs no more than it must.
 

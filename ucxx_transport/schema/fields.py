@@ -1,11 +1,7 @@
 """TensorSpec: one field of a payload, the element types that it may have, and the trees that paths of fields name.
 
-| family   | names                                                       | stored as                          |
-|----------|-------------------------------------------------------------|------------------------------------|
-| numpy    | bool, (u)int8…64, float16…64, complex64…128, long double    | little-endian                      |
-| ml_dtypes| bfloat16, float8_e3m4 … float8_e8m0fnu                      | as ml_dtypes defines them          |
-
-A long double is named after its size (`float128`), so a platform without that size refuses the schema.
+Element types are numpy's numbers and bool, stored little-endian, and bfloat16 and float8 as ml_dtypes defines them. A
+long double is named after its size (`float128`), so a platform without that size refuses the schema.
 
 | in a tree             | in a path                    | comes back as |
 |-----------------------|------------------------------|---------------|
