@@ -1,14 +1,4 @@
-"""RolloutFeed: rollouts as a framework hands them about, and the episodes that ours among them refer to.
-
-| call               | nothing under way       | a batch is on its way, or has come                                    |
-|--------------------|-------------------------|-----------------------------------------------------------------------|
-| `start(rollouts)`  | is fetched              | refused: collect or defer                                             |
-| `defer(rollouts)`  | is fetched              | is fetched after those before it                                      |
-| `wait()`           | refused: start it       | waits, then as `collect`; in vain: it is lost, and in use as far as   |
-|                    |                         | its rollouts are not ours                                             |
-| `collect()`        | what is in use          | waits; what came is in use, what was is released, the next is fetched |
-| `release()`        | nothing is in use       | the same                                                              |
-"""
+"""RolloutFeed: rollouts as a framework hands them about, and the episodes that ours among them refer to."""
 
 from __future__ import annotations
 
@@ -177,8 +167,7 @@ class RolloutFeed(Prefetcher):
     def missing(self) -> tuple[Loss, ...]:
         """What is lost of the batch in use, each with its reason and its place among the rollouts asked for."""
         with self._locked():
-            in_use = self._in_use
-        return () if in_use is None else in_use.batch.losses
+            return () if self._in_use is None else self._in_use.batch.losses
 
     @known_options
     def start(self, rollouts: Sequence[object], *, policy_version: int | None = None) -> None:
@@ -228,7 +217,7 @@ class RolloutFeed(Prefetcher):
             timeout_s: how long at most; None: the batch's own deadline.
 
         Returns:
-            False when it did not come in time: its episodes are lost.
+            False when it did not come in time: its episodes are lost, and what is not ours is in use.
 
         Raises:
             ConfigError: nothing is on its way, or the feed is closed.
@@ -243,6 +232,8 @@ class RolloutFeed(Prefetcher):
 
     def collect(self, timeout_s: float | str | None = None) -> list[object]:
         """The rollouts to train on now: waits for the batch on its way, if one is.
+
+        What came of that is in use then; what was is released, and what was deferred first is fetched.
 
         Returns:
             Those that can be resolved and those that are not ours, in order; without a batch on its way those in use.
