@@ -206,8 +206,6 @@ class SharedState:
     again: what it says of its own life, by that one's `incarnation`, changes nothing from the end of that life on.
 
     Attributes:
-        keys: of the group, in its store.
-        facts: for errors and logs.
         now: everything at one moment; read it once for several facts that belong together.
         has_joined: whether this rank has been ACTIVE or INACTIVE since it published itself last.
         listeners: who hears of members that come ("add") and go ("remove"), and of the end of this rank's membership
@@ -298,8 +296,7 @@ class SharedState:
             added = [one for identity, one in are.items() if identity not in were]
             # by the seat of its next life, perhaps: then it was lost before
             reasons = [_REASONS.get(view.seat_of(one.rank).ended_by, "lost") for one in removed]
-            counts = before.statistics.plus(admitted=len(added), **Counter(reasons))
-            self.now = replace(after, statistics=counts)
+            self.now = replace(after, statistics=before.statistics.plus(admitted=len(added), **Counter(reasons)))
             self.listeners.put([(REMOVE, member) for member in removed] + [(ADD, member) for member in added])
         for member, reason in zip(removed, reasons, strict=True):
             if reason != "left":

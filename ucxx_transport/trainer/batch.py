@@ -116,8 +116,7 @@ class FetchLimits:
         if self.max_staleness is not None and policy_version is None:
             text = "max_staleness needs policy_version: how old is judged against it"
             raise ConfigError(text, field="policy_version")
-        version = as_policy_version(policy_version)
-        return partial(sort_out, policy_version=version, max_staleness=self.max_staleness)
+        return partial(sort_out, policy_version=as_policy_version(policy_version), max_staleness=self.max_staleness)
 
 
 SortedOut: TypeAlias = tuple[list[Wanted], list[Loss]]

@@ -189,8 +189,7 @@ def decode_header(buffer: Message) -> ReplyHeader:
 
 def error_text(buffer: Message, header: ReplyHeader) -> str:
     """The text after the header of an answer that is not OK; printable, at most 1024 bytes of it."""
-    raw = bytes(buffer[HEADER_BYTES : HEADER_BYTES + header.nbytes])
-    text = raw.decode("utf-8", "replace")
+    text = bytes(buffer[HEADER_BYTES : HEADER_BYTES + header.nbytes]).decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
