@@ -52,8 +52,7 @@ class Rule:
         return held
 
 
-SECTIONS: Final[dict[str, dict[str, Rule]]] = {}
-"""Every setting, by section and name."""
+SECTIONS: Final[dict[str, dict[str, Rule]]] = {}  # every setting, by section and name
 
 
 class Given(NamedTuple):

@@ -18,8 +18,7 @@ from functools import partial
 from types import NoneType
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, cast, get_args, get_origin
 
-MAX_PORTS: Final = 64
-"""As many ports as a segment's published address holds."""
+MAX_PORTS: Final = 64  # as many as a segment's published address holds
 
 Parse = Callable[[Any], object]
 GotT_co = TypeVar("GotT_co", covariant=True)

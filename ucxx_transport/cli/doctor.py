@@ -35,10 +35,8 @@ _READS: Final = 32
 _PROBE_LIMIT_S: Final = 30.0
 _PROBE: Final = "from ucxx_transport.cli import doctor, program; program.print_json(doctor.describe_ucx())"
 _RDMA: Final = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
-_SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30
-"""Docker's default is 64 MiB; a ring of a few large episodes needs more."""
-_FEW_DESCRIPTORS: Final = 4096
-"""1500 idle connections exhaust the usual 1024 and deny everyone (measured)."""
+_SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30  # Docker's default is 64 MiB; a ring of a few large episodes needs more
+_FEW_DESCRIPTORS: Final = 4096  # 1500 idle connections exhaust the usual 1024 and deny everyone (measured)
 _COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "failure": "red"}
 
 

@@ -22,8 +22,7 @@ from ucxx_transport.trainer.loss_policy import is_ours, record_of
 
 _log = get_logger(__name__)
 
-_DYING_S = 30.0
-"""Ray reports a death before the process is gone; on a busy host long before."""
+_DYING_S = 30.0  # Ray reports a death before the process is gone; on a busy host long before
 
 _LOOK_S = 0.02
 

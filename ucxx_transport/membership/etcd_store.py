@@ -32,10 +32,8 @@ from ucxx_transport.units import Secret
 T = TypeVar("T")
 
 PROBE_S: Final = 2.0
-_PAUSE_S: Final = 0.2
-"""Between two tries to take a stream up."""
-_FIRST_PAUSE_S: Final = 0.05
-"""Between two tries with a new token."""
+_PAUSE_S: Final = 0.2  # between two tries to take a stream up
+_FIRST_PAUSE_S: Final = 0.05  # between two tries with a new token
 
 
 class EtcdStore(Store):

@@ -41,10 +41,8 @@ ResultT = TypeVar("ResultT")
 
 _log = get_logger(__name__)
 
-APPLICATION_ID: Final = 0x75635374
-"""Marks the file as a store of this package (`ucSt`)."""
-FORMAT: Final = 2
-"""Of the tables; another one is another package version's."""
+APPLICATION_ID: Final = 0x75635374  # marks the file as a store of this package (`ucSt`)
+FORMAT: Final = 2  # of the tables; another one is another package version's
 
 _FIRST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.01

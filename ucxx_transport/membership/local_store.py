@@ -34,8 +34,7 @@ ResultT = TypeVar("ResultT")
 _Row = tuple[bytes, bytes | None, int, int | None]  # of `entries` or `log`: key, value, revision, lease
 
 KEPT_REVISIONS: Final = 10_000
-KEPT_BYTES: Final = 16 << 20
-"""Of keys and values in the log: a store of small records never meets it."""
+KEPT_BYTES: Final = 16 << 20  # of keys and values in the log: a store of small records never meets it
 _POLL_S: Final = 0.05
 _boot_time: Final = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 

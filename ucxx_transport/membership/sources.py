@@ -46,12 +46,9 @@ _HEX: Final = set("0123456789abcdef")
 class SourceStatus(Enum):
     """What may be expected of a source."""
 
-    STARTING = "starting"
-    """It is there, and about to serve."""
-    READY = "ready"
-    """It serves."""
-    STALE = "stale"
-    """It is there, but does not serve: it is about to end, or its server is unwell."""
+    STARTING = "starting"  # it is there, and about to serve
+    READY = "ready"  # it serves
+    STALE = "stale"  # it is there, but does not serve: it is about to end, or its server is unwell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

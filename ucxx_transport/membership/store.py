@@ -18,8 +18,7 @@ from ucxx_transport.errors import ConfigError, ConflictError, LeaseLostError, St
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES, Batch, Entry, Lease, Snapshot
 from ucxx_transport.teardown import Closing
 
-MAX_TTL_S: Final = 1e9
-"""Thirty years; etcd refuses more than 9e9 s."""
+MAX_TTL_S: Final = 1e9  # thirty years; etcd refuses more than 9e9 s
 
 
 def check_write(*, value: object = b"", lease_id: object = None, expected: object = None) -> None:
