@@ -19,18 +19,8 @@ from typing import Final
 
 from ucxx_transport.errors import ConfigError, ProtocolError, RegistryError
 from ucxx_transport.membership.entries import MAX_VALUE_BYTES
-from ucxx_transport.schema.wire_form import (
-    NO_META,
-    WIRE_VERSION,
-    checked_meta,
-    describe,
-    is_unsigned,
-    pack_json,
-    refuse,
-    take_fields,
-    take_json,
-    untrusted,
-)
+from ucxx_transport.schema import wire_form
+from ucxx_transport.schema.wire_form import describe, refuse, untrusted
 
 MAX_INCARNATION_CHARS: Final = 64
 MAX_ADDRESS_CHARS: Final = 1024
@@ -92,7 +82,7 @@ def advance(state: RankState, event: RankEvent) -> RankState:
 def _check(value: object, *counts: str, **texts: int) -> None:
     """Refuse fields that are no numbers from 0 on, and those that are no texts of at most so many characters."""
     for name in counts:
-        if not is_unsigned(count := getattr(value, name), 63):
+        if not wire_form.is_unsigned(count := getattr(value, name), 63):
             refuse(name, count, "a number from 0 on")
     for name, max_chars in texts.items():
         if not isinstance(text := getattr(value, name), str) or len(text) > max_chars:
@@ -135,7 +125,7 @@ class Seat:
     @classmethod
     def from_form(cls, data: object) -> Seat:
         """From its stored form, its fields; a ProtocolError where that is malformed."""
-        form = dict(take_fields(data, "seat", required=cls.__slots__))
+        form = dict(wire_form.take_fields(data, "seat", required=cls.__slots__))
         state, ended_by = form["state"], form["ended_by"]
         try:
             form |= {"state": RankState(state), "ended_by": None if ended_by is None else RankEvent(ended_by)}
@@ -158,7 +148,6 @@ class GroupView:
     seats: tuple[Seat, ...] = ()
 
     def __post_init__(self) -> None:
-        """As a seat's."""
         _check(self, "epoch")
         ranks = [seat.rank for seat in self.seats if seat.state is not RankState.ISOLATED]
         if ranks != sorted({seat.rank for seat in self.seats}):
@@ -194,12 +183,12 @@ class GroupView:
 
     def to_bytes(self) -> bytes:
         """For the store."""
-        return pack_json({"version": WIRE_VERSION, **asdict(self)})
+        return wire_form.pack_json({"version": wire_form.WIRE_VERSION, **asdict(self)})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> GroupView:
         """From the store; a ProtocolError where it is malformed, or of another version."""
-        form = take_json(raw, "group view", required=cls.__slots__, max_bytes=MAX_VALUE_BYTES)
+        form = wire_form.take_json(raw, "group view", required=cls.__slots__, max_bytes=MAX_VALUE_BYTES)
         if not isinstance(form["seats"], list):
             raise ProtocolError(f"seats must be a list, not {describe(form['seats'])}", field="seats")
         with untrusted():
@@ -229,7 +218,7 @@ class MemberRecord:
     ttl_s: float
     epoch: int = 0
     address: str = ""
-    meta: Mapping[str, object] = field(default_factory=lambda: NO_META)
+    meta: Mapping[str, object] = field(default_factory=lambda: wire_form.NO_META)
     revision: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
@@ -237,17 +226,17 @@ class MemberRecord:
         _check(self, "rank", "epoch", incarnation=MAX_INCARNATION_CHARS, address=MAX_ADDRESS_CHARS)
         if type(self.ttl_s) not in (int, float) or not 0 <= self.ttl_s < float("inf"):
             refuse("ttl_s", self.ttl_s, "a number of seconds")
-        object.__setattr__(self, "meta", checked_meta(self.meta)[0])
+        object.__setattr__(self, "meta", wire_form.checked_meta(self.meta)[0])
 
     def to_bytes(self) -> bytes:
         """For the store."""
         values = {key: getattr(self, key) for key in _RECORD_KEYS}
-        return pack_json({"version": WIRE_VERSION, **values, "meta": dict(self.meta)})
+        return wire_form.pack_json({"version": wire_form.WIRE_VERSION, **values, "meta": dict(self.meta)})
 
     @classmethod
     def from_bytes(cls, raw: bytes, *, rank: int | None = None, revision: int = 0) -> MemberRecord:
         """From the store; a ProtocolError where it is malformed, of another version, or of another rank."""
-        form = take_json(raw, "member record", required=_RECORD_KEYS, max_bytes=MAX_VALUE_BYTES)
+        form = wire_form.take_json(raw, "member record", required=_RECORD_KEYS, max_bytes=MAX_VALUE_BYTES)
         with untrusted():
             record = cls(**form, revision=revision)
         if rank not in {None, record.rank}:
