@@ -142,10 +142,7 @@ class EtcdStore(Store):
         return answer
 
     def _call(self, path: str, body: Json, until: float, *, is_repeatable: bool = True) -> Json:
-        """The answer to a request, by `until` (monotonic).
-
-        One that is not repeatable is not sent again where it is not known whether it was carried out.
-        """
+        """The answer by `until` (monotonic). What may have been carried out is sent again only if `is_repeatable`."""
         self._check_open()
         return self.as_user(partial(self._ask, path, body, until, is_repeatable=is_repeatable), until)
 

@@ -159,7 +159,6 @@ class _Main:
             renewer.stop(0.0)
 
     def _keep(self, leases: Mapping[int, Mapping[str, Any]]) -> None:
-        """Renew these leases, and no others."""
         from ucxx_transport.membership.renewal import LeaseRenewer
         from ucxx_transport.membership.store_url import open_store
 

@@ -67,7 +67,6 @@ class _Rollouts(PendingBatch):
         return same_objects or (len(self.rollouts) == len(other.rollouts) == len(self.keys) and self.keys == other.keys)
 
     def to_train_on(self, on_missing: OnMissing) -> list[object]:
-        """The rollouts to train on."""
         if self._asking == threading.get_ident():  # the function asks for the batch that it is to make
             return list(self._filled_by("shrink"))
         if self._filled is None:
