@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -258,11 +258,11 @@ def _cast_numbers(array: Array, spec: TensorSpec) -> Array:
     """Give Python numbers the field's dtype: same kind or wider, integers exactly, floats without overflow."""
     if array.size == 0 or _kind_order(array.dtype) <= _kind_order(spec.dtype):
         with np.errstate(all="ignore"):
-            cast = array.astype(spec.dtype)
-            back = cast.astype(array.dtype)
+            narrowed = array.astype(spec.dtype)
+            back = narrowed.astype(array.dtype)
         is_same = np.isfinite(back) == np.isfinite(array) if array.dtype.kind in "fc" else back == array
         if is_same.all():
-            return cast
+            return narrowed
     raise too_narrow(array.dtype, spec)
 
 
@@ -314,7 +314,7 @@ def make_placer(fields: tuple[TensorSpec, ...]) -> Callable[[tuple[int, ...]], P
 def byte_view(buffer: Memory, *, writable: bool) -> memoryview:
     """The memory of `buffer` as plain bytes, writable or not as asked; a ConfigError: it is not to be had so."""
     try:
-        memory = memoryview(buffer)  # type: ignore[arg-type]  # an array is one, to type checkers too from 3.12 on
+        memory = memoryview(cast("Any", buffer))  # an array is one, to type checkers too from Python 3.12 on
         # cast() refuses memory with gaps
         if memory.ndim != 1 or memory.format != "B" or not memory.contiguous:
             memory = memory.cast("B")
