@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,24 @@ def test_a_user_is_no_hindrance_where_etcd_asks_for_none(etcd_server: EtcdServer
     store = opened(etcd_server.url, user="worker", password=PASSWORD)
     store.put("a", b"")
     assert [entry.key for entry in store.snapshot()] == ["a"]
+
+
+def test_a_library_that_closes_a_response_with_its_last_piece_cuts_nothing_off(
+    etcd_server: EtcdServer, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As http.client does from Python 3.13 on."""
+    plain = HTTPResponse.read1
+
+    def closing(response: HTTPResponse, n: int = -1) -> bytes:
+        piece = plain(response, n)
+        if response.length == 0:
+            response.close()
+        return piece
+
+    monkeypatch.setattr(HTTPResponse, "read1", closing)
+    store = opened(etcd_server.url)
+    store.put("a", bytes(200_000))
+    assert [len(entry.value) for entry in store.snapshot()] == [200_000]
 
 
 def test_no_secret_is_in_a_log_a_repr_or_a_traceback(

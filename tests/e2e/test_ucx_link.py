@@ -442,6 +442,7 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
         nonlocal left
         if not frame.f_code.co_filename.startswith(folder):
             return None
+        frame.f_trace = trace  # before the next: see tests/support/interrupts.py
         frame.f_trace_opcodes = True
         if event == "opcode" and not (frame.f_code is lose and frame.f_lasti in call):
             left -= 1

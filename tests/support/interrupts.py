@@ -63,6 +63,7 @@ class Interrupter:
         del arg
         if self.where is not None or not any(part in frame.f_code.co_filename for part in self._within):
             return None
+        frame.f_trace = self._on_event  # before the next: else Python 3.13 shows no opcode of the first call of all
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         if event == "opcode":

@@ -51,7 +51,8 @@ class Connection:
             pieces: list[bytes] = []
             while piece := response.read1(_PIECE_BYTES):
                 pieces.append(piece)
-                self._bound(until)  # of the whole answer: the socket bounds each of its pieces alone
+                if not response.isclosed():  # as the last piece leaves it, from Python 3.13 on
+                    self._bound(until)  # of the whole answer: the socket bounds each of its pieces alone
             return answer_of(response.status, b"".join(pieces), self.endpoint)
 
         return self._tried(answer)

@@ -48,6 +48,7 @@ def at_each_bytecode(call: Callable[[], object], look: Callable[[], object]) -> 
     """Call `look` before each bytecode of `call`: what another thread may see."""
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
+        frame.f_trace = trace  # before the next: see tests/support/interrupts.py
         frame.f_trace_opcodes = True
         if event == "opcode":
             look()

@@ -232,6 +232,7 @@ def turn_interrupted(bench: Bench, at: int) -> bool:
         nonlocal seen
         if frame.f_code is not code:
             return None
+        frame.f_trace = interrupt  # before the next: see tests/support/interrupts.py
         frame.f_trace_opcodes = True
         if event == "opcode":
             seen += 1
