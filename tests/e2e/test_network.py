@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ from typing import Any
 from tests.support.namespaces import Host, lone_host, two_hosts
 from tests.support.programs import Program, program
 from tests.support.rows import row
+from tests.support.waiting import wait_until
 
 PORTS = range(15001, 15002)
 DATA_PORTS = range(15100, 15132)
+LONG_S = 60.0
+READS = 20
 
 
 @contextmanager
@@ -49,19 +53,41 @@ def begin_read(by: Program, ref: str, *, deadline_s: float) -> None:
     by.tell(id=0, what="read", ref=ref, deadline_s=deadline_s, dwell_s=0)
 
 
-def test_a_client_whose_firewall_drops_what_comes_stops_no_other_client_and_learns_why() -> None:
+def asked_and_unanswered(host: Host, peer: Host) -> list[str]:
+    """Connections that `host` has begun to `peer`, whose first packet has no answer yet: the state SYN_SENT."""
+    command = [*host.prefix, "cat", "/proc/net/tcp"]
+    table = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    there = socket.inet_aton(peer.address)[::-1].hex().upper()
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return [f"{own} {other}" for _, own, other, state, *_ in rows if state == "02" and other.startswith(there)]
+
+
+def test_others_read_while_a_client_whose_firewall_drops_what_comes_is_connected() -> None:
+    with two_hosts() as (near, far), ExitStack() as stack:
+        far.drop_what_comes(near.address, reached=PORTS)
+        source = stack.enter_context(worker(near))
+        walled = stack.enter_context(trainer(far, connect_timeout_s=LONG_S))
+        free = stack.enter_context(trainer(near, connect_timeout_s=LONG_S))
+        begin_read(walled, written(source, 1), deadline_s=LONG_S)
+        wait_until(lambda: asked_and_unanswered(near, far), what="the port connects to the walled client")
+        for sequence in range(2, 2 + READS):
+            begin_read(free, written(source, sequence), deadline_s=LONG_S)
+            assert free.hear()["outcome"] == "delivered", sequence
+        assert asked_and_unanswered(near, far), "the port still connects to the walled client"
+        assert not walled.has_spoken(), "its attempt has not ended"
+        far.heal()
+        assert walled.hear()["outcome"] == "delivered", "once it lets the port in, its packets are sent again"
+
+
+def test_a_client_whose_firewall_drops_what_comes_learns_why() -> None:
     with two_hosts() as (near, far), ExitStack() as stack:
         far.drop_what_comes(near.address, reached=PORTS)
         source = stack.enter_context(worker(near))
         walled = stack.enter_context(trainer(far))
-        free = stack.enter_context(trainer(near))
-        first, second = written(source, 1), written(source, 2)
-        begin_read(walled, first, deadline_s=5.0)
+        begin_read(walled, written(source, 1), deadline_s=5.0)
         outcome = walled.hear()
         assert outcome["outcome"] in {"PeerLostError", "DeadlineExceededError"}, outcome
         assert "the listener answered, the data port did not" in outcome["message"], outcome
-        begin_read(free, second, deadline_s=30.0)
-        assert free.hear()["outcome"] == "delivered"
 
 
 def test_data_ports_that_both_firewalls_open_are_all_that_ucx_needs() -> None:

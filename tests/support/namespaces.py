@@ -57,7 +57,7 @@ class Host:
             _ip(f"-n {self.name} rule add to {peer.address} priority 10 blackhole")
 
     def heal(self) -> None:
-        """Undo `cut_off`."""
+        """Undo `cut_off` and `drop_what_comes`."""
         _ip(f"-n {self.name} rule flush")
         for table, priority in (("main", 32766), ("default", 32767)):  # as every namespace begins
             _ip(f"-n {self.name} rule add table {table} priority {priority}")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from select import select
 from typing import Any
 
 __all__ = ["Program", "program"]
@@ -41,6 +42,11 @@ class Program:
         heard = json.loads(line)
         assert isinstance(heard, dict)
         return heard
+
+    def has_spoken(self) -> bool:
+        """Whether there is a line, or an end, to `hear` now; for a program that has been heard up to here."""
+        assert self.process.stdout is not None
+        return bool(select([self.process.stdout], [], [], 0)[0])
 
     def ask(self, **facts: object) -> dict[str, Any]:
         """`tell`, then `hear`."""
