@@ -12,6 +12,9 @@ from ucxx_transport.native import Library
 from ucxx_transport.ring import SlotState
 from ucxx_transport.ring.layout import (
     ABORTED,
+    ADDRESS_BANK_WORDS,
+    ADDRESS_VERSION_WORD,
+    ADDRESS_WORD,
     COMMIT_TIME,
     CONSUMED,
     COUNTER_WORD,
@@ -41,9 +44,11 @@ from ucxx_transport.ring.layout import (
     RECLAIMED_WRITES,
     REQUIRED_READS,
     SEQUENCE,
+    SLEEPERS_WORD,
     STATE,
     STATE_COUNT_WORD,
     TAKE_NUMBER,
+    TAKERS_WORD,
 )
 from ucxx_transport.ring.states import generation_of, state_of
 from ucxx_transport.ring.transitions import HoldWords, TakeWords, Words, create_ring
@@ -139,6 +144,19 @@ class RingBench:
         codec.check_trailer(message, header)
         assert (header.slot, header.generation, header.nbytes) == (slot, self.generation(slot), facts[0])
         return state, self.generation(slot), owners, facts, had
+
+    def address(self) -> list[int]:
+        """What is published."""
+        bank = ADDRESS_WORD + (self.words[ADDRESS_VERSION_WORD] & 1) * ADDRESS_BANK_WORDS
+        return self.words[bank : bank + ADDRESS_BANK_WORDS].tolist()
+
+    def fall_asleep(self) -> None:
+        """A write and a take say that they wait, as `ring_wait` and `ring_wait_ready` do."""
+        self.words[SLEEPERS_WORD] = self.words[TAKERS_WORD] = 1
+
+    def publish(self, word: int) -> int:
+        """Publish an address of nothing but this word."""
+        return self.transitions.call("publish", (ctypes.c_uint64 * ADDRESS_BANK_WORDS)(*[word] * ADDRESS_BANK_WORDS))
 
     # ways into a state
 

@@ -38,15 +38,21 @@
 #define ASLEEP 1ULL
 #define WAKE 2ULL /* something has become READY since */
 
+/* A build for tests: `cut` stands wherever another process sees a difference, before each store to the segment, before
+ * the lock is released, and before each wake-up; `visit` wherever the words of a slot are looked for. */
 #ifdef RING_CUT
 static long stores_left = -1;
+static uint64_t visits;
 EXPORT void ring_cut_after(long stores) { stores_left = stores; }
+EXPORT uint64_t ring_visits(void) { return visits; }
 static void cut(void) {
     if (stores_left >= 0 && stores_left-- == 0)
         _exit(97);
 }
+static void visit(void) { visits++; }
 #else
 #define cut() ((void)0)
+#define visit() ((void)0)
 #endif
 
 /* Where a segment lies in this process; the sizes are those that its attacher has checked. */
@@ -62,11 +68,36 @@ static inline void store(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 
+/* Words of waits, which are also stored to without the lock. */
+
+static inline uint64_t look(uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
+
+static inline uint64_t exchange(uint64_t *word, uint64_t value) {
+    cut();
+    return __atomic_exchange_n(word, value, __ATOMIC_SEQ_CST);
+}
+
+static inline void set(uint64_t *word, uint64_t bits) {
+    cut();
+    __atomic_or_fetch(word, bits, __ATOMIC_SEQ_CST);
+}
+
+static inline void advance_futex(uint64_t *word) {
+    cut();
+    __atomic_add_fetch((uint32_t *)word, 1, __ATOMIC_SEQ_CST);
+}
+
+static void wake(uint64_t *word) {
+    cut();
+    syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
 static inline void add(uint64_t *word, uint64_t amount) { store(word, *word + amount); }
 
 static inline void count(const struct ring *ring, unsigned counter) { add(ring->words + COUNTER_WORD + counter, 1); }
 
 static inline uint64_t *header(const struct ring *ring, uint64_t slot) {
+    visit();
     return ring->words + ring->first_slot_word + slot * ring->slot_words;
 }
 
@@ -224,9 +255,9 @@ static void relink(const struct ring *ring) {
 /* Something can be taken that could not. */
 static void readied(const struct ring *ring) {
     uint64_t *words = ring->words;
-    __atomic_add_fetch((uint32_t *)(words + READIED_WORD), 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(words + TAKERS_WORD, __ATOMIC_SEQ_CST))
-        __atomic_or_fetch(words + TAKERS_WORD, WAKE, __ATOMIC_SEQ_CST);
+    advance_futex(words + READIED_WORD);
+    if (look(words + TAKERS_WORD))
+        set(words + TAKERS_WORD, WAKE);
 }
 
 /* Store a slot's new state; the lists and counts follow it. */
@@ -248,7 +279,7 @@ static void become(const struct ring *ring, uint64_t slot, uint64_t word) {
     add(words + STATE_COUNT_WORD + old, (uint64_t)-1);
     add(words + STATE_COUNT_WORD + new, 1);
     if (new == FREE) {
-        __atomic_add_fetch((uint32_t *)(words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
+        advance_futex(words + FREED_WORD);
     } else if (new == READY) {
         append_ready(ring, slot);
         readied(ring);
@@ -357,10 +388,10 @@ static void repair(const struct ring *ring) {
         relink(ring);
     }
     /* the wake-up of the dead may be missing */
-    __atomic_add_fetch((uint32_t *)(ring->words + FREED_WORD), 1, __ATOMIC_SEQ_CST);
-    __atomic_store_n(ring->words + SLEEPERS_WORD, 1, __ATOMIC_SEQ_CST);
-    __atomic_add_fetch((uint32_t *)(ring->words + READIED_WORD), 1, __ATOMIC_SEQ_CST);
-    __atomic_store_n(ring->words + TAKERS_WORD, ASLEEP | WAKE, __ATOMIC_SEQ_CST);
+    advance_futex(ring->words + FREED_WORD);
+    set(ring->words + SLEEPERS_WORD, 1);
+    advance_futex(ring->words + READIED_WORD);
+    set(ring->words + TAKERS_WORD, ASLEEP | WAKE);
     store(ring->words + IN_TRANSITION_WORD, 0);
 }
 
@@ -387,6 +418,7 @@ static int enter(const struct ring *ring, int64_t wait_ns) {
     if (code == EBUSY && wait_ns > 0)
         code = wait_for(lock, wait_ns);
     if (code == EOWNERDEAD) {
+        cut();
         pthread_mutex_consistent(lock);
         count(ring, COUNT_LOCK_RECOVERIES);
         repair(ring);
@@ -397,18 +429,18 @@ static int enter(const struct ring *ring, int64_t wait_ns) {
 
 /* Unlock, and wake the writes that sleep if there is a slot for one, and the takers if there is something new for them.
  * The words are looked at and cleared under the lock: who sets one after that has `seen` an older count than the one
- * stored here, and does not fall asleep. */
+ * stored here, and does not fall asleep. A process killed between the unlock and the wake-up owes it to those who sleep
+ * already, who sleep for LOOK_EVERY_S of `transitions.py` at most. */
 static int leave(const struct ring *ring, int outcome) {
     uint64_t *words = ring->words, *sleepers = words + SLEEPERS_WORD, *takers = words + TAKERS_WORD;
-    int wakes = words[STATE_COUNT_WORD + FREE] && __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) &&
-                __atomic_exchange_n(sleepers, 0, __ATOMIC_SEQ_CST);
-    int wakes_takers =
-        __atomic_load_n(takers, __ATOMIC_SEQ_CST) & WAKE && __atomic_exchange_n(takers, 0, __ATOMIC_SEQ_CST);
+    int wakes = words[STATE_COUNT_WORD + FREE] && look(sleepers) && exchange(sleepers, 0);
+    int wakes_takers = look(takers) & WAKE && exchange(takers, 0);
+    cut();
     pthread_mutex_unlock(mutex(ring));
     if (wakes)
-        syscall(SYS_futex, words + FREED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+        wake(words + FREED_WORD);
     if (wakes_takers)
-        syscall(SYS_futex, words + READIED_WORD, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+        wake(words + READIED_WORD);
     return outcome;
 }
 
@@ -850,14 +882,14 @@ EXPORT int ring_snapshot(const struct ring *ring, uint64_t *out, int64_t wait_ns
 /* Sleep until a slot has become FREE since `ring_reserve` said FULL and gave `seen`, or `wait_ns` are over. */
 EXPORT void ring_wait(const struct ring *ring, uint32_t seen, int64_t wait_ns) {
     struct timespec limit = {wait_ns / 1000000000LL, (long)(wait_ns % 1000000000LL)};
-    __atomic_store_n(ring->words + SLEEPERS_WORD, 1, __ATOMIC_SEQ_CST);
+    set(ring->words + SLEEPERS_WORD, 1);
     syscall(SYS_futex, ring->words + FREED_WORD, FUTEX_WAIT, seen, &limit, NULL, 0);
 }
 
 /* Sleep until a slot has become READY since `ring_take` gave `seen`, or `wait_ns` are over. */
 EXPORT void ring_wait_ready(const struct ring *ring, uint32_t seen, int64_t wait_ns) {
     struct timespec limit = {wait_ns / 1000000000LL, (long)(wait_ns % 1000000000LL)};
-    __atomic_or_fetch(ring->words + TAKERS_WORD, ASLEEP, __ATOMIC_SEQ_CST);
+    set(ring->words + TAKERS_WORD, ASLEEP);
     syscall(SYS_futex, ring->words + READIED_WORD, FUTEX_WAIT, seen, &limit, NULL, 0);
 }
 

@@ -1,9 +1,11 @@
 """Other builds of `ring.c` than the package's: `python -m tests.e2e.programs.ring_native WHAT LIBRARY [NUMBER]`.
 
-`cut`: a build with RING_CUT. Every transition is cut off before each of its stores, by a process that ends there; the
-next to take the lock must find that it has happened or has not, and the ring as usable as before. `repair`: the same,
+`cut`: a build with RING_CUT. Every transition is cut off before each of its stores, before it releases the lock, and
+before each wake-up, by a process that ends there; the next to take the lock must find that it has happened or has not,
+and the ring as usable as before; who sleeps then must see at a next look what there is for it. `repair`: the same,
 and the repair is cut off too, before every NUMBER-th of its stores. `random`: a build with sanitizers; NUMBER random
-transitions. Each says in a line of JSON how much it did, or fails.
+transitions. `visits`: a build with RING_CUT; how many slots' words one write looks for, in rings of few and of many
+slots. Each says in a line of JSON how much it did, or fails.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tests.support.ring_bench import DYING, LIVING, RingBench
@@ -23,15 +26,22 @@ from ucxx_transport.native import Library, load
 from ucxx_transport.ring import SlotState
 from ucxx_transport.ring.layout import (
     CONSUMED,
+    FREED_WORD,
     HOLD_ENVELOPE_BYTES,
     HOLD_HAS_CHECKSUM,
     HOLD_NBYTES,
+    READIED_WORD,
     RELEASED,
 )
 from ucxx_transport.ring.transitions import Words
 
 CUT = 97
 """The exit status of a process that RING_CUT ends."""
+
+FEW, MANY = 8, 65_536
+"""Slots."""
+
+WRITES = 4
 
 Call = Callable[[], object]
 
@@ -51,6 +61,31 @@ def overwrite_what_one_of_three_has_read(bench: RingBench) -> Call:
     bench.written()
     bench.written()
     return lambda: bench.reserved(DYING)
+
+
+def publish(bench: RingBench) -> Call:
+    bench.publish(1)
+    return lambda: bench.publish(2)
+
+
+def commit_while_a_take_sleeps(bench: RingBench) -> Call:
+    call = commit(bench)
+    bench.fall_asleep()
+    return call
+
+
+def consume_while_a_write_sleeps(bench: RingBench) -> Call:
+    for _ in range(bench.identity.slots - 1):
+        bench.reserved()
+    call = consume(bench)
+    bench.fall_asleep()
+    return call
+
+
+def release_while_both_sleep(bench: RingBench) -> Call:
+    call = release(bench)
+    bench.fall_asleep()
+    return call
 
 
 def commit(bench: RingBench) -> Call:
@@ -169,12 +204,13 @@ STEPS = (
     *(discard_what_one_of_three_has_read, acquire, acquire_as_the_second_of_three, join, consume),
     *(consume_as_the_first_of_three, release, consume_while_another_reads, release_while_another_reads),
     *(release_after_another_consumed, consume_after_another_consumed, release_between_two_that_are_read),
-    *(commit_of_odd_size_with_too_large_an_envelope, take, take_the_newest_of_those_that_another_reads),
+    *(commit_of_odd_size_with_too_large_an_envelope, take, take_the_newest_of_those_that_another_reads, publish),
+    *(commit_while_a_take_sleeps, consume_while_a_write_sleeps, release_while_both_sleep),
 )
 
 
 def cut(library: Library) -> dict[str, int]:
-    """Cut each step off before every one of its stores; how many those were."""
+    """Cut each step off at every one of its points; how many those were."""
     done = {}
     for step in STEPS:
         stores = 0
@@ -207,17 +243,19 @@ def cut_once(library: Library, step: Callable[[RingBench], Call], stores: int, r
     """
     bench = RingBench(library)
     call = step(bench)
-    before = [bench.meaning(slot) for slot in range(bench.identity.slots)]
+    before, freed, readied = meanings(bench), bench.words[FREED_WORD], bench.words[READIED_WORD]
     was_cut = dies_in(library, stores, call)
     if repair is not None and was_cut:
         was_cut = dies_in(library, repair, lambda: bench.transitions.count("stale"))
     bench.transitions.count("stale")  # takes the lock, and so repairs
     bench.check()
-    after = [bench.meaning(slot) for slot in range(bench.identity.slots)]
-    whole = step_done(library, step)
+    after, whole = meanings(bench), step_done(library, step)
     assert len(before) == len(after) == len(whole)
-    for slot, found in enumerate(after):
-        assert found in (before[slot], whole[slot]), (step.__name__, stores, repair, found)
+    for place, found in enumerate(after):
+        assert found in (before[place], whole[place]), (step.__name__, stores, repair, found)
+    for state, word, seen in ((SlotState.FREE, FREED_WORD, freed), (SlotState.READY, READIED_WORD, readied)):
+        became_so = any(new[0] is state and old[0] is not state for old, new in zip(before, after, strict=True))
+        assert not became_so or bench.words[word] != seen, (step.__name__, stores, "a sleeper does not see it")
     bench.reclaim(DYING)
     bench.reclaim(LIVING)
     bench.check()
@@ -238,17 +276,41 @@ def dies_in(library: Library, stores: int, call: Call) -> bool:
     return status == CUT
 
 
+def meanings(bench: RingBench) -> list[tuple[object, ...]]:
+    """What every slot means, and what is published."""
+    return [*map(bench.meaning, range(bench.identity.slots)), ("published", bench.address())]
+
+
 def step_done(library: Library, step: Callable[[RingBench], Call]) -> list[tuple[object, ...]]:
     """What every slot means once the step has happened."""
     if step not in _done:
         bench = RingBench(library)
         step(bench)()
-        _done[step] = [bench.meaning(slot) for slot in range(bench.identity.slots)]
+        _done[step] = meanings(bench)
         bench.transitions.creation()
     return _done[step]
 
 
 _done: dict[Callable[[RingBench], Call], list[tuple[object, ...]]] = {}
+
+
+def visits(library: Library) -> dict[str, int]:
+    """How often a slot is looked for in `WRITES` writes into each ring, full or with free slots here and there."""
+    visits_of = library.brief.ring_visits
+    visits_of.restype = ctypes.c_uint64
+    done = {}
+    for slots in (FEW, MANY):
+        bench, choose = RingBench(library, slots=slots), random.Random(slots)
+        payloads = [bench.written() for _ in range(slots)]
+        for freed in (0, WRITES):
+            for payload in choose.sample(payloads[WRITES:], freed):  # the oldest have been overwritten before
+                assert bench.discard(payload)
+            began = visits_of()
+            for _ in range(WRITES):
+                bench.written()
+            done[f"{slots} slots, {freed} free"] = visits_of() - began
+        bench.transitions.creation()
+    return done
 
 
 def drive(library: Library, steps: int) -> dict[str, int]:
@@ -293,9 +355,13 @@ def main() -> None:
     what, path, *rest = sys.argv[1:]
     library = load(Path(path))
     number = int(rest[0]) if rest else 1
-    done = {"cut": lambda: cut(library), "repair": lambda: cut_repairs(library, number)}.get(
-        what, lambda: drive(library, number)
-    )()
+    ways = {
+        "cut": partial(cut, library),
+        "repair": partial(cut_repairs, library, number),
+        "visits": partial(visits, library),
+        "random": partial(drive, library, number),
+    }
+    done = ways[what]()
     sys.stdout.write(json.dumps(done))
 
 

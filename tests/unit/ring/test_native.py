@@ -56,16 +56,22 @@ def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cut_library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A build that ends its process before the n-th store of a transition."""
+    """A build that ends its process at the n-th point of a transition, and counts how often a slot is looked for."""
     library = tmp_path_factory.mktemp("cut") / "libnative_cut.so"
     build.compile_library(library, ["-DRING_CUT"])
     return str(library)
 
 
-def test_a_transition_cut_off_at_any_store_has_happened_or_has_not(cut_library: str) -> None:
+def test_a_transition_cut_off_anywhere_has_happened_or_has_not(cut_library: str) -> None:
     stores = run("cut", cut_library)
-    assert len(stores) == 21
+    assert len(stores) == 25
     assert all(count >= 3 for count in stores.values()), stores
+
+
+def test_a_write_looks_for_as_many_slots_in_a_large_ring_as_in_a_small_one(cut_library: str) -> None:
+    visits = run("visits", cut_library)
+    assert len(visits) == 4
+    assert max(visits.values()) <= 1.5 * min(visits.values()), visits
 
 
 @pytest.mark.parametrize("every", [307, pytest.param(1, marks=pytest.mark.exhaustive)])
