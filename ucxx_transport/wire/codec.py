@@ -243,7 +243,7 @@ def error_of(header: ReplyHeader, message: Message) -> errors.TransportError:
 
 
 def status_of(error: errors.TransportError) -> Status:
-    """What an error is called on the wire: the ring's refusal, or what a client did wrong."""
+    """What an error is called on the wire: the status that its class is at the client, if it is one."""
     for status, (cls, _) in _ERRORS.items():
         if isinstance(error, cls):
             return status

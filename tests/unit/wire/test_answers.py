@@ -21,6 +21,7 @@ from ucxx_transport.errors import (
     ConfigError,
     DeadlineExceededError,
     NotReadyError,
+    PeerLostError,
     ProtocolError,
     RingFullError,
     SlotError,
@@ -37,6 +38,7 @@ from ucxx_transport.wire.codec import (
     encode_header,
     encode_offer,
     encode_reply,
+    error_of,
     error_text,
     seal_of,
     status_of,
@@ -162,11 +164,21 @@ def test_an_error_of_the_server_is_the_status_that_its_class_has() -> None:
         (RingFullError, Status.BAD_REQUEST),
         (AuthenticationError, Status.UNAUTHORIZED),
         (DeadlineExceededError, Status.BUSY),
+        (PeerLostError, Status.INTERNAL),
         (ConfigError, Status.INTERNAL),
     ]
     for cls, status in rows:
         with row(cls=cls):
             assert status_of(cls("it failed")) is status
+
+
+def test_a_client_makes_of_a_status_the_error_that_the_server_sends_it_for() -> None:
+    for status in NOT_OK:
+        message = encode_error(status, "")
+        error = error_of(decode_header(message), message)
+        with row(status=status, error=error):
+            # EMPTY answers a TAKE without an error; to anything else it is a breach of the protocol
+            assert status_of(error) is (Status.BAD_REQUEST if status is Status.EMPTY else status)
 
 
 def test_control_characters_of_a_peer_never_reach_a_log() -> None:
