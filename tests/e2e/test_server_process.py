@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
@@ -161,11 +163,25 @@ def test_a_port_that_had_to_be_killed_is_not_counted_as_listening() -> None:
         assert (now.total("port"), now.total("connections"), now.total("accepted")) == (0, 0, 1)
 
 
-def test_ports_come_up_and_end_side_by_side() -> None:
-    with served_ring(ports=4) as served:
+STARTER = """\
+#!/bin/sh
+echo "$$" >> {begun}
+while [ "$(wc -l < {begun})" -lt {count} ]; do sleep 0.02; done
+exec {python} "$@"
+"""
+"""An interpreter that starts once so many of it have begun."""
+
+
+def test_ports_come_up_and_end_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starter, count = tmp_path / "python", 4
+    starter.write_text(STARTER.format(begun=tmp_path / "begun", count=count, python=sys.executable))
+    starter.chmod(0o755)
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", None)
+    multiprocessing.set_executable(str(starter))
+    with served_ring(ports=count) as served:
         pids = served.server.statistics().pids
-        assert len(set(served.server.ports)) == len(set(pids)) == 4
-        assert None not in pids
+        assert len(set(served.server.ports)) == len(set(pids)) == count
+        assert set(map(str, pids)) == set((tmp_path / "begun").read_text().split())
     assert not any(psutil.pid_exists(pid or 0) for pid in pids)
 
 
