@@ -1,7 +1,7 @@
 """What does everything cost that has nothing to do? A worker with 4 ports and 16 connections, in percent of a core.
 
-Beside it: as many threads that do nothing but sleep, and wake as often. That is what the machine takes for it: on some
-1 ms of CPU a time, and more the longer the sleep.
+Beside it: processes that do nothing but sleep, one for each of its threads, and together wake as often. That is what
+the machine takes for it: on some 1 ms of CPU a time, and more the longer the sleep.
 """
 
 from __future__ import annotations
@@ -106,12 +106,17 @@ def _percent_of_a_core(seconds: float, *processes: ControlledProcess) -> tuple[l
 
 def _percent_of_sleepers(seconds: float, number: int, sleeps_per_s: float) -> float:
     """Of so many processes, which together sleep so often."""
-    program = f"import time\nwhile True: time.sleep({number / max(sleeps_per_s, 1.0)})"
+    program = f"import time\nprint(flush=True)\nwhile True: time.sleep({number / max(sleeps_per_s, 1.0)})"
     with ExitStack() as stack:
-        sleepers = [stack.enter_context(subprocess.Popen([sys.executable, "-c", program])) for _ in range(number)]
-        for sleeper in sleepers:
+        sleepers = []
+        for _ in range(number):
+            sleeper = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdout=subprocess.PIPE)
+            stack.enter_context(sleeper)
             stack.callback(sleeper.kill)
-        time.sleep(SETTLE_S)
+            sleepers.append(sleeper)
+        for sleeper in sleepers:
+            if sleeper.stdout is None or not sleeper.stdout.readline():
+                raise BenchError("a process that is to sleep has ended instead")
         pids = tuple(sleeper.pid for sleeper in sleepers)
         began_s, clock_s = tree_cpu_s(pids), time.perf_counter()
         time.sleep(seconds)
