@@ -266,6 +266,7 @@ class _Lead:
             while not call.done:
                 run_once(math.inf)  # the deadline is a timer of the reactor
         except BaseException:
+            core.damaged = True  # first: a second interrupt may come with the next call
             self._interrupted(call)
             raise
         finally:
@@ -326,6 +327,7 @@ class _Lead:
                 while not call.done:
                     core.reactor.run_once(math.inf)
         except BaseException:
+            core.damaged = True  # first: a second interrupt may come with the next call
             self._interrupted(call)
             raise
         finally:
@@ -333,9 +335,7 @@ class _Lead:
 
     def _interrupted(self, call: Call) -> None:
         core = self._core
-        is_whole = core.reactor.asleep
-        core.damaged = True  # also if a second interrupt comes now
-        core.reactor.asleep = False  # what comes next may be cut in two
+        is_whole, core.reactor.asleep = core.reactor.asleep, False  # what comes next may be cut in two
         if is_whole:
             core.abandon(call)
             core.damaged = False

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -479,6 +480,31 @@ def test_an_interrupt_of_a_start_is_none_of_a_sleep_because_the_one_before_it_wa
             patch.setattr(type(core.reads), "start_one", cut_in_two)
             with pytest.raises(KeyboardInterrupt):
                 client.read(beside.ring.write_raw(EPISODE))
+        assert core.damaged
+        client.read(beside.ring.write_raw(EPISODE)).release()
+
+
+def test_a_second_interrupt_before_the_first_is_dealt_with_leaves_a_client_that_repairs_itself(
+    beside: PortBeside,
+) -> None:
+    with beside.client(deadline_s=30.0) as client:
+        client.read(beside.ring.write_raw(EPISODE)).release()
+        core, beside.faults.hold = client._core, Hold()  # noqa: SLF001 - whether it is damaged shows nowhere else
+
+        def interrupt_again(frame: FrameType, *_: object) -> None:
+            if frame.f_code.co_name == "_interrupted":  # where CPython looks for signals first
+                raise KeyboardInterrupt
+
+        def read() -> None:
+            sys.settrace(interrupt_again)
+            try:
+                client.read(beside.ring.write_raw(EPISODE))
+            finally:
+                sys.settrace(None)
+
+        with pytest.raises(KeyboardInterrupt), signalled_when(lambda: core.reactor.asleep):
+            read()
+        beside.faults.hold.set()
         assert core.damaged
         client.read(beside.ring.write_raw(EPISODE)).release()
 
