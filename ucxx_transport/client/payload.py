@@ -158,11 +158,12 @@ class Deduplicator:
         """Refuse (StaleSlotError) a payload that this client, or a newer one of its slot, was delivered before."""
         slots = self.rings.get(ref.ring_id)
         if slots is not None and slots.get(ref.slot, 0) >= ref.generation:
-            facts = {"slot": ref.slot, "generation": ref.generation, "delivered": slots[ref.slot]}
             raise StaleSlotError(
                 "this client has already received or discarded this payload, or a newer one of its slot; keep the "
                 "first read's payload or a copy of its arrays, and write what several read with readers=N",
-                **facts,
+                slot=ref.slot,
+                generation=ref.generation,
+                delivered=slots[ref.slot],
             )
 
     def claim(self, ref: SlotRef, note: list[SlotRef] | None = None) -> None:
@@ -200,8 +201,8 @@ def writable_bytes(into: Buffer, nbytes: int) -> Bytes:
     except TypeError:
         refuse("into", into, f"a writable, contiguous buffer of at least {nbytes} bytes, such as an array")
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
-        facts = {"nbytes": view.nbytes, "readonly": view.readonly, "contiguous": view.c_contiguous}
-        raise ConfigError(f"into must be a writable, contiguous buffer of at least {nbytes} bytes", **facts)
+        text = f"into must be a writable, contiguous buffer of at least {nbytes} bytes"
+        raise ConfigError(text, nbytes=view.nbytes, readonly=view.readonly, contiguous=view.c_contiguous)
     return np.frombuffer(view.cast("B"), dtype=np.uint8)[:nbytes]
 
 

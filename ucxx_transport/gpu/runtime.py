@@ -27,10 +27,9 @@ _log = get_logger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
-_SUCCESS: Final = 0
-_ALREADY_REGISTERED: Final = 712
-_NOTHING_LEFT_TO_DO: Final = frozenset({_SUCCESS, 4, 713})  # 4: CUDA is unloading; 713: it is not registered
-"""Of `cudaError_t`, <driver_types.h>."""
+_SUCCESS, _CUDART_UNLOADING, _ALREADY_REGISTERED, _NOT_REGISTERED = 0, 4, 712, 713
+_NOTHING_LEFT_TO_DO: Final = frozenset({_SUCCESS, _CUDART_UNLOADING, _NOT_REGISTERED})
+"""Of `cudaError_t`, <driver_types.h>: `cudaErrorCudartUnloading`, `cudaErrorHostMemory(Already|Not)Registered`."""
 
 _PORTABLE: Final = 1
 """`cudaHostRegisterPortable`, <driver_types.h>."""

@@ -298,10 +298,14 @@ class Identity:
             identity = cls(**stated | {"on_full": POLICIES[stated["on_full"]], "checksum": bool(stated["checksum"])})
         except ConfigError as exc:
             raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc
-        computed = identity.total_bytes
-        if not computed == total_bytes == segment_bytes:
-            sizes = {"segment_bytes": segment_bytes, "declared_bytes": total_bytes, "computed_bytes": computed}
-            raise ProtocolError("a ring whose sizes contradict each other", field="total_bytes", **sizes)
+        if not identity.total_bytes == total_bytes == segment_bytes:
+            raise ProtocolError(
+                "a ring whose sizes contradict each other",
+                field="total_bytes",
+                segment_bytes=segment_bytes,
+                declared_bytes=total_bytes,
+                computed_bytes=identity.total_bytes,
+            )
         return identity
 
 

@@ -42,8 +42,9 @@ def verify_checksum(content: npt.NDArray[np.uint8], ref: SlotRef) -> None:
     """Compare a payload with the checksum that its reference may carry; a ChecksumError where they differ."""
     if ref.checksum is not None and (found := xxhash.xxh3_64_intdigest(content.data)) != ref.checksum:
         text = "the payload's bytes are not those that were written"
-        sums = {"expected": f"{ref.checksum:#018x}", "found": f"{found:#018x}"}
-        raise ChecksumError(text, slot=ref.slot, generation=ref.generation, **sums)
+        raise ChecksumError(
+            text, slot=ref.slot, generation=ref.generation, expected=f"{ref.checksum:#018x}", found=f"{found:#018x}"
+        )
 
 
 class ReadableRing(RingHandle):
@@ -75,8 +76,8 @@ class ReadableRing(RingHandle):
             self._require_open()
             self.transitions.count("stale")
             text = "stale slot: the reference names another ring, or an earlier one of that name"
-            rings = {"ring_id": ref.ring_id.hex(), "found_ring_id": self.ring_id.hex()}
-            raise StaleSlotError(text, slot=ref.slot, generation=ref.generation, **rings)
+            asked, found = ref.ring_id.hex(), self.ring_id.hex()
+            raise StaleSlotError(text, slot=ref.slot, generation=ref.generation, ring_id=asked, found_ring_id=found)
         if deadline_s is not None:
             deadline_s = checked_seconds(deadline_s, "deadline_s")
         lease = self.acquire_slot(ref.slot, ref.generation, reader=reader, deadline_s=deadline_s)

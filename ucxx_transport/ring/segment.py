@@ -185,8 +185,8 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
             f"{_both(limit.room_bytes)} left of {_both(limit.limit_bytes)}. Lower ring.slots or the size of a slot, or "
             "raise the limit (docker: --memory; Kubernetes: resources.limits.memory; Slurm: --mem; systemd: MemoryMax=)"
         )
-        sizes = {"needed_bytes": nbytes, "room_bytes": limit.room_bytes, "limit_bytes": limit.limit_bytes}
-        raise ConfigError(text, field="slots", **sizes)
+        room_bytes, limit_bytes = limit.room_bytes, limit.limit_bytes
+        raise ConfigError(text, field="slots", needed_bytes=nbytes, room_bytes=room_bytes, limit_bytes=limit_bytes)
     there = os.fstatvfs(fd)
     free = there.f_bavail * there.f_frsize
     text = (

@@ -242,8 +242,10 @@ def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, p
             "the ring was made in another pid namespace, so dead owners and live ones look the same: share the "
             "namespace (docker: --pid=container:…; Kubernetes: shareProcessNamespace), or read over UCX (local='off')"
         )
-        namespaces = {"creator_namespace": identity.pid_namespace, "own_namespace": pid_namespace()}
-        raise ConfigError(text, field="name", name=creation.name, reason="pid_namespace", **namespaces)
+        creator, own = identity.pid_namespace, pid_namespace()
+        raise ConfigError(
+            text, field="name", name=creation.name, reason="pid_namespace", creator_namespace=creator, own_namespace=own
+        )
     schema = None
     if identity.schema_bytes:
         schema = Schema.from_bytes(memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())

@@ -39,8 +39,14 @@ MAX_FRAMES: Final = 256
 MAX_COPIED_BYTES: Final = 512 << 10  # on their way that are no slot's, at which no further frame is handled
 # An enum's attribute costs 0.3 µs in Python 3.11; these are on the hot path.
 _CLOSING: Final = Phase.CLOSING
-# The counter of each status, in their order; OK and EMPTY have none.
-_COUNTERS: Final = ("", "stale", "not_ready", "busy", "bad_requests", "unauthorized", "internal", "")
+_COUNTERS: Final = {
+    Status.STALE: "stale",
+    Status.NOT_READY: "not_ready",
+    Status.BUSY: "busy",
+    Status.BAD_REQUEST: "bad_requests",
+    Status.UNAUTHORIZED: "unauthorized",
+    Status.INTERNAL: "internal",
+}
 
 
 class Connection:
@@ -251,8 +257,8 @@ class Connection:
             self._defer()
 
     def _count(self, status: Status) -> None:
-        if counter := _COUNTERS[status]:
-            self._slots.counters.add(counter)
+        if status in _COUNTERS:
+            self._slots.counters.add(_COUNTERS[status])
 
     def close(self) -> None:
         """Break it; what it holds is given back once nothing is on its way any more. Idempotent."""
