@@ -58,7 +58,7 @@ class Connection:
         self.late = 0
         self.used_s = 0.0
         self.is_open = self.closed = self.rested = False
-        self.schemas, self.lend = pool.schemas, pool.base.pool.lend
+        self.schemas, self.lend = pool.schemas, pool.base.buffers.lend
         self._engine = engine
 
     @property

@@ -134,10 +134,8 @@ class Connections:
         """Start those that have waited longest, as descriptors and turns are there for them."""
         while self.waiting and not self.closed:
             if not self._has_room():
-                if self._closing < len(self.waiting):
-                    idle = [other for other in self.known.values() if other.idle]
-                    if idle:
-                        min(idle, key=lambda other: other.used_s).close()  # the longest unused
+                if self._closing < len(self.waiting) and (idle := [one for one in self.known.values() if one.idle]):
+                    min(idle, key=lambda other: other.used_s).close()  # the longest unused
                 return
             if len(self._opening) >= CONNECTS_AT_ONCE:
                 if not self._is_queue_logged:

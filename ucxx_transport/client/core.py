@@ -257,16 +257,16 @@ class ClientCore(ClientBase):
         self.reads.connections.close()
         self.reactor.close()
         self.local.close()
-        self.pool.close()
+        self.buffers.close()
 
     def statistics(self) -> ClientStatistics:
         refuse_forked(self.pid, "client")
-        pool = self.pool.statistics()
+        buffers = self.buffers.statistics()
         link = self.reactor.link if self.reactor.has_link and not self.reactor.closed else None
         return self.counters.snapshot(
             pooled_endpoints=sum(connection.idle for connection in tuple(self.reads.connections.known.values())),
-            lent_buffers=pool.lent,
-            idle_buffer_bytes=pool.idle_bytes,
+            lent_buffers=buffers.lent,
+            idle_buffer_bytes=buffers.idle_bytes,
             leaked_buffers=link.leaked_buffers if link is not None else 0,
             transports=link.transports() if link is not None else (),
         )

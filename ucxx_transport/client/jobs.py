@@ -58,7 +58,7 @@ class ClientBase:
         self.config = config
         self.reader = secrets.randbits(63) + 1
         self.counters = ClientCounters()
-        self.pool = BufferPool(config.buffer_pool_bytes, page_locker)
+        self.buffers = BufferPool(config.buffer_pool_bytes, page_locker)
         self.delivered = Deduplicator(REMEMBERED_RINGS)
         self.clock = clock
 

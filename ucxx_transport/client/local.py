@@ -236,7 +236,7 @@ class LocalReader:
         """The payload's copy, if the mode asks for one, and its checksum verified; after an error it is released."""
         try:
             stays = self._in_place(ring) if callable(self._in_place) else self._in_place
-            root = None if stays else self._base.pool.lend(lease.nbytes)
+            root = None if stays else self._base.buffers.lend(lease.nbytes)
             if root is not None:
                 np.copyto(root, np.frombuffer(lease.buffer, dtype=np.uint8))
             if self._verify and ref.checksum is not None:

@@ -31,8 +31,7 @@ _SUCCESS, _CUDART_UNLOADING, _ALREADY_REGISTERED, _NOT_REGISTERED = 0, 4, 712, 7
 _NOTHING_LEFT_TO_DO: Final = frozenset({_SUCCESS, _CUDART_UNLOADING, _NOT_REGISTERED})
 """Of `cudaError_t`, <driver_types.h>: `cudaErrorCudartUnloading`, `cudaErrorHostMemory(Already|Not)Registered`."""
 
-_PORTABLE: Final = 1
-"""`cudaHostRegisterPortable`, <driver_types.h>."""
+_PORTABLE: Final = 1  # `cudaHostRegisterPortable`, <driver_types.h>
 
 _INSTALL: Final = {
     "torch": "pip install 'ucxx_transport[torch]'",

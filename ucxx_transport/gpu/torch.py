@@ -58,8 +58,7 @@ def flat_bytes(torch: Any, tensor: Any) -> Any:
 
 def view_of_bytes(torch: Any, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
     """A tensor over a row of bytes, a contiguous tensor of uint8; errors as `torch_dtype`."""
-    found = torch_dtype(torch, dtype)
-    return memory[offset : offset + prod(shape) * dtype.itemsize].view(found).view(shape)
+    return memory[offset : offset + prod(shape) * dtype.itemsize].view(torch_dtype(torch, dtype)).view(shape)
 
 
 class _Writable:

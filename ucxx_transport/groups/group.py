@@ -274,8 +274,9 @@ class RankGroup(OfOneProcess):
     ) -> Callable[[], None]:
         """Call `on_add` with each member there is and each that is admitted, `on_remove` with each that has gone.
 
-        A rank whose new life is admitted has gone before. The members there are come in this thread, before this has
-        returned what ends that; others in a thread of its own: a slow callback delays neither the group nor another.
+        A rank whose new life is admitted has gone before. The members there are come in this thread, before this
+        returns; the others in a thread of its own, so that a slow callback delays neither the group nor another one.
+        Returns what ends that.
         """
         refuse_forked(self._pid, "RankGroup")
         return self._shared.listeners.subscribe({ADD: on_add, REMOVE: on_remove})

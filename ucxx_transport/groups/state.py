@@ -277,7 +277,7 @@ class SharedState:
     def show(self, incarnation: str, snapshot: GroupSnapshot) -> None:
         """The store's present content, its view applied or not. A MembershipEndedError: that life is over."""
         with self._changed:
-            self._check(incarnation)
+            self._require_live(incarnation)
             version = self.now.policy_version if snapshot.policy_version is None else snapshot.policy_version
             self.now = replace(self.now, snapshot=snapshot, policy_version=version)
             self._changed.notify_all()
@@ -285,7 +285,7 @@ class SharedState:
     def apply(self, incarnation: str, view: GroupView) -> None:
         """Take a newer view with its counts, call back, then wake waiting calls; for one thread. Errors as `show`."""
         with self._changed:
-            self._check(incarnation)
+            self._require_live(incarnation)
             before, callbacks = self.now, list(self._view_callbacks.values())
             after = replace(before, view=view)
             if view.seats_incarnation(before.rank, self._incarnation):
@@ -302,7 +302,7 @@ class SharedState:
             if reason != "left":
                 _log.warning("group_member_gone", member=member.rank, reason=reason, epoch=view.epoch, **self.facts)
         for callback in callbacks:
-            self._check(incarnation)  # one before it may have blocked for longer than this life, or ended it
+            self._require_live(incarnation)  # one before it may have blocked for longer than this life, or ended it
             try:
                 with self.listeners.calling_back():
                     callback(view)
@@ -310,7 +310,7 @@ class SharedState:
                 self.count(callback_errors=1)
                 _log.exception("group_callback_failed", group=before.group, rank=before.rank, epoch=view.epoch)
         with self._changed:
-            self._check(incarnation)
+            self._require_live(incarnation)
             self.now = replace(self.now, notified_epoch=view.epoch)
             self._changed.notify_all()
 
@@ -326,6 +326,6 @@ class SharedState:
                 self.listeners.put([(GONE, error)])
             self._changed.notify_all()
 
-    def _check(self, incarnation: str) -> None:
+    def _require_live(self, incarnation: str) -> None:
         if incarnation != self._incarnation or self.now.ended is not None:
             raise MembershipEndedError

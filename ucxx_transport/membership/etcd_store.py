@@ -180,7 +180,8 @@ class EtcdStore(Store):
         """What `work` does with the user's token; done again with a new one while etcd does not know that any more.
 
         A token ends when its time has run out, when etcd is started again or forgets it, and, in a JWT, with every
-        change of users and rights; nothing was carried out then.
+        change of users and rights; nothing was carried out then. It is empty without a user, and where etcd asks for
+        none. A StorePermissionError: etcd does not know this user with this password.
         """
         facts: Mapping[str, object] = {}
         for attempt in count():

@@ -158,14 +158,14 @@ class LocalStore(Store):
         self.file.close()
 
     def read(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> tuple[ResultT, float]:
-        """What `body` reads at one moment, when no lease is over, and for how long none is; waits only to end one."""
+        """What `body` reads at one moment, after the leases that are over have ended; and for how long none will be."""
 
         def look(db: sqlite3.Connection) -> tuple[ResultT, float]:
             first: float | None = db.execute("SELECT min(deadline_s) FROM leases").fetchone()[0]
             first = math.inf if first is None else first
             return body(db), first - self._clock() if _state(db)[1] == self._boot_id else 0.0
 
-        found, left_s = self.file.transact("DEFERRED", look, timeout_s)
+        found, left_s = self.file.transact("DEFERRED", look, timeout_s)  # waits for no writer; to end a lease it does
         return (found, left_s) if left_s > 0 else (self._write(body, timeout_s), 0.0)
 
     def _write(self, body: Callable[[sqlite3.Connection], ResultT], timeout_s: float | None) -> ResultT:

@@ -90,6 +90,7 @@ class Keeper:
     """The process that renews its owner's lease too, in the store as that was opened; none with `keeper="thread"`."""
 
     def __init__(self, store: Store, config: PublisherConfig) -> None:
+        # a password travels to it, since it opens the URL as the store was opened, and nowhere else
         self._order: Order = {"url": store.url, "config": store.config, "interval_s": config.interval_s}
         self._is_wanted = config.keeper == "process"
         self._lease_id: int | None = None

@@ -283,7 +283,7 @@ class Identity:
     @classmethod
     def from_bytes(cls, raw: bytes, segment_bytes: int) -> Identity:
         """Read an identity that anyone may have written, of a segment of that size; a ProtocolError: it is none."""
-        magic, version, total_bytes, _, *values = _IDENTITY.unpack(raw)
+        magic, version, declared, _, *values = _IDENTITY.unpack(raw)
         if magic != MAGIC:
             found = raw[:WORD_BYTES]
             raise ProtocolError(f"not a ring: it begins with {found!r}", field="magic", found=found.hex())
@@ -298,13 +298,10 @@ class Identity:
             identity = cls(**stated | {"on_full": POLICIES[stated["on_full"]], "checksum": bool(stated["checksum"])})
         except ConfigError as exc:
             raise ProtocolError(f"a damaged ring: {exc.message}", **exc.facts) from exc
-        if not identity.total_bytes == total_bytes == segment_bytes:
+        if not (computed := identity.total_bytes) == declared == segment_bytes:
+            text = "a ring whose sizes contradict each other"
             raise ProtocolError(
-                "a ring whose sizes contradict each other",
-                field="total_bytes",
-                segment_bytes=segment_bytes,
-                declared_bytes=total_bytes,
-                computed_bytes=identity.total_bytes,
+                text, field="total_bytes", segment_bytes=segment_bytes, declared_bytes=declared, computed_bytes=computed
             )
         return identity
 

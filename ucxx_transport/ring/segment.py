@@ -167,10 +167,8 @@ def _mapped(fd: int, nbytes: int) -> mmap.mmap:
     flags = mmap.MAP_SHARED | _MAP_FIXED
     call = ctypes.CDLL(None, use_errno=True).mmap
     call.restype = ctypes.c_void_p
-    if (
-        call(start, ctypes.c_size_t(nbytes), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, ctypes.c_long(0))
-        != start.value
-    ):
+    there = call(start, ctypes.c_size_t(nbytes), mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, ctypes.c_long(0))
+    if there != start.value:
         raise OSError(code := ctypes.get_errno(), os.strerror(code))
     return mapping
 

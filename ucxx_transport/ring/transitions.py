@@ -124,12 +124,12 @@ class Transitions:
         return not (code and self._waited_for(code, wait_s, "finalise", words))
 
     def holds(self, *states: SlotState) -> Iterator[Words]:
-        """Each write, read attempt and (under no lease) READY payload in these states; in several critical sections."""
+        """Each write and each read attempt in slots of these states; of a READY slot its payload, under no lease."""
         mask = sum(1 << state for state in states)
         first, number = ctypes.c_uint64(0), ctypes.c_uint64(0)
         room = max(_HOLDS_A_CALL, self.identity.entries)
         seen = (HoldWords * room)()
-        while first.value < self.identity.slots:
+        while first.value < self.identity.slots:  # each call is a critical section
             self.call("holds", mask, ctypes.addressof(first), seen, room, ctypes.addressof(number))
             for index in range(number.value):
                 yield HoldWords(*seen[index])
@@ -250,8 +250,9 @@ def open_ring(name: str, folder: Path | str | None, descriptor: int | None, *, p
     if identity.schema_bytes:
         schema = Schema.from_bytes(memory[layout.SCHEMA_BYTE :][: identity.schema_bytes].tobytes())
         if schema.fingerprint != identity.fingerprint or schema.nbytes > identity.slot_bytes:
-            text = "a ring whose schema is not the one it names"
-            raise errors.ProtocolError(text, field="schema", name=creation.name)
+            raise errors.ProtocolError(
+                "a ring whose schema is not the one it names", field="schema", name=creation.name
+            )
     if populates:
         populate(mapping)
     return Transitions(creation, mapping, identity, schema, load())

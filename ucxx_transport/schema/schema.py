@@ -185,7 +185,11 @@ class Schema:
 
     @classmethod
     def from_bytes(cls, raw: bytes | bytearray | memoryview) -> Schema:
-        """Rebuild a schema from `to_bytes`'s form; over 1 MiB it is a ProtocolError, else as `from_dict`."""
+        """Rebuild a schema from `to_bytes`'s form, which is not trusted.
+
+        Raises:
+            ProtocolError: the form is malformed, over 1 MiB or of another version; the message names the field.
+        """
         return cls.from_dict(wire_form.unpack(raw, "schema", max_bytes=MAX_SCHEMA_BYTES))
 
     def gather(self, tree: object) -> list[Any]:

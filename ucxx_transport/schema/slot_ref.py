@@ -138,7 +138,11 @@ class SlotRef:
 
     @classmethod
     def from_bytes(cls, raw: bytes | bytearray | memoryview) -> SlotRef:
-        """Rebuild a reference from `to_bytes`'s form; over 68 KiB it is a ProtocolError, else as `from_dict`."""
+        """Rebuild a reference from `to_bytes`'s form, which is not trusted.
+
+        Raises:
+            ProtocolError: the form is malformed, over 68 KiB or of another version; the message names the field.
+        """
         values = wire_form.unpack(raw, "slot reference", max_bytes=MAX_SLOT_REF_BYTES)
         if type(values) is not list or len(values) != _FIELDS:
             if isinstance(values, list) and values:

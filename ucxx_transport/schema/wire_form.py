@@ -220,8 +220,7 @@ def plain(value: Any, depth: int = 0, path: str = "meta") -> Any:
         return [plain(item, depth + 1, path) for item in value]
     if isinstance(value, float) and not isfinite(value):
         remedy = "give None, as a TrajectoryWriter does in the meta of an episode by nonfinite_meta='none'"
-        text = f"{path} must be a finite number, not {value} (JSON has no others): {remedy}"
-        raise ConfigError(text, field="meta")
+        raise ConfigError(f"{path} must be a finite number, not {value} (JSON has no others): {remedy}", field="meta")
     if not isinstance(value, (int, float, str)):
         plain_types = "None, bools, numbers, text, lists and mappings (of an array: .tolist())"
         raise ConfigError(f"{path} must be made of {plain_types}, not {describe(value)}", field="meta")

@@ -147,8 +147,7 @@ class UCXXServer(RingSource, Running):
         except DeadlineExceededError:
             raise  # a port's own, which says why
         except TimeoutError:
-            message = "a port did not come up in time; see ServerConfig(start_timeout_s=…)"
-            raise DeadlineExceededError(message) from None
+            raise DeadlineExceededError("a port did not come up in time; see ServerConfig(start_timeout_s=…)") from None
 
     def _end_ports(self, until_s: float) -> None:
         for port in self._running:

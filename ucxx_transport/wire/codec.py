@@ -130,8 +130,7 @@ def _check_words(frame: Frame) -> None:
     if not 0 < attempt <= last <= frames.MAX_ATTEMPT or attempt >> 16 != last >> 16 or not attempt & frames.MAX_CHANNEL:
         raise ProtocolError("an attempt is out of range, or of no channel", attempt=attempt, last=last)
     if kind == _FETCH and sum([frames.message_bytes(name[4]) for name in names]) > frames.PACK_BYTES:
-        limit = frames.PACK_BYTES
-        raise ProtocolError(f"answers of at most {limit} bytes together share a message", names=len(names))
+        raise ProtocolError(f"answers of at most {frames.PACK_BYTES} bytes together share a message", names=len(names))
 
 
 def answer_channel(buffer: Message) -> int:

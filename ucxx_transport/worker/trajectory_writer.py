@@ -72,7 +72,8 @@ class TrajectoryWriter(Closing):
         serve: whether there is a server: without one only trainers on this host can read.
         on_error: what a failed write is: "raise" an exception, or "drop" a record without a reference, counted. A
             ring or server that cannot be made, or a ring that cannot be page-locked, is an exception in any case. So
-            is, for `schema=None`, a first trajectory that makes no schema; the same misfit later is dropped.
+            is, for `schema=None`, a first trajectory that makes no schema: before there is one nothing can be dropped
+            against it. The same misfit later is dropped.
         narrow: names of the fields whose values may lose precision on the way in.
         nonfinite_meta: what a NaN or an infinity in `meta` does, since JSON has none: "refuse" fails the write, "none"
             writes None in its place.
