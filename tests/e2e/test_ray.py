@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.support import leaks
+from tests.support.programs import program
 from tests.support.waiting import wait_until
 from ucxx_transport import ClientConfig, ConfigError, PeerLostError, UCXXRolloutMixin
 from ucxx_transport.ring.segment import segment_path
@@ -158,6 +159,15 @@ def test_a_job_that_ends_leaves_no_ring_behind() -> None:
         rings |= {record["ref"]["ring_name"] for record in rollouts}
         assert len(rings) == 2
     assert not any(segment_path(ring).exists() for ring in rings)
+
+
+@pytest.mark.parametrize("end", ["falls-off", "shut-down", "raises", "plays-on"])
+def test_a_job_that_ends_without_close_leaves_no_ring_behind(end: str) -> None:
+    with program("ray_job", end, ray.get_runtime_context().gcs_address) as job:
+        rings = job.hear()["rings"]
+        assert job.wait() == (end == "raises")
+    assert len(rings) == 2
+    assert [ring for ring in rings if segment_path(ring).exists()] == []
 
 
 def test_what_a_rollout_raises_is_raised_and_the_actor_goes_on() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,12 @@ from ucxx_transport.logs import get_logger
 from ucxx_transport.ring.segment import host_id, remove_orphan, segment_path
 from ucxx_transport.schema.episode_record import EpisodeRecord, several
 from ucxx_transport.settings import known_options
-from ucxx_transport.teardown import Closing
+from ucxx_transport.teardown import Closing, may_end, refuse_forked
 from ucxx_transport.trainer.loss_policy import is_ours, record_of
 
 _log = get_logger(__name__)
 
 _DYING_S = 30.0  # Ray reports a death before the process is gone; on a busy host long before
-
 _LOOK_S = 0.02
 
 
@@ -53,7 +54,7 @@ class ActorRollouts(Closing, Iterator[Any]):
     ```
 
     Ray kills actors at the end of a job, and rings stay behind those that it kills: leave the `with`, or call `close`,
-    which ends the writer of each actor of a class with `UCXXRolloutMixin`.
+    which ends the writer of each actor of a class with `UCXXRolloutMixin`; else it is called at exit.
 
     An actor that dies costs the rollouts that it had not answered: they are counted, the ring that it left on this host
     is removed with a later answer of another one, and the others go on. What a rollout itself raises is raised here,
@@ -95,8 +96,10 @@ class ActorRollouts(Closing, Iterator[Any]):
         self._dying_until_s = 0.0
         self._kept: Exception | None = None
         self._stopped = False
+        self._pid = os.getpid()
         self._pending: dict[Any, int] = {}
         self._counts = dict.fromkeys(("asked", "received", "lost", "lost_actors"), 0)
+        atexit.register(self._end)
         for actor in actors:
             self._welcome(actor)
 
@@ -109,6 +112,7 @@ class ActorRollouts(Closing, Iterator[Any]):
             DeadlineExceededError: no answer came for `timeout_s`.
             ray.exceptions.RayTaskError: what the rollout raised.
         """
+        refuse_forked(self._pid, "ActorRollouts")
         if self._kept is not None:
             kept, self._kept = self._kept, None
             raise kept
@@ -173,13 +177,20 @@ class ActorRollouts(Closing, Iterator[Any]):
             How many payloads the actors had left unread.
         """
         drain_s, timeout_s = checked_seconds(drain_s, "drain_s"), checked_seconds(timeout_s, "timeout_s")
+        if not may_end(self._pid):
+            return 0
+        atexit.unregister(self._end)
         self.stop()
         self._pending.clear()
         actors, self._actors = self._actors, []
         until_s = time.monotonic() + drain_s + timeout_s
-        cleaned = [actor for actor in filter(None, actors) if hasattr(actor, "cleanup_ucxx")]
-        ends = [actor.cleanup_ucxx.remote(drain_s=drain_s) for actor in cleaned]
+        ends: list[Any] = []
         unread = 0
+        for actor in filter(None, actors if ray.is_initialized() else ()):  # else a call would start a cluster
+            try:
+                ends += [actor.cleanup_ucxx.remote(drain_s=drain_s)] if hasattr(actor, "cleanup_ucxx") else []
+            except Exception as error:  # noqa: BLE001 - a bare one, of a handle of a cluster that is gone
+                _log.warning("actor_not_cleaned", reason=str(error).partition("\n")[0] or type(error).__name__)
         for end in ends:
             try:
                 unread += ray.get(end, timeout=max(0.0, until_s - time.monotonic()))
@@ -191,6 +202,14 @@ class ActorRollouts(Closing, Iterator[Any]):
     def statistics(self) -> RolloutCounts:
         """Counts since this was made."""
         return RolloutCounts(**self._counts)
+
+    def _end(self) -> None:
+        """At exit, before Ray's own end, which kills actors that still play: so that comes before a last look."""
+        if may_end(self._pid):
+            self.close(timeout_s=10)
+            if self._rings:
+                ray.shutdown()
+                self._sweep(time.monotonic() + _DYING_S)
 
     def _welcome(self, actor: Any) -> None:
         self._actors.append(actor)

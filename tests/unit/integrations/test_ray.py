@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def wait(calls: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
 def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The integration over a Ray whose references are calls that `get` makes."""
     ray, exceptions = ModuleType("ray"), ModuleType("ray.exceptions")
-    vars(ray).update(get=get, wait=wait, exceptions=exceptions)
+    vars(ray).update(get=get, wait=wait, is_initialized=lambda: True, exceptions=exceptions)
     for error in (RayError, RayTaskError, RayActorError, ActorDiedError):
         setattr(exceptions, error.__name__, error)
     monkeypatch.setitem(sys.modules, "ray", ray)
@@ -120,6 +121,20 @@ def test_actors_that_died_or_have_no_writer_of_ours_keep_no_job_from_its_end(
     assert [event["event"] for event in log_events] == ["actor_not_cleaned"]
     assert actors[0].ucxx_writer is None
     actors[1].cleanup_ucxx()
+
+
+def test_a_forked_child_neither_asks_nor_ends_what_is_its_parent_s(ours: Any) -> None:
+    with ours.ActorRollouts([Handle(Rollouts("worker"))], lambda actor: actor.play.remote()) as rollouts:
+        child = os.fork()
+        if child == 0:
+            try:
+                next(rollouts)
+            except ConfigError as error:
+                rollouts.close()
+                os._exit("forked" in error.message)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert next(rollouts)["sequence"] == 0
 
 
 def test_what_cannot_be_asked_is_refused_where_it_is_made(ours: Any) -> None:
