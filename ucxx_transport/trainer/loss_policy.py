@@ -219,7 +219,7 @@ class Sources:
         }
         self._answered, self._silent = {**self._answered}, {**self._silent}  # of a copy: see `Fetches.count`
         for source in answered:
-            _remember(self._answered, source)
+            remember(self._answered, source)
         silent: dict[_Source, Loss] = {}
         for loss in losses:
             if loss.record is not None and loss.error is not None and loss.reason is not LossReason.TOO_OLD:
@@ -239,7 +239,7 @@ class Sources:
         problem: TransportError | None = None
         for source, loss in silent.items():
             count = self._silent.get(source, 0) + 1
-            _remember(self._silent, source, count)
+            remember(self._silent, source, count)
             if self._most is not None and count >= self._most and problem is None:
                 del self._silent[source]  # it may have as many more
                 words = f"nothing came in {count} batches in a row"
@@ -247,10 +247,10 @@ class Sources:
         return problem
 
 
-def _remember(memory: dict[_Source, int], source: _Source, count: int = 0) -> None:
+def remember(memory: dict[Any, Any], source: Hashable, value: float = 0) -> None:
     """Keep a source as the newest of at most `MOST_SOURCES`."""
     memory.pop(source, None)
-    memory[source] = count
+    memory[source] = value
     if len(memory) > MOST_SOURCES:
         del memory[next(iter(memory))]
 

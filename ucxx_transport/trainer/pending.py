@@ -28,7 +28,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.batch import ROUND_PAUSE_S, Batch, PrefetchStatistics, given_up, rounds_of
-from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of, record_of
+from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of, record_of, remember
 
 if TYPE_CHECKING:
     from ucxx_transport.client import Payload
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-LOG_PAUSE_S: Final = 60.0  # between two log lines of one reason; the first comes at once
-MOST_SEQUENCES: Final = 8  # of one log line
+LOG_PAUSE_S: Final = 60.0  # between two log lines of one reason and the same workers; the first comes at once
+MOST_LOGGED: Final = 8  # lines of one reason in that time; workers, and sequences, of one line
 
 _GRACE_S: Final = 5.0  # for the thread, which keeps a fetch's own deadline, before who waits counts it as lost
 _TAKEN: Final = "the batch was taken or cancelled; take each once"
@@ -277,7 +277,7 @@ class Fetches:
         self.failure: Exception | None = None  # that closed it
         self.untaken: dict[PendingBatch, None] = {}
         self.counts = PrefetchStatistics()
-        self._logged: dict[LossReason, tuple[float, int]] = {}  # when it is due again, and how many came since
+        self._logged: dict[LossReason, tuple[float, int, int, dict[str | None, float]]] = {}  # see `_log_losses`
 
     def check_usable(self) -> None:
         """Refuse, by a ConfigError, one that is closed, or its parent process's."""
@@ -329,23 +329,33 @@ class Fetches:
         return True
 
     def _log_losses(self, losses: Sequence[Loss], *, of: int) -> None:
-        """One line a reason; of a reason that lasts, one in a while, with how many were lost since the last."""
+        """One line a reason; of one that lasts, one in a while, and a few at once, of workers not lost so of late."""
+        now = self.core.reactor.now()
         for reason in dict.fromkeys(loss.reason for loss in losses):
             alike = [loss for loss in losses if loss.reason is reason]
-            first, now = alike[0], self.core.reactor.now()
+            workers = dict.fromkeys(loss.worker for loss in alike)
             with self.lock:
-                due_s, since = self._logged.get(reason, (now, 0))
-                self._logged[reason] = (now + LOG_PAUSE_S, 0) if now >= due_s else (due_s, since + len(alike))
-            if now < due_s:
+                due_s, lines, since, lost_s = self._logged.get(reason, (now, 0, 0, {}))
+                fresh = [worker for worker in workers if now - lost_s.get(worker, -LOG_PAUSE_S) >= LOG_PAUSE_S]
+                if now >= due_s:
+                    due_s, lines = now + LOG_PAUSE_S, 0
+                is_said = not lines or (bool(fresh) and lines < MOST_LOGGED)
+                for worker in workers if is_said else workers.keys() - fresh:
+                    remember(lost_s, worker, now)
+                self._logged[reason] = (due_s, lines + is_said, 0 if is_said else since + len(alike), lost_s)
+            if not is_said:
                 continue
+            named = [*dict.fromkeys([*fresh, *workers])]
+            first, *more = (loss for loss in alike if loss.worker == named[0])
             _log.warning(
                 "episodes_lost",
                 lost=len(alike),
                 of=of,
                 reason=reason.value,
                 worker=first.worker,
-                sequences=tuple(loss.sequence for loss in alike if loss.worker == first.worker)[:MOST_SEQUENCES],
-                workers=len({loss.worker for loss in alike}),
+                sequences=tuple(loss.sequence for loss in [first, *more][:MOST_LOGGED]),
+                others=tuple(named[1:MOST_LOGGED]),
+                workers=len(named),
                 host=first.host,
                 error=None if first.error is None else str(first.error),
                 hint=self._sources.hint_for(first),

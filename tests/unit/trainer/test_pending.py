@@ -29,7 +29,7 @@ from ucxx_transport.schema.episode_record import EpisodeRecord
 from ucxx_transport.trainer import Batch
 from ucxx_transport.trainer.batch import FetchLimits
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, Sources, Wanted, loss_of, record_of, sort_out
-from ucxx_transport.trainer.pending import LOG_PAUSE_S, Fetches, PendingBatch
+from ucxx_transport.trainer.pending import LOG_PAUSE_S, MOST_LOGGED, Fetches, PendingBatch
 
 HERE = FakeCore.local.host_id
 UNREACHABLE = PeerLostError("the address cannot be reached", reason="unreachable")
@@ -249,6 +249,7 @@ def test_a_batch_has_one_line_a_reason_with_worker_host_and_sequences(log: Log) 
         "reason": "unreachable",
         "worker": "worker-0",
         "sequences": tuple(range(8)),
+        "others": ("w",),
         "workers": 2,
         "host": "10.77.0.1",
         "error": str(UNREACHABLE),
@@ -268,6 +269,43 @@ def test_a_reason_that_lasts_is_logged_now_and_then_with_how_many_there_were_sin
     (stale,) = lost_of([(episode("w"), StaleSlotError("stale"))])
     assert [line["reason"] for line in log.lines(2 * pause + 30, loss, stale)] == ["stale"]  # another reason, at once
     assert [line["since"] for line in log.lines(9 * pause, loss)] == [30]
+
+
+def test_another_worker_that_is_lost_later_is_named_at_once_and_again_when_it_had_come_meanwhile(log: Log) -> None:
+    (one,) = lost_of([(episode("worker-0"), UNREACHABLE)])
+    (other,) = lost_of([(episode("worker-1"), UNREACHABLE)])
+    pause = int(LOG_PAUSE_S)
+    said = [
+        (at_s, line["worker"], line["others"], line["since"])
+        for at_s in range(3 * pause)
+        for line in log.lines(float(at_s), one, *([other] if at_s in {10, 11, 140} else []))
+    ]
+    assert said == [
+        (0, "worker-0", (), 0),
+        (10, "worker-1", ("worker-0",), 9),
+        (pause, "worker-0", (), pause - 10),
+        (2 * pause, "worker-0", (), pause - 1),
+        (140, "worker-1", ("worker-0",), 19),
+    ]
+
+
+def test_many_workers_lost_at_once_are_one_line_that_counts_them_and_names_the_first(log: Log) -> None:
+    losses = lost_of([(episode(f"worker-{number}"), UNREACHABLE) for number in range(64)])
+    (line,) = log.lines(0.0, *losses, of=64)
+    assert (line["lost"], line["workers"], line["worker"]) == (64, 64, "worker-0")
+    assert line["others"] == tuple(f"worker-{number}" for number in range(1, MOST_LOGGED))
+    assert log.lines(1.0, *losses, of=64) == []  # who was counted is none that is lost later
+    (new,) = lost_of([(episode("new"), UNREACHABLE)])
+    (line,) = log.lines(2.0, *losses, new, of=65)
+    assert (line["worker"], line["workers"], line["since"]) == ("new", 65, 64)
+
+
+def test_many_workers_lost_one_after_the_other_are_a_few_lines_in_a_while(log: Log) -> None:
+    losses = lost_of([(episode(f"worker-{number}"), UNREACHABLE) for number in range(64)])
+    said = [line["worker"] for loss in losses for line in log.lines(0.0, loss)]
+    assert said == [f"worker-{number}" for number in range(MOST_LOGGED)]
+    (line,) = log.lines(LOG_PAUSE_S, losses[63])
+    assert (line["worker"], line["since"]) == ("worker-63", 64 - MOST_LOGGED)
 
 
 def test_what_can_be_read_of_a_malformed_record_says_whose_it_is(log_events: list[MutableMapping[str, Any]]) -> None:
