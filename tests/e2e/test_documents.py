@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,12 @@ PROGRAMS = [
 STREAM, MIXINS = (parameter.values for parameter in PROGRAMS[:2])  # the README's
 
 
-def printed_by(program: str, folder: Path) -> str:
-    """What it prints on standard output; with a log that is shown, it says nothing else."""
+def run(program: str, folder: Path, python: Path | str = sys.executable) -> tuple[int, str, str]:
+    """Status, standard output and standard error of a program whose log is shown."""
     (folder / "example.py").write_text(program)
     (folder / "sitecustomize.py").write_text("import logging\nlogging.basicConfig()\n")
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "example.py"],
+        [python, "-W", "error", "example.py"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
         stdout=subprocess.PIPE,
@@ -45,8 +46,26 @@ def printed_by(program: str, folder: Path) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with its worker, which waits for a trainer that failed
             out, err = process.communicate()
-    assert (process.returncode, err) == (0, ""), err
+    return process.returncode, out, err
+
+
+def printed_by(program: str, folder: Path, python: Path | str = sys.executable) -> str:
+    """What it prints on standard output; with a log that is shown, it says nothing else."""
+    status, out, err = run(program, folder, python)
+    assert (status, err) == (0, ""), err
     return out
+
+
+@pytest.fixture
+def base_install(tmp_path: Path) -> Path:
+    """A Python that has all packages of this one but those of UCX."""
+    folder = tmp_path / "base"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not re.match(r"(lib)?ucxx?(_cu\d+.*|\..*)?$", path.name):
+            (packages / path.name).symlink_to(path)
+    return folder / "bin" / "python"
 
 
 @pytest.mark.parametrize(("program", "output"), PROGRAMS)
@@ -59,8 +78,8 @@ def test_a_program_prints_what_its_page_says(program: str, output: str, tmp_path
     [
         exhaustive(
             STREAM,
-            "EpisodeStream((records.get(timeout=60) for _ in range(3)), {}",
-            "EpisodeStream(records.get(timeout=60) for _ in range(3)",
+            "EpisodeStream((records.recv() for _ in range(3)), {}",
+            "EpisodeStream(records.recv() for _ in range(3)",
         ),
         exhaustive(MIXINS, "setup_ucxx_data_packer(client={}", "setup_ucxx_data_packer("),
     ],
@@ -72,3 +91,19 @@ def test_the_readme_s_programs_print_the_same_over_ucx(
     client = '__import__("ucxx_transport").ClientConfig(local="off")'
     assert name in program
     assert printed_by(program.replace(name, of_the_client.format(client)), tmp_path) == output
+
+
+def test_the_readme_s_first_program_says_on_a_base_install_what_to_do_and_waits_for_nothing(
+    base_install: Path, tmp_path: Path
+) -> None:
+    names = "ucxx", "libucx", "libucxx"
+    program = f"import importlib.util\nprint([*map(importlib.util.find_spec, {names})])"
+    assert printed_by(program, tmp_path, base_install) == "[None, None, None]\n"
+    status, out, err = run(STREAM[0], tmp_path, base_install)
+    assert (status, out) == (1, ""), err
+    (said,) = [line for line in err.splitlines() if "ConfigError: UCX is not installed" in line]
+    assert "pip install" in said
+    assert "serve=False" in said
+    assert err.splitlines()[-1] == "EOFError", err  # its worker's death, and no time limit
+    program = STREAM[0].replace('"worker-0", ', '"worker-0", serve=False, ')
+    assert printed_by(program, tmp_path, base_install) == STREAM[1]

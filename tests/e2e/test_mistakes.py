@@ -5,16 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import multiprocessing
-import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -662,33 +658,3 @@ def test_a_packer_of_a_forked_child_s_parent_is_refused() -> None:
         said = answers.get()
     for pattern in ("RolloutFeed", "forked child", "make one in the process that uses it"):
         assert pattern in said
-
-
-WITHOUT_UCX = """
-import numpy as np
-from ucxx_transport import ConfigError, SyncUCXXClient, TrajectoryWriter
-episode = {"obs": np.zeros((3, 4), "f4")}
-try:
-    with TrajectoryWriter("worker-0", varlen={"obs": 500}) as writer:
-        writer.write(episode)
-except ConfigError as error:
-    print(error)
-with TrajectoryWriter("worker-0", varlen={"obs": 500}, serve=False) as writer, SyncUCXXClient() as client:
-    print(client.read(writer.write(episode)).arrays["obs"].shape)
-"""
-
-
-def test_the_base_install_without_ucx_says_how_to_stay_on_one_host_and_that_works(tmp_path: Path) -> None:
-    (tmp_path / "ucxx.py").write_text("raise ModuleNotFoundError('No module named ucxx', name='ucxx')")
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_UCX],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    said, shape = done.stdout.splitlines()
-    for pattern in ("UCX is not installed", "pip install", "serve=False"):
-        assert pattern in said
-    assert shape == "(3, 4)"
