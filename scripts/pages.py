@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ucxx_transport
-from scripts.messages import heading_of, headings, messages
+from scripts.messages import Message, heading_of, headings, messages
 from ucxx_transport import config, errors, machine, teardown
 from ucxx_transport.groups.view import TRANSITIONS as RANK_TRANSITIONS
 from ucxx_transport.groups.view import RankState
@@ -29,7 +29,7 @@ from ucxx_transport.sidecar import main as sidecar
 from ucxx_transport.units import format_bytes, format_duration
 from ucxx_transport.wire import frames, server_side
 
-__all__ = ["DOCS", "PARTS", "Part", "logged", "main"]
+__all__ = ["DOCS", "PARTS", "Part", "logged", "main", "row_of"]
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 _NOTICE: Final = "<!-- Made by scripts/pages.py from {source}: change that, then run `scripts/check --fix`. -->"
@@ -157,7 +157,7 @@ def _errors() -> str:
     lines += [
         "Every error that the package raises on purpose is a `TransportError`. It has a `message` with the remedy, the",
         "values behind it in `facts`, and `retryable`: whether the same call may succeed if made again.",
-        "[Troubleshooting](troubleshooting.md) goes by the message.",
+        "[Troubleshooting](troubleshooting.md#every-message) goes by the message, and has all of them.",
         "",
     ]
     found = (one for _, one in sorted(vars(errors).items()) if isinstance(one, type))
@@ -171,21 +171,26 @@ def _errors() -> str:
         for cls in in_source_order
     ]
     lines += _table(("class", "retryable", "means", "what the caller does"), rows)
-    lines += [
-        "## Messages",
-        "",
-        "Every message, by class; `…` is what is filled in. Behind it is where Troubleshooting has more.",
-        "Where nothing is, the message says itself what to do.",
-        "",
-    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _messages() -> str:
+    """Every message, by class, with what helps: where it has a heading, that one's section."""
+    lines: list[str] = []
     known = headings((DOCS / "troubleshooting.md").read_text(encoding="utf-8"))
     for name, of_class in itertools.groupby(messages(), key=lambda message: message.cls):
-        texts: dict[str, str] = {}
+        links: dict[str, dict[str, None]] = {}
         for message in of_class:
             heading = heading_of(message, known)
-            texts[f"`{message.text.replace('`', chr(39))}`"] = "" if heading is None else heading.link
-        lines += [f"### {name}", "", *_table(("message", "more"), texts.items())]
-    return "\n".join(lines).rstrip() + "\n"
+            links.setdefault(row_of(message), {}).update({} if heading is None else {heading.link: None})
+        rows = ((text, " or ".join(places) or "in the message") for text, places in links.items())
+        lines += [f"### {name}", "", *_table(("message", "what helps"), rows)]
+    return "\n".join(lines)
+
+
+def row_of(message: Message) -> str:
+    """A message as it stands in the table."""
+    return f"`{message.text.replace('`', chr(39))}`"
 
 
 def _tree(cls: type, classes: Sequence[type], indent: str) -> Iterator[str]:
@@ -333,6 +338,7 @@ def logged() -> Iterator[tuple[str, str, str, str]]:
 PARTS: Final = (
     Part(page="settings.md", name=None, make=_settings),
     Part(page="errors.md", name=None, make=_errors),
+    Part(page="troubleshooting.md", name="messages", make=_messages),
     Part(page="log-events.md", name=None, make=_log_events),
     Part(page="wire.md", name=None, make=_wire),
     Part(page="segment.md", name=None, make=_segment),

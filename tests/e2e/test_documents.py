@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -25,7 +26,7 @@ PROGRAMS = [
         )
     )
 ]
-STREAM, MIXINS = (parameter.values for parameter in PROGRAMS[:2])  # the README's
+STREAM, MIXINS = (cast("tuple[str, str]", parameter.values) for parameter in PROGRAMS[:2])  # the README's
 
 
 def run(program: str, folder: Path, python: Path | str = sys.executable) -> tuple[int, str, str]:

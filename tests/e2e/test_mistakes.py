@@ -477,7 +477,7 @@ def test_a_mistake_is_one_line_with_field_value_and_remedy(mistakes: list[Mistak
 def assert_says(error: TransportError, *patterns: str) -> None:
     said = str(error)
     assert any(one.cls == type(error).__name__ and one.reads(error.message) for one in messages()), (
-        "not in docs/errors.md"
+        "not in docs/troubleshooting.md"
     )
     assert "\n" not in said
     assert "overwrite" not in said  # a remedy loses nothing

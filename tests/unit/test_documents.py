@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.messages import Message, heading_of, headings, messages
-from scripts.pages import logged
+from scripts.pages import logged, row_of
 from tests.support.rows import row
 from ucxx_transport import ClientStatistics, RingStatistics, errors
 from ucxx_transport.cli.program import VERBS
@@ -168,6 +168,24 @@ def test_every_message_of_an_error_has_its_heading_or_says_what_to_do() -> None:
     assert len(found) >= 500
     missing = [one for one in found if heading_of(one, known) is None and not one.says_what_to_do]
     assert not missing, f"neither a remedy of their own, nor a heading in docs/troubleshooting.md: {missing}"
+
+
+def test_every_message_of_an_error_stands_under_its_class_with_what_helps() -> None:
+    page = read(ROOT / "docs" / "troubleshooting.md")
+    known = headings(page)
+    _, *classes = re.split(r"^### ", page.partition("\n## Every message\n")[2], flags=re.MULTILINE)
+    rows = {
+        (name, *line.replace("\\|", "|").strip("| ").rpartition(" | ")[::2])
+        for name, _, table in (each.partition("\n") for each in classes)
+        for line in table.splitlines()
+    }
+    helps = {(name, message): what for name, message, what in rows}
+    for message in messages():
+        heading = heading_of(message, known)
+        with row(message=message):
+            what = helps[message.cls, row_of(message)]
+            assert what == "in the message" or "](troubleshooting.md#" in what
+            assert heading is None or heading.link in what
 
 
 def test_messages_are_found_wherever_they_stand_beside_a_class(tmp_path: Path) -> None:
