@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import socket
+import threading
 import time
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,11 @@ from ucxx_transport.membership.store import Store
 MINUTE = 60
 CONFIG = StoreConfig(timeout_s=20)
 OFTEN = PublisherConfig(interval_s=1.5, backoff_s=0.05, max_backoff_s=0.2, keeper="thread", stop_timeout_s=20.0)
+KEYS, LOOKS = 50_000, 10_000
+AGREED = "etcd_server_proposals_committed_total"
+AT_ONCE = 250
+LET_WAIT = 5_000
+"""Of writes that are agreed on and not made yet: past that etcd refuses (v3_server.go)."""
 NO_SPACE = r"no space left.*alarm disarm"
 
 pytestmark = pytest.mark.usefixtures("etcd_binary")
@@ -103,3 +113,53 @@ def test_a_record_that_etcd_finds_too_large_fails_after_one_attempt(tmp_path: Pa
                 publisher.wait_published(MINUTE)
             assert publisher.statistics().attempts == 1
         assert store.snapshot("sources/").entries == ()
+
+
+@pytest.mark.exhaustive
+def test_more_writes_than_etcd_lets_wait_are_refused_in_its_own_words_and_a_lease_is_renewed(tmp_path: Path) -> None:
+    with server_with(tmp_path, "--max-txn-ops", str(KEYS), "--max-request-bytes", "9000000") as (server, store):
+        lease = store.grant(60)
+        with crowded(server):
+            with pytest.raises(StoreUnavailableError, match="fewer writers; it is asked again") as caught:
+                store.put("a", b"")
+            assert caught.value.facts["reason"] == "etcdserver: too many requests"
+            assert store.keep_alive(lease.lease_id) >= 60
+
+
+@contextmanager
+def crowded(server: EtcdServer) -> Iterator[None]:
+    """One write that takes etcd seconds, since it looks through all keys often; behind it as many as it lets wait."""
+    first, end = text(b"key"), text(b"kez")
+    puts = [{"request_put": {"key": text(b"key%d" % number)}} for number in range(KEYS)]
+    server.ask("kv/txn", {"success": puts})
+    looks = [{"request_range": {"key": first, "range_end": end, "count_only": True}}] * LOOKS
+
+    def ask() -> None:
+        with suppress(OSError):  # etcd itself waits no longer than 7 s for it, and goes on with it
+            server.ask("kv/txn", {"success": [*puts[:1], *looks]})
+
+    agreed = server.counted(AGREED)
+    slow = threading.Thread(target=ask)
+    slow.start()
+    wait_until(lambda: server.counted(AGREED) > agreed, MINUTE, what="it is at it")
+    body = json.dumps({"key": first})
+    put = f"POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    for _ in range(LET_WAIT // AT_ONCE):
+        agreed = server.counted(AGREED)
+        with ExitStack() as stack:  # what was agreed on waits, though who asked for it has gone
+            for _ in range(AT_ONCE):
+                one = stack.enter_context(socket.create_connection((server.address, server.ports[0])))
+                one.sendall(put)
+            wait_until(partial(all_agreed, server, agreed + AT_ONCE), MINUTE, what="all of them are agreed on")
+    assert server.counted(AGREED) - server.counted("etcd_server_proposals_applied_total") > LET_WAIT
+    yield
+    server.kill()  # it would go on with it for seconds
+    slow.join()
+
+
+def all_agreed(server: EtcdServer, count: int) -> bool:
+    return server.counted(AGREED) >= count
+
+
+def text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()

@@ -135,6 +135,7 @@ def test_each_refusal_says_what_helps() -> None:
     table: list[tuple[int, int, str, type[TransportError], str]] = [
         (429, 8, "etcdserver: mvcc: database space exceeded", StoreUnavailableError, "etcdctl alarm disarm"),
         (429, 8, "etcdserver: too many requests", StoreUnavailableError, "fewer writers"),
+        (500, 2, "etcdserver: too many requests", StoreUnavailableError, "fewer writers"),  # as etcd 3.5 answers
         (400, 3, "etcdserver: request is too large", ConfigError, "--max-request-bytes"),
         (429, 8, "grpc: received message larger than max (9 vs. 4)", ConfigError, "--max-request-bytes"),
         (503, 14, "etcdserver: no leader", StoreUnavailableError, "most of its members"),
