@@ -43,7 +43,7 @@ from typing import IO, Any, Final
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import effective_level, get_logger
-from ucxx_transport.machine import Wakeup, open_standard_streams, start_thread
+from ucxx_transport.machine import Wakeup, memory_file, open_standard_streams, start_thread
 from ucxx_transport.units import Secret
 
 _log = get_logger(__name__)
@@ -344,7 +344,6 @@ def interpreter() -> str:
 
 
 def _scratch() -> IO[bytes]:
-    """A file without a name: in memory, since a container may have no folder to write to; some builds lack the call."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("ucxx-sidecar"), "w+b")
-    return tempfile.TemporaryFile()
+    """In memory where that can be had: a container may have no folder to write to."""
+    memory = memory_file()
+    return tempfile.TemporaryFile() if memory is None else memory

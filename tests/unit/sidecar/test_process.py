@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ import pytest
 from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.errors import ConfigError, TransportError
+from ucxx_transport.machine import parts
 from ucxx_transport.sidecar import launch
 from ucxx_transport.sidecar.launch import Sidecar, interpreter
 
@@ -142,12 +144,28 @@ def test_one_comes_up_where_no_folder_for_temporary_files_can_be_written_to(
         one.up.result(MINUTE)
 
 
-def test_one_comes_up_where_python_has_no_memory_files(in_place_of_main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where it was built for an old C library."""
+def test_one_comes_up_where_no_file_in_memory_is_to_be_had(
+    in_place_of_main: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Python was built for an old C library, and in containers that filter calls or forbid such files."""
+
+    def refused(why: int, *_: object) -> NoReturn:
+        raise OSError(why, os.strerror(why))
+
     in_place_of_main.write_text(REPORTING)
-    monkeypatch.delattr(os, "memfd_create")
-    with sidecar() as one:
-        one.up.result(MINUTE)
+    for why in (None, errno.ENOSYS, errno.EPERM, errno.EACCES):
+        with row(why=why), monkeypatch.context() as patched:
+            if why is None:
+                patched.delattr(os, "memfd_create")
+            else:
+                patched.setattr(os, "memfd_create", partial(refused, why))
+            with sidecar() as one:
+                one.up.result(MINUTE)
+            assert one_part("memfd") == ("missing", "note")
+
+
+def one_part(name: str) -> tuple[str, str]:
+    return next((part.value, part.verdict) for part in parts() if part.name == name)
 
 
 def test_what_one_writes_while_it_comes_up_is_on_the_worker_s_standard_error(
