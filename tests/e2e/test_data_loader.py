@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,19 +19,41 @@ from tests.support.segment_folder import VARIABLE
 pytest.importorskip("torch", exc_type=ImportError)
 
 PROGRAMS = Path(__file__).parent / "programs"
+SLOW = ("spawn", "forkserver")
 
 
 def test_persistent_workers_read_each_episode_once_an_epoch_whatever_starts_them() -> None:
-    methods = ("fork", "spawn")  # of one program: importing torch takes longest
+    cases = [f"{method}:epochs" for method in ("fork", "spawn", "forkserver")]
+    found, said = found_with_few_descriptors(*cases)  # of one program: importing torch takes longest
+    assert "Traceback" not in said, said
+    for case in cases:
+        with row(case=case):
+            assert found[case] == {"epochs": [[0, 1, 2, 3, 4, 5]] * 2, "states": ["FREE"]}
+
+
+@pytest.mark.parametrize("method", ["fork", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in SLOW)])
+def test_a_trainer_that_keeps_items_needs_descriptors_unless_it_clones_or_its_workers_share_by_files(
+    method: str,
+) -> None:
+    """By the file system: under fork a strategy of the trainer's is its workers', else it has to be set in them."""
+    enough = ["kept-cloned", "kept-strategy-of-workers", *(["kept-strategy"] if method == "fork" else [])]
+    few = ["kept", *(["kept-strategy"] if method != "fork" else [])]
+    found, _ = found_with_few_descriptors(*(f"{method}:{case}" for case in (*enough, *few)))
+    for case in enough:
+        with row(case=case):
+            assert found[f"{method}:{case}"] == {"numbers": True}
+    for case in few:
+        with row(case=case):
+            assert found[f"{method}:{case}"]["error"].startswith("Too many open files")
+
+
+def found_with_few_descriptors(*cases: str) -> tuple[dict[str, Any], str]:
+    """What the program prints, and what it and its workers wrote to standard error."""
     few = ("bash", "-c", 'ulimit -n 128; exec "$@"', "bash")
-    command = [*few, sys.executable, str(PROGRAMS / "data_loader.py"), *methods]
+    command = [*few, sys.executable, str(PROGRAMS / "data_loader.py"), *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    found = json.loads(done.stdout)
-    for method in methods:
-        with row(method=method):
-            assert found[method] == {"epochs": [[0, 1, 2, 3, 4, 5]] * 2, "states": ["FREE"]}
+    return json.loads(done.stdout), done.stderr
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
