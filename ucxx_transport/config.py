@@ -196,7 +196,8 @@ class ClientConfig(_OverUCX):
     """How a `UCXXClient` reads: in place or over UCX, how long, how often, and with how much memory."""
 
     local: Literal["auto", "view", "copy", "off"] = setting(
-        "a ring of this host: read in place ('view': tensors too; write to none), copied, or over UCX ('off')", default="auto"
+        "a ring of this host: in place ('view': tensors too; write to none), copied, or over UCX ('off')",
+        default="auto",
     )
     token: units.OptionalToken = setting(_SECRECY_IN_WORDS, default=None)
     shm_lanes: bool = setting(_SHM_LANES_IN_WORDS, default=False)

@@ -200,6 +200,6 @@ def _resolve(address: str) -> str:
     except (OSError, UnicodeError):  # UnicodeError: no name that can be looked up, such as "a..b"
         port = "; a port goes into ports or base_port" if ":" in address else ""
         raise ConfigError(
-            f"host = {address!r} is neither an address, nor an interface of this machine, nor a name{port}",
+            f"host = {address!r} is no address, interface of this machine or name that resolves: give one{port}",
             host=address,
         ) from None

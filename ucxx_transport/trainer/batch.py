@@ -114,7 +114,7 @@ class FetchLimits:
     def sorter(self, policy_version: int | None) -> Callable[[Mapping[int, AskedFor]], SortedOut]:
         """What sorts the episodes of a batch out, for a trainer with weights of this version."""
         if self.max_staleness is not None and policy_version is None:
-            text = "max_staleness needs policy_version: how old is judged against it"
+            text = f"max_staleness = {self.max_staleness} needs the trainer's policy_version: give it with the rollouts"
             raise ConfigError(text, field="policy_version")
         return partial(sort_out, policy_version=as_policy_version(policy_version), max_staleness=self.max_staleness)
 

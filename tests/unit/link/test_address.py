@@ -103,7 +103,7 @@ def test_ipv6_is_published_where_there_is_no_ipv4_besides_loopback() -> None:
 
 def test_name_that_nobody_can_look_up_is_refused() -> None:
     rows: list[tuple[str, str]] = [
-        ("no-such-host.invalid", "nor a name"),
+        ("no-such-host.invalid", "name that resolves: give one"),
         ("10.0.0.5:5000", "a port goes into"),
         ("a..b", ""),
     ]

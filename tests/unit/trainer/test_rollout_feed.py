@@ -408,7 +408,7 @@ def test_rollouts_that_were_started_with_a_policy_version_are_deferred_without_o
         feed.defer(rollouts)
         assert numbers(feed, feed.collect()) == [0]
         feed.defer(rollouts)
-        with pytest.raises(ConfigError, match="max_staleness needs policy_version"):
+        with pytest.raises(ConfigError, match="max_staleness = 1 needs the trainer"):
             feed.defer(worker.play(1))
     with pytest.raises(ConfigError, match="the RolloutFeed is closed"):
         feed.start(rollouts)
