@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import sys
@@ -24,7 +23,7 @@ import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Final, Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from ucxx_transport.errors import BusyError, ConfigError, TransportError
 
@@ -64,14 +63,13 @@ def parts() -> list[Finding]:
     replaced = "what it has no sign for is printed as ?: PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     closed = ", ".join(name for number, name in enumerate(_STREAMS) if number in _were_closed)
     unheard = "/dev/null takes its place: redirect it if its lines are wanted"
-    with memory_file() or contextlib.nullcontext() as memory:
-        has_memory_files = memory is not None
+    has_memory_files, has_pidfd = _opens(lambda: os.memfd_create("")), _opens(lambda: os.pidfd_open(os.getpid()))
     return [
         _part("/proc", has_proc(), NO_PROC, "failure"),
         _part("sqlite3", has_sqlite, NO_SQLITE, "warning"),
         _part("cgroup", os.path.exists("/proc/self/cgroup"), unchecked, "warning"),
         _part("memfd", has_memory_files, "a temporary file takes its place: TMPDIR must be writable"),
-        _part("pidfd", hasattr(os, "pidfd_open"), "a death shows within 2 s where what a worker has forked lives"),
+        _part("pidfd", has_pidfd, "a death shows within 2 s where what a worker has forked lives"),
         _part("CUDA driver", os.path.exists("/dev/nvidiactl"), "no arrays on a GPU; all else works"),
         Finding.judged("encoding", encoding, "note", "" if is_utf8 else replaced),
         Finding.judged("streams", f"closed: {closed}" if closed else "open", "note", unheard if closed else ""),
@@ -80,6 +78,15 @@ def parts() -> list[Finding]:
 
 def _part(name: str, is_there: bool, cost: str, verdict: Verdict = "note") -> Finding:  # noqa: FBT001 - a row
     return Finding(name, "there") if is_there else Finding(name, "missing", verdict, cost)
+
+
+def _opens(call: Callable[[], int]) -> bool:
+    """Whether this Python has the call, and kernel and sandbox allow it."""
+    try:
+        os.close(call())
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def has_proc() -> bool:
@@ -91,16 +98,6 @@ def check_proc() -> None:
     """Refuse to go on without /proc, with a ConfigError."""
     if not has_proc():
         raise ConfigError(NO_PROC, field="/proc")
-
-
-def memory_file() -> IO[bytes] | None:
-    """A file without name and folder; None where Python has no such call, or the kernel or a filter refuses it."""
-    try:
-        return open(os.memfd_create("ucxx-sidecar"), "w+b")
-    except (AttributeError, OSError) as error:  # of an old C library; by seccomp, gVisor, vm.memfd_noexec=2
-        if getattr(error, "errno", errno.ENOSYS) in (errno.ENOSYS, errno.EPERM, errno.EACCES):
-            return None
-        raise
 
 
 def check_file_name(name: str) -> None:

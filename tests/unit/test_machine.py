@@ -197,12 +197,13 @@ def test_the_command_line_of_a_bare_container_prints_no_traceback_and_json_alone
 
 def test_the_doctor_shows_every_part_and_what_a_missing_one_costs(tmp_path: Path) -> None:
     gone = "import os, sys\ndel os.memfd_create\nsys.modules['sqlite3'] = None\n"
+    gone += "def refused(*_): raise PermissionError(1, 'as a sandbox may')\nos.pidfd_open = refused\n"
     (tmp_path / "sitecustomize.py").write_text(gone, encoding="utf-8")
     words = ("doctor", "--no-loopback", "--json")
     done = command(*words, redirect="2>&-", PYTHONPATH=str(tmp_path), PYTHONIOENCODING="ascii")
     findings = [one for one in json.loads(done.stdout)["findings"] if one["topic"] == "machine"]
     found = {one["name"]: (one["value"], one["verdict"]) for one in findings}
-    assert found["memfd"] == ("missing", "note")
+    assert found["memfd"] == found["pidfd"] == ("missing", "note")
     assert found["sqlite3"] == ("missing", "warning")
     assert found["/proc"] == ("there", "ok")
     assert found["streams"] == ("closed: standard error", "note")

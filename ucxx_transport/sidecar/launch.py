@@ -20,6 +20,7 @@ that is. Between the two is a socket that keeps messages apart, each of which is
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing.spawn
@@ -43,7 +44,7 @@ from typing import IO, Any, Final
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
 from ucxx_transport.logs import effective_level, get_logger
-from ucxx_transport.machine import Wakeup, memory_file, open_standard_streams, start_thread
+from ucxx_transport.machine import Wakeup, open_standard_streams, start_thread
 from ucxx_transport.units import Secret
 
 _log = get_logger(__name__)
@@ -344,6 +345,10 @@ def interpreter() -> str:
 
 
 def _scratch() -> IO[bytes]:
-    """In memory where that can be had: a container may have no folder to write to."""
-    memory = memory_file()
-    return tempfile.TemporaryFile() if memory is None else memory
+    """A file without a name: in memory where that can be had, since a container may have no folder to write to."""
+    try:
+        return open(os.memfd_create("ucxx-sidecar"), "w+b")
+    except (AttributeError, OSError) as error:  # of an old C library; by seccomp, gVisor, vm.memfd_noexec=2
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+            raise
+    return tempfile.TemporaryFile()
