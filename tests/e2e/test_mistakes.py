@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import multiprocessing
+import os
 import pickle
 import re
 from collections.abc import Awaitable, Callable, Iterator

@@ -99,7 +99,7 @@ class ActorRollouts(Closing, Iterator[Any]):
         self._pid = os.getpid()
         self._pending: dict[Any, int] = {}
         self._counts = dict.fromkeys(("asked", "received", "lost", "lost_actors"), 0)
-        atexit.register(self._end)
+        atexit.register(self.close_at_exit)
         for actor in actors:
             self._welcome(actor)
 
@@ -179,7 +179,7 @@ class ActorRollouts(Closing, Iterator[Any]):
         drain_s, timeout_s = checked_seconds(drain_s, "drain_s"), checked_seconds(timeout_s, "timeout_s")
         if not may_end(self._pid):
             return 0
-        atexit.unregister(self._end)
+        atexit.unregister(self.close_at_exit)
         self.stop()
         self._pending.clear()
         actors, self._actors = self._actors, []
@@ -203,11 +203,11 @@ class ActorRollouts(Closing, Iterator[Any]):
         """Counts since this was made."""
         return RolloutCounts(**self._counts)
 
-    def _end(self) -> None:
-        """At exit, before Ray's own end, which kills actors that still play: so that comes before a last look."""
+    def close_at_exit(self) -> None:
+        """What runs at exit, before Ray's own end, unless `atexit.unregister` is given it: of actors that live on."""
         if may_end(self._pid):
             self.close(timeout_s=10)
-            if self._rings:
+            if self._rings:  # of actors that still play
                 ray.shutdown()
                 self._sweep(time.monotonic() + _DYING_S)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
@@ -135,6 +136,17 @@ def test_a_forked_child_neither_asks_nor_ends_what_is_its_parent_s(ours: Any) ->
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
         assert next(rollouts)["sequence"] == 0
+
+
+def test_what_a_driver_s_exit_calls_can_be_left_out_by_name_and_is_left_out_after_a_close(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(atexit, "unregister", at_exit.remove)
+    with ours.ActorRollouts([Handle(Rollouts("worker"))], lambda actor: actor.play.remote()) as rollouts:
+        assert rollouts.close_at_exit in at_exit
+    assert rollouts.close_at_exit not in at_exit
 
 
 def test_what_cannot_be_asked_is_refused_where_it_is_made(ours: Any) -> None:
