@@ -21,6 +21,7 @@ from ucxx_transport.client import SyncUCXXClient
 from ucxx_transport.config import ClientConfig, RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.link.address import choose_address, list_interfaces, rdma_devices
+from ucxx_transport.link.base import PER_CONNECTION, connection_budget
 from ucxx_transport.link.ucx import limits_in_words, networks_of, resources_of
 from ucxx_transport.link.ucx_api import PREFER_SYSTEM, library_in_use, load_binding
 from ucxx_transport.machine import Finding, MemoryLimit, Verdict, has_proc, memory_limit, parts, pid_namespace
@@ -36,7 +37,7 @@ _PROBE_LIMIT_S: Final = 30.0
 _PROBE: Final = "from ucxx_transport.cli import doctor, program; program.print_json(doctor.describe_ucx())"
 _RDMA: Final = frozenset({"rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd"})
 _SMALL_SHARED_MEMORY_BYTES: Final = 1 << 30  # Docker's default is 64 MiB; a ring of a few large episodes needs more
-_FEW_DESCRIPTORS: Final = 4096  # 1500 idle connections exhaust the usual 1024 and deny everyone (measured)
+_FEW_CONNECTIONS: Final = 1024
 _COLOURS: Final[dict[Verdict, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "failure": "red"}
 
 
@@ -178,10 +179,7 @@ def _host() -> Iterator[Finding]:
     yield _shared_memory()
     yield memory_limit_finding(memory_limit())
     yield segments_finding(list_segments())
-    soft, hard = (_limit(one, str) for one in resource.getrlimit(resource.RLIMIT_NOFILE))
-    few = soft.isdecimal() and int(soft) < _FEW_DESCRIPTORS
-    remedy = "each connection takes one: ulimit -n 65536 for a server of many trainers" if few else ""
-    yield Finding.judged("open files", f"{soft} (at most {hard})", "note", remedy)
+    yield open_files_finding(*resource.getrlimit(resource.RLIMIT_NOFILE))
     locked = _limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], format_bytes)
     matters = rdma_devices() and locked != _UNLIMITED
     remedy = "RDMA locks the memory it sends from: ulimit -l unlimited" if matters else ""
@@ -191,6 +189,16 @@ def _host() -> Iterator[Finding]:
         return
     remedy = "containers that show the same one read each other's rings in place: share the folder and pids"
     yield Finding("host id", f"{host_id()} (pid namespace {pid_namespace()})", remedy=remedy)
+
+
+def open_files_finding(soft: int, hard: int) -> Finding:
+    """The limits of descriptors: what a client or a port has of them, since it raises the first to the second."""
+    room = connection_budget(limit=sys.maxsize if hard == resource.RLIM_INFINITY else hard, in_use=0, asked=None)
+    few = (
+        f"room for {room} connections, {PER_CONNECTION} descriptors each; this host's rings take none: ulimit -Hn 65536"
+    )
+    value = f"{_limit(soft, str)}, raised to {_limit(hard, str)} where needed"
+    return Finding.judged("open files", value, "note", few if room < _FEW_CONNECTIONS else "")
 
 
 def _limit(value: int, words: Callable[[int], str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from tests.support.command_line import call
 from tests.support.rows import row
-from ucxx_transport.cli.doctor import memory_limit_finding, segments_finding, transport_findings
+from ucxx_transport.cli.doctor import memory_limit_finding, open_files_finding, segments_finding, transport_findings
+from ucxx_transport.link.base import PER_CONNECTION, connection_budget
 from ucxx_transport.machine import Finding, MemoryLimit
 from ucxx_transport.ring.segment import SegmentInfo, segment_folder, segment_path
 
@@ -61,6 +63,17 @@ def test_a_memory_limit_is_shown_with_what_it_leaves_and_a_small_rest_is_a_warni
     assert (found(7 << 30).verdict, found(7 << 30).remedy) == ("ok", "")
     assert (found(1 << 29).verdict, found(1 << 29).value) == ("warning", "512 MiB left of 8 GiB (/sys/fs/cgroup/pod)")
     assert "docker: --memory" in found(1 << 29).remedy
+
+
+def test_open_files_are_said_in_connections_where_the_limit_that_is_raised_to_leaves_few() -> None:
+    found = open_files_finding(256, 1024)
+    assert (found.verdict, found.value) == ("note", "256, raised to 1024 where needed")
+    room = connection_budget(limit=1024, in_use=0, asked=None)
+    assert f"room for {room} connections, {PER_CONNECTION} descriptors each" in found.remedy
+    for soft, hard in ((256, 65536), (1024, resource.RLIM_INFINITY), (resource.RLIM_INFINITY, resource.RLIM_INFINITY)):
+        with row(soft=soft, hard=hard):
+            found = open_files_finding(soft, hard)
+            assert (found.verdict, found.remedy) == ("ok", "")
 
 
 def test_the_whole_way_is_tried_and_its_bytes_compared(capsys: Capture) -> None:
