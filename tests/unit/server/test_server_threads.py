@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 from tests.support.raw_peer import RawPeer
+from tests.support.rows import row
 from tests.support.waiting import wait_until
 from ucxx_transport.config import RingConfig, ServerConfig
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
@@ -20,6 +26,7 @@ from ucxx_transport.server import UCXXServer
 from ucxx_transport.testing import MemoryLink, MemoryNetwork
 
 LOOPBACK = "127.0.0.1"
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -50,14 +57,20 @@ def server_of(ring: SharedRingBuffer, factory: LinkFactory, **settings: Any) -> 
     return UCXXServer(ring, config, link_factory=factory)
 
 
-def peer_of(server: UCXXServer, ring: SharedRingBuffer, reactor: Reactor) -> RawPeer:
-    """One that is greeted."""
+def connected(server: UCXXServer, ring: SharedRingBuffer, reactor: Reactor) -> RawPeer:
+    """One that has said nothing yet."""
 
     def run_until(condition: Callable[[], bool]) -> None:
         wait_until(lambda: (reactor.poll(), condition())[1], 60)
 
     peer = RawPeer(run_until, ring.ring_id)
     peer.endpoint = reactor.link.connect(LOOPBACK, server.ports[0], peer)
+    return peer
+
+
+def peer_of(server: UCXXServer, ring: SharedRingBuffer, reactor: Reactor) -> RawPeer:
+    """One that is greeted."""
+    peer = connected(server, ring, reactor)
     peer.greet()
     return peer
 
@@ -84,6 +97,50 @@ def test_each_port_has_a_thread_of_its_own_and_none_is_left(ring: SharedRingBuff
     with server_of(ring, factory, ports=3):
         assert port_threads() == ["ucxx-port-0", "ucxx-port-1", "ucxx-port-2"]
     assert port_threads() == []
+
+
+LIMITED = """
+import json, resource, sys
+from tests.unit.server.test_server_threads import Reactor, connected, server_of
+from ucxx_transport import RingConfig, SharedRingBuffer
+from ucxx_transport.link.base import PER_CONNECTION, SPARE, descriptors_in_use
+from ucxx_transport.logs import log_to_stderr
+from ucxx_transport.testing import MemoryNetwork
+from ucxx_transport.wire.frames import Status
+ports, room, asked = map(int, sys.argv[1:])
+log_to_stderr("limited")
+network = MemoryNetwork()
+with SharedRingBuffer.create(RingConfig(slots=1, slot_bytes=64, prefault=False)) as ring:
+    reactor = Reactor(network.link)
+    server = server_of(ring, network.link, ports=ports, max_connections=asked, start_timeout_s=60.0)
+    limit = descriptors_in_use() + SPARE + PER_CONNECTION * room
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    with server:
+        admitted = 0
+        while (last := connected(server, ring, reactor).greet().status) is Status.OK:
+            admitted += 1
+        print(json.dumps({"limit": limit, "admitted": admitted, "last": last.name}))
+    reactor.close()
+"""
+
+
+def test_a_port_without_descriptors_for_all_says_so_once_and_answers_the_rest_busy() -> None:
+    for ports, room, asked in ((1, 40, 256), (2, 40, 256), (1, 40, 8)):
+        with row(ports=ports, room=room, asked=asked):
+            command = [sys.executable, "-c", LIMITED, *map(str, (ports, room, asked))]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+            assert done.returncode == 0, done.stderr
+            said, events = json.loads(done.stdout), re.findall(r"connections_limited .*", done.stderr)
+            admitted = said["admitted"]
+            assert said["last"] == "BUSY"
+            if asked < room:
+                assert (events, admitted) == ([], asked)
+                continue
+            limits = f"asked={asked} descriptors={said['limit']} see='ulimit -n'"
+            assert len(events) == ports
+            assert all(event.endswith(limits) for event in events)
+            assert events[0] == f"connections_limited connections={admitted} {limits}"
+            assert room // ports - 4 <= admitted <= room // ports  # less what a port has opened for itself
 
 
 def test_the_very_ports_that_are_named_are_bound(ring: SharedRingBuffer, factory: LinkFactory) -> None:
