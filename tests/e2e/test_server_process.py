@@ -189,9 +189,10 @@ def test_a_port_s_process_takes_little_memory(record_property: Callable[[str, ob
     with served_ring() as served, client_of() as client:
         client.read(write(served.ring, 0)).release()
         status = Path(f"/proc/{pid_of_server(served)}/status").read_text(encoding="ascii")
+    # anonymous memory: the ring is its worker's, libraries are one file for all, and 4 MB are queues of UCX's for lanes
     own_bytes = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:"))
     record_property("own_megabytes", round(own_bytes / 1e6, 1))
-    assert own_bytes < 36e6
+    assert own_bytes <= 30e6
 
 
 def test_server_process_is_told_the_folder_of_its_ring(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import math
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -106,6 +107,7 @@ class _Main:
         from ucxx_transport.ring import SharedRingBuffer
         from ucxx_transport.server.port import PortThread
 
+        sys.modules["pynvml"] = None  # type: ignore[assignment]  # ucxx would import it, and ask a driver: nothing is used
         folder, descriptor = Path(order["ring_folder"]), order["descriptor"]
         self._ring = SharedRingBuffer.attach(order["ring_name"], folder=folder, descriptor=descriptor)
         if descriptor is not None:
