@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+ZIGLANG = "ziglang>=0.13,<0.18"
 NATIVE = Path(__file__).resolve().parent / "ucxx_transport" / "native"
 
 
@@ -28,8 +31,19 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]  # hat
     PLUGIN_NAME = "custom"
 
     def dependencies(self) -> list[str]:
-        """ziglang, where there is no compiler: 100 MB to download, so only there."""
-        return [] if _build().compilers() else ["ziglang>=0.13,<0.18"]
+        """ziglang, where no compiler makes the library: 100 MB to download, so only there.
+
+        One may be there without a C library's headers, or a linker; the sources are the trial. A `$CC` has no stand-in.
+        """
+        build = _build()
+        with TemporaryDirectory() as folder:
+            try:
+                build.compile_library(Path(folder, "trial.so"))
+            except build.CompilationError:
+                if os.environ.get("CC"):
+                    raise
+                return [ZIGLANG]
+        return []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
         """Compile, and say which platform the wheel is for."""

@@ -50,7 +50,7 @@ def load(path: Path = LIBRARY) -> Library:
         why = str(exc)
     raise ConfigError(
         f"the compiled part of ucxx_transport cannot be used ({why}). Build it with `python {BUILD}`, or install the "
-        "package again with pip: either takes $CC, cc, gcc or clang, else the compiler of the PyPI package ziglang",
+        "package again with pip: either takes $CC, else cc, gcc, clang, or the compiler of the PyPI package ziglang",
         field="library",
         path=str(path),
     )

@@ -1,4 +1,4 @@
-"""Compilation of the sources into one library: by `$CC`, cc, gcc or clang, else by the compiler of ziglang (PyPI).
+"""Compilation of the sources into one library: by `$CC`, else by cc, gcc, clang or the compiler of ziglang (PyPI).
 
 Run as a program it builds the package's own library in place. Standard library only: the package's build hook loads
 this file by its path, before the package can be imported. What only a compilation needs is imported there: each process
@@ -42,7 +42,7 @@ def source_hash() -> int:
 
 
 def compilers() -> list[Compiler]:
-    """The compilers that are there, the preferred one first."""
+    """The compilers that are there, the preferred one first; `$CC` and no other where it is set."""
     import importlib.util
     import platform
     import shlex
@@ -50,10 +50,9 @@ def compilers() -> list[Compiler]:
 
     machine = platform.machine()
     own = f"linux_{machine}"
-    found = []
     if chosen := os.environ.get("CC"):
-        found.append(Compiler(f"$CC ({chosen})", tuple(shlex.split(chosen)), own))
-    found += [Compiler(name, (path,), own) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+        return [Compiler(f"$CC ({chosen})", tuple(shlex.split(chosen)), own)]
+    found = [Compiler(name, (path,), own) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
     if importlib.util.find_spec("ziglang") is not None:
         target = f"{machine}-linux-gnu.{ZIG_GLIBC}"
         command = (sys.executable, "-m", "ziglang", "cc", "-target", target)
@@ -66,7 +65,7 @@ def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
 
     The target is replaced in one step, so that a process that has the old one mapped keeps it.
     """
-    import subprocess
+    from subprocess import PIPE, STDOUT, CalledProcessError, run
 
     tried = []
     flags = (*FLAGS, f"-DRING_SOURCE={source_hash():#x}ULL", *flags)
@@ -74,19 +73,20 @@ def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
     for compiler in compilers():
         command = [*compiler.command, *flags, *map(str, SOURCES), "-o", str(made)]
         try:
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        except OSError as exc:
-            tried.append(f"{compiler.name}: {exc.strerror}")
-        except subprocess.CalledProcessError as exc:
-            tried.append(f"{compiler.name}: exit {exc.returncode}: {exc.stderr.strip()[-400:]}")
-        else:
+            run(command, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", check=True)
             made.replace(target)
+        except OSError as exc:  # it is not there, or has made nothing
+            tried.append(f"{compiler.name}: {exc.strerror}: {exc.filename}")
+        except CalledProcessError as exc:
+            tried.append(f"{compiler.name}: exit {exc.returncode}: {exc.stdout.strip()[-400:]}")
+        else:
             return compiler
     made.unlink(missing_ok=True)
     raise CompilationError(
         "the sources cannot be compiled. Tried: "
         + ("; ".join(tried) or "nothing: there is no $CC, cc, gcc, clang or ziglang")
-        + ". Install gcc, or `pip install ziglang`, and install ucxx_transport again"
+        + (". Unset CC, or name one that works" if os.environ.get("CC") else ". Install gcc, or `pip install ziglang`")
+        + ", and install ucxx_transport again"
     )
 
 

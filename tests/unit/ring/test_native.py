@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[3]
 STEPS = 20_000
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_ring_header", ROOT / "scripts" / "generate_ring_header.py")
+def module_of(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -46,7 +49,7 @@ def run(program: str, *words: str, environment: dict[str, str] | None = None) ->
 
 
 def test_the_header_is_generated_from_the_layout_and_the_table_of_states() -> None:
-    made = generator()
+    made = module_of(ROOT / "scripts" / "generate_ring_header.py")
     assert made.HEADER.read_text() == made.header()
 
 
@@ -96,13 +99,79 @@ def test_random_transitions_keep_lists_and_counts_true() -> None:
     assert run("random", str(build.LIBRARY), str(STEPS)) == {"steps": STEPS}
 
 
-def test_without_any_compiler_the_error_names_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CC", "no-such-compiler -m64")
-    if importlib.util.find_spec("ziglang") is not None:
-        pytest.skip("ziglang is installed, so there is a compiler")
-    with pytest.raises(build.CompilationError, match=r"no-such-compiler.*Install gcc, or `pip install ziglang`"):
-        build.compile_library(tmp_path / "libnative.so")
+BROKEN = "echo no headers of a C library >&2; exit 1"
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes these shell scripts all that there is on PATH, and no compiler of ziglang; "works" is one that compiles."""
+    works = f'PATH={os.environ["PATH"]} exec {shlex.join(build.compilers()[0].command)} "$@"'
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+    monkeypatch.delenv("CC", raising=False)
+
+    def make(**scripts: str) -> None:
+        folder = tmp_path / f"bin-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{works if script == 'works' else script}\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+
+    return make
+
+
+def required(folder: Path) -> list[str]:
+    """What the build hook asks the registry for."""
+    interface = pytest.importorskip("hatchling.builders.hooks.plugin.interface").BuildHookInterface
+    hook = module_of(ROOT / "hatch_build.py").NativeBuildHook
+    assert issubclass(hook, interface)
+    asked: list[str] = hook(str(ROOT), {}, None, None, str(folder), "wheel").dependencies()
+    return asked
+
+
+def test_the_first_compiler_that_works_is_taken_and_ziglang_asked_for_where_none_does(
+    programs: Callable[..., None], tmp_path: Path
+) -> None:
+    rows: list[tuple[dict[str, str], str, str]] = [
+        # what is on PATH, the compiler that is taken, what is said where none is
+        ({"cc": "works"}, "cc", ""),
+        ({"cc": BROKEN, "gcc": "works"}, "gcc", ""),
+        ({"cc": "exit 0", "gcc": BROKEN, "clang": "works"}, "clang", ""),
+        ({}, "", "nothing: there is no $CC, cc, gcc, clang or ziglang. Install gcc, or `pip install ziglang`"),
+        ({"cc": BROKEN}, "", "cc: exit 1: no headers of a C library. Install gcc, or `pip install ziglang`"),
+        ({"cc": BROKEN, "gcc": "exit 0"}, "", "cc: exit 1: no headers of a C library; gcc: No such file or directory:"),
+        ({"clang": "kill -9 $$"}, "", "clang: exit -9: . Install gcc"),
+    ]
+    for scripts, taken, said in rows:
+        with row(scripts=scripts):
+            programs(**scripts)
+            if taken:
+                assert required(tmp_path) == []
+                assert build.compile_library(tmp_path / "libnative.so").name == taken
+            else:
+                assert required(tmp_path) == ["ziglang>=0.13,<0.18"]
+                with pytest.raises(build.CompilationError, match=re.escape(f"Tried: {said}")):
+                    build.compile_library(tmp_path / "libnative.so")
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_a_compiler_that_is_named_is_taken_and_no_other_in_its_place(
+    programs: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(cc="works", mine="works", broken=BROKEN)
+    monkeypatch.setenv("CC", "mine -O1")
+    assert required(tmp_path) == []
+    assert build.compile_library(tmp_path / "libnative.so").name == "$CC (mine -O1)"
+    for chosen, said in (
+        ("broken", "exit 1: no headers of a C library"),
+        ("missing -m64", "No such file or directory"),
+    ):
+        with row(chosen=chosen):
+            monkeypatch.setenv("CC", chosen)
+            words = rf"Tried: \$CC \({chosen}\): {said}.*\. Unset CC, or name one that works, and install"
+            for asked in (lambda: required(tmp_path), lambda: build.compile_library(tmp_path / "libnative.so")):
+                with pytest.raises(RuntimeError, match=words):
+                    asked()
 
 
 def test_a_library_that_cannot_be_loaded_is_a_configuration_error_that_says_how_to_build_it(tmp_path: Path) -> None:
