@@ -32,7 +32,7 @@ def nixl_lanes(lineup: Lineup, transports: Mapping[str, str]) -> tuple[list[Lane
     try:
         import nixl  # noqa: F401 - whether it is there, and with a back end that loads
     except ImportError as error:
-        return [], dict.fromkeys(transports, f"pip install nixl ({error})")
+        return [], dict.fromkeys(transports, f"pip install --no-deps nixl nixl-cu12 ({error})")
     lanes = [
         Lane(
             subject=subject,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,33 @@ def test_an_installation_that_fails_says_where_all_of_it_is_and_leaves_no_stamp(
     assert "install.log" in done.stderr
     assert (bare / ".venv/install.log").read_text()
     assert not list((bare / ".venv").glob(".installed-*"))
+
+
+def ensure_peers(bare: Path, pip: str) -> subprocess.CompletedProcess[str]:
+    """With this Python's own modules, and a pip that does so."""
+    fake_python(bare, "peers-python", f'[[ "$*" != *" pip "* ]] || {pip}\nexec "{sys.executable}" "$@"')
+    script = f'source "{bare}/scripts/environment"; VENV_PYTHON=peers-python; ensure_peers'
+    (bare / ".venv").mkdir(exist_ok=True)
+    environment = {"PATH": str(bare.parent / "bin"), "HOME": str(bare)}
+    command = [str(shutil.which("bash")), "-euc", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_peers_that_no_registry_has_are_said_and_asked_for_again(bare: Path) -> None:
+    for _ in range(2):
+        done = ensure_peers(bare, "{ echo no such package >&2; exit 1; }")
+        assert done.returncode == 0
+        assert re.search(r"no registry in use has nixl>=\S+ nixl-cu12>=\S+ .*their rows are skipped", done.stderr)
+        assert "no such package" in (bare / ".venv/peers.log").read_text()
+
+
+def test_peers_are_installed_once_without_what_they_require(bare: Path) -> None:
+    asked = bare / "asked"
+    for _ in range(2):
+        assert ensure_peers(bare, f'{{ echo "$*" >>"{asked}"; exit 0; }}').returncode == 0
+    installs = [line for line in asked.read_text().splitlines() if "nixl" in line]
+    assert len(installs) == 1
+    assert re.search(r"--no-deps nixl>=1\S*,<\S+ nixl-cu12>=1\S*,<\S+$", installs[0])
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "scripts/environment"])
