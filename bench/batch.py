@@ -26,7 +26,7 @@ DEALER: Final = "pyzmq DEALER/ROUTER, 16 in flight"
 
 def measure(question: str, plan: Plan) -> list[Row]:
     """All three at all sizes."""
-    plan = replace(plan, most_slots=2 * BATCH, least_slots=2 * BATCH)
+    plan = replace(plan, reads=2 * BATCH, least_slots=2 * BATCH)
     with Lineup() as lineup:
         lanes = [
             Lane(

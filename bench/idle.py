@@ -65,7 +65,7 @@ def measure(question: str, plan: Plan) -> list[Row]:
         clients = lineup.async_reader("16 clients", _Clients)
         source.call("open", size_bytes=SIZE_BYTES, slots=CONNECTIONS)
         clients.call("open", size_bytes=SIZE_BYTES, slots=CONNECTIONS, hold=0, local="off")
-        clients.call("verify", offers=source.call("fill"), batch=0)
+        clients.call("verify", offers=source.call("fill", count=CONNECTIONS), batch=0)
         _wait_for_connections(source)
         time.sleep(SETTLE_S)
         for process in (source, clients):

@@ -34,7 +34,7 @@ SOURCES: Final = 64
 WORKERS: Final = 4
 SIZE_BYTES: Final = 64 << 10
 BATCHES: Final = {SOURCES: 4, 8 * SOURCES: 2}
-"""Payloads of a batch, and how many batches the sources hold."""
+"""Payloads of a batch, and how many batches are read of one order."""
 
 OURS: Final = "this package"
 BARE: Final = "bare UCX"
@@ -84,9 +84,9 @@ class SourcesWorker:
         for source in self._sources:
             source.open(**room)
 
-    def fill(self) -> list[list[Offer]]:
-        """A list a source."""
-        return [source.fill() for source in self._sources]
+    def fill(self, *, count: int) -> list[list[Offer]]:
+        """So many of each source, a list a source."""
+        return [source.fill(count=count) for source in self._sources]
 
     def close(self) -> None:
         """End them."""
@@ -125,10 +125,11 @@ class SeveralSources:
             worker.watch_cpu()
 
     def call(self, verb: str, **arguments: Any) -> Any:
-        """Open sources that have so many slots together, or fill them: payloads of all sources by turns."""
+        """Open sources that have so many slots together, or fill so many: payloads of all sources by turns."""
+        number = "slots" if verb == "open" else "count"
+        arguments[number] //= self._each * len(self._workers)
         if verb == "open":
-            slots = arguments.pop("slots") // (self._each * len(self._workers))
-            arguments |= {"sources": self._each, "slots": slots}
+            arguments["sources"] = self._each
         for worker in self._workers:
             worker.order(verb, **arguments)
         answers = [worker.answer(verb) for worker in self._workers]
@@ -169,6 +170,8 @@ def measure(question: str, plan: Plan) -> list[Row]:
 
 
 def _rates(question: str, plan: Plan) -> list[Row]:
+    each_bytes = SOURCES * SIZE_BYTES
+    plan = replace(plan, pool_bytes=plan.pool_bytes // each_bytes * each_bytes)
     with Lineup() as lineup:
         lanes = []
         for subject, (make_reader, source) in SUBJECTS.items():
@@ -180,11 +183,9 @@ def _rates(question: str, plan: Plan) -> list[Row]:
                 lanes.append(Lane(subject=subject, source=several, reader=reader, options=options))
         rows = []
         for batch, batches in BATCHES.items():
-            slots = batch * batches
+            reads = batch * batches
             of_batch = [replace(lane, batch=batch) for lane in lanes]
-            measured = measure_sizes(
-                question, of_batch, [SIZE_BYTES], replace(plan, most_slots=slots, least_slots=slots)
-            )
+            measured = measure_sizes(question, of_batch, [SIZE_BYTES], replace(plan, reads=reads, least_slots=reads))
             rows += [replace(row, case=case(batch, 1)) for row in measured[::2]]
             rows += [_of_many(one, many, batch) for one, many in zip(measured[::2], measured[1::2], strict=True)]
     return rows
@@ -193,8 +194,7 @@ def _rates(question: str, plan: Plan) -> list[Row]:
 def _of_many(one: Row, many: Row, batch: int) -> Row:
     """The row of many sources, with what they give as a share of what one gives."""
     of_one = [above / below for above, below in zip(many.figures["per_s"], one.figures["per_s"], strict=True)]
-    read = [float(SOURCES)] * len(of_one)  # one that was not read has ended the question
-    return replace(many, case=case(batch, SOURCES), figures={**many.figures, "of_one": of_one, "sources_read": read})
+    return replace(many, case=case(batch, SOURCES), figures={**many.figures, "of_one": of_one})
 
 
 def _limited(question: str, plan: Plan) -> Row:
@@ -205,7 +205,7 @@ def _limited(question: str, plan: Plan) -> Row:
         small.call("open", size_bytes=SMALL_BYTES, slots=sources, on_full="overwrite")
         client = lineup.source("limited client", LimitedClient)
         for _ in range(2):  # the second time a connection is there for some of them
-            offers = small.call("fill")
+            offers = small.call("fill", count=sources)
             outcomes: dict[str, int] = client.call("read", references=[reference for _, reference in offers])
             came = outcomes.pop("read", 0)
             for figure, value in {"sources": sources, "read": came, "read_share": came / sources, **outcomes}.items():

@@ -21,7 +21,7 @@ __all__ = ["BATCH", "READ", "READ_MANY", "SIZES", "TAKE", "TAKERS", "TAKE_MANY",
 
 SIZES: Final = (4 << 10, 64 << 10)
 BATCH: Final = 16
-TAKERS_SLOTS: Final = 512
+MOST_FOR_TAKERS: Final = 8192
 
 READ: Final = "read, by name"
 TAKE: Final = "take of 1"
@@ -74,10 +74,11 @@ def _two_takers(question: str, plan: Plan, size_bytes: int) -> Row:
     case = format_bytes(size_bytes)
     with Lineup() as lineup:
         ring = lineup.ring("the ring")
-        ring.call("open", size_bytes=size_bytes, slots=TAKERS_SLOTS)
+        slots = min(MOST_FOR_TAKERS, plan.slots(size_bytes))
+        ring.call("open", size_bytes=size_bytes, slots=slots)
         takers = [lineup.source(f"taker {which + 1}", Taker) for which in range(2)]
         for number in range(plan.rounds + 1):
-            references = [SlotRef.from_bytes(reference) for _, reference in ring.call("fill")]
+            references = [SlotRef.from_bytes(reference) for _, reference in ring.call("fill", count=slots)]
             for taker in takers:
                 taker.order("take_all", source=references[0].to_bytes())
             answers = [taker.answer("take_all") for taker in takers]

@@ -228,10 +228,6 @@ TARGETS: Final = (
         beside=[sources.BARE, sources.ZEROMQ],
     ),
     *_each(
-        *("sources", "sources read by one client", [sources.OURS], "sources_read"),
-        at_least={ONE_OF_EACH: sources.SOURCES},
-    ),
-    *_each(
         *("sources", "share of all sources that are read", [sources.LIMITED], "read_share"),
         at_least={sources.DESCRIPTORS_CASE: 1.0},
     ),

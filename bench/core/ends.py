@@ -3,14 +3,13 @@
 | order  | the source                                  | the reader                                                   |
 |--------|---------------------------------------------|--------------------------------------------------------------|
 | open   | make room for payloads, and serve them      | make the client; nothing is connected yet                    |
-| fill   | write a payload into every slot             |                                                              |
-| verify |                                             | read all, and compare every byte: also the warm-up           |
-| time   |                                             | read all, each one timed; or in batches                      |
+| fill   | write so many payloads, into the next slots |                                                              |
+| verify |                                             | read those, and compare every byte: also the warm-up         |
+| time   |                                             | read those, each one timed; or in batches                    |
 | close  | end what was opened                         | the same                                                     |
 
-A read is timed from the call until its bytes are held, and an older payload is released in their place: the reader
-holds as many as the source has slots, so that for every subject the receiving side rotates over as much memory as the
-sending one. Reads in place are released at once.
+A read is timed from the call until its bytes are held, and an older payload is released in their place: the receiving
+side rotates over as many payloads for every subject. Reads in place are released at once.
 """
 
 from __future__ import annotations

@@ -17,8 +17,11 @@ from typing import Any, Final
 
 from ucxx_transport.ring.segment import segment_folder
 
-__all__ = ["call_ns", "host_facts"]
+__all__ = ["call_ns", "host_facts", "pool_bytes"]
 
+LEAST_POOL_BYTES: Final = 128 << 20
+MOST_ENDS: Final = 12
+"""Sources and readers of a question that hold a pool at the same time, rounded up."""
 SAMPLES: Final = 5
 CALLS: Final = 2000
 DISTRIBUTIONS: Final = (
@@ -32,6 +35,7 @@ def host_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
+        "pool_bytes": pool_bytes(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "shm_free_bytes": shutil.disk_usage(segment_folder()).free,
         "call_ns": call_ns(),
@@ -43,6 +47,19 @@ def host_facts() -> dict[str, Any]:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def pool_bytes() -> int:
+    """Payload bytes that a source holds: 4 times the largest cache, and 128 MiB at least, for as far as memory goes.
+
+    All ends of a question together take a quarter of it at most, and a ring, with what is beside its payloads, half of
+    what shared memory has.
+    """
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    largest = max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=0)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = min(memory // (4 * MOST_ENDS), shutil.disk_usage(segment_folder()).free // 4)
+    return min(max(LEAST_POOL_BYTES, 4 * largest), room)
 
 
 def _commit() -> str | None:

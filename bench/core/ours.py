@@ -50,7 +50,6 @@ class RingSource:
     def open(self, *, size_bytes: int, slots: int, on_full: Literal["block", "overwrite"] = "block") -> None:
         """Make a ring of that shape and start its server, in place of the present ones."""
         self.close()
-        self._slots = slots
         self._pattern = PayloadPattern(size_bytes)
         # `block`: a payload that was not consumed would stop the benchmark here instead of being overwritten unseen.
         ring_config = RingConfig(slots=slots, slot_bytes=size_bytes, on_full=on_full, block_timeout_s=FILL_TIMEOUT_S)
@@ -61,10 +60,10 @@ class RingSource:
         self._server.start()
         self._open.callback(self._server.stop)
 
-    def fill(self) -> list[Offer]:
-        """Write a payload into every slot."""
+    def fill(self, *, count: int) -> list[Offer]:
+        """Write so many payloads."""
         offers = []
-        for _ in range(self._slots):
+        for _ in range(count):
             ref = self._ring.write_raw(self._pattern.payload(self._written).data)
             offers.append((self._written, ref.to_bytes()))
             self._written += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +20,22 @@ from bench.core.control import ControlledProcess
 from bench.core.cpu_time import ForeignLoad
 from bench.core.ends import Offer
 from bench.core.figures import Row, percentile_us
+from bench.core.host import pool_bytes
 from ucxx_transport.units import format_bytes
 
-__all__ = ["Lane", "Plan", "Source", "measure_sizes", "take_turn"]
+__all__ = ["Lane", "Plan", "Source", "Supply", "measure_sizes", "take_turn"]
 
 TURN_LIMIT: Final = 3.0
 """A turn begins no batch after so many times `turn_s`: reads in place take no time, and refilling their slots does."""
 
 QUICK_BYTES: Final = 1 << 20
 """Payloads of a first look are no larger."""
+
+MOST_SLOTS: Final = 1 << 15
+"""128 MiB of 4 KiB; a ring has no more than twice as many."""
+
+MOST_HELD: Final = 1024
+"""Payloads that a reader holds at most: each turn begins with as many reads, so that all their memory is warm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +44,11 @@ class Plan:
 
     Attributes:
         rounds: turns of every subject in every case.
-        turn_s: how long one turn is timed at least, in batches of as many reads as there are slots; less where
-            refilling the slots takes too long for that (`TURN_LIMIT`).
+        turn_s: how long one turn is timed at least, `reads` at a time; less where refilling their slots takes too long
+            for that (`TURN_LIMIT`).
         quick: fewer cases, for a first look.
-        most_slots: slots of a source, at most.
-        pool_bytes: payload bytes that a source holds at most, but for `least_slots`.
+        reads: of one order, at most: their slots are filled again before the next, as the last to be read.
+        pool_bytes: payload bytes that a source holds, but for `least_slots`: more than the caches do.
         least_slots: slots of a source, at least.
         on_turn: called with words about what has just been measured.
     """
@@ -48,14 +56,14 @@ class Plan:
     rounds: int = 3
     turn_s: float = 0.2
     quick: bool = False
-    most_slots: int = 64
-    pool_bytes: int = 256 << 20
+    reads: int = 64
+    pool_bytes: int = field(default_factory=pool_bytes)
     least_slots: int = 4
     on_turn: Callable[[str], None] = lambda _: None
 
     def slots(self, size_bytes: int) -> int:
         """Slots of a source at one size."""
-        return max(self.least_slots, min(self.most_slots, self.pool_bytes // size_bytes))
+        return max(self.least_slots, min(MOST_SLOTS, self.pool_bytes // size_bytes))
 
     def sizes(self, sizes: Sequence[int]) -> Sequence[int]:
         """These payload sizes; the small ones of them for a first look."""
@@ -83,7 +91,8 @@ class Lane:
         reader: the process that reads.
         options: of the reader's `open`.
         batch: payloads of one call; 0: one by one.
-        hold: whether the reader holds as many payloads as the source has slots; reads in place are released at once.
+        hold: whether the reader holds payloads, as many as the source has slots, or `MOST_HELD`; reads in place are
+            released at once.
         polls: whether its processes poll while they have nothing to do: they are stopped while others are measured.
         most_bytes: the largest payload that it is measured with.
     """
@@ -112,6 +121,33 @@ class Lane:
             process.pause()
 
 
+class Supply:
+    """The payloads of a source, the oldest first: whatever is read has lain there while all others were written.
+
+    Args:
+        source: whose they are.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._ready: deque[Offer] = deque()
+        self._free = 0
+
+    def open(self, size_bytes: int, slots: int) -> None:
+        """Make room for so many."""
+        self.source.call("open", size_bytes=size_bytes, slots=slots)
+        self.source.watch_cpu()
+        self._ready.clear()
+        self._free = slots
+
+    def next(self, count: int) -> list[Offer]:
+        """The oldest, which are read before this is called again; the slots of those before them are filled first."""
+        if self._free:
+            self._ready.extend(self.source.call("fill", count=self._free))
+        self._free = count
+        return [self._ready.popleft() for _ in range(count)]
+
+
 def measure_sizes(
     question: str,
     lanes: Sequence[Lane],
@@ -130,17 +166,17 @@ def measure_sizes(
         skipped: further subjects, and why they are not measured.
     """
     rows = []
+    supplies = {id(lane.source): Supply(lane.source) for lane in lanes}
     for size_bytes in sizes:
         present = [lane for lane in lanes if size_bytes <= lane.most_bytes]
         for lane in {id(lane.source): lane for lane in present}.values():
             with lane.running():
-                lane.source.call("open", size_bytes=size_bytes, slots=plan.slots(size_bytes))
-                lane.source.watch_cpu()
+                supplies[id(lane.source)].open(size_bytes, plan.slots(size_bytes))
         figures: list[dict[str, list[float]]] = [{} for _ in present]
         for number in range(plan.rounds):
             for lane, of_lane in zip(present, figures, strict=True):
                 with lane.running():
-                    values = take_turn(lane, size_bytes, plan, compare=not number)
+                    values = take_turn(lane, supplies[id(lane.source)], size_bytes, plan, compare=not number)
                 for figure, value in values.items():
                     of_lane.setdefault(figure, []).append(value)
             plan.on_turn(f"{question}: {format_bytes(size_bytes)}, round {number + 1} of {plan.rounds}")
@@ -154,18 +190,26 @@ def measure_sizes(
 
 
 def take_turn(
-    lane: Lane, size_bytes: int, plan: Plan, *, compare: bool = True, clock: Callable[[], float] = time.monotonic
+    lane: Lane,
+    supply: Supply,
+    size_bytes: int,
+    plan: Plan,
+    *,
+    compare: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, float]:
-    """One turn of one lane, whose source is open: connect, read all once, which warms up, then time batches."""
+    """One turn of one lane, whose supply is open: connect, read what is held, or all, to warm up, then time reads."""
     slots = plan.slots(size_bytes)
+    reads = min(plan.reads, slots)
+    held = max(reads, min(slots, MOST_HELD - MOST_HELD % reads)) if lane.hold else 0
     options = dict(lane.options)
-    lane.reader.call("open", size_bytes=size_bytes, slots=slots, hold=slots if lane.hold else 0, **options)
-    lane.reader.call("verify", offers=lane.source.call("fill"), batch=lane.batch, compare=compare)
+    lane.reader.call("open", size_bytes=size_bytes, slots=held or slots, hold=held, **options)
+    lane.reader.call("verify", offers=supply.next(held or slots), batch=lane.batch, compare=compare)
     foreign_load = ForeignLoad()
     tally = _Tally()
     last_batch_s = clock() + TURN_LIMIT * plan.turn_s
     while not tally.reads or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
-        offers: Sequence[Offer] = lane.source.call("fill")
+        offers: Sequence[Offer] = supply.next(reads)
         cpu_s = lane.source.cpu_s
         answer = lane.reader.call("time", offers=offers, batch=lane.batch)
         tally.add(answer, reads=len(offers), source_cpu_s=lane.source.cpu_s - cpu_s)

@@ -48,7 +48,6 @@ SHOWN: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "percent": ("% of a core", _number),
     "sources": ("sources", _number),
     "read": ("read", _number),
-    "sources_read": ("sources read", _number),
     "episodes_per_s": ("episodes/s", _number),
     "waiting_share": ("waits", lambda share: f"{share:.1%}"),
     "fetch_us": ("a batch is waited for", _duration),

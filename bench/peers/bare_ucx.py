@@ -91,8 +91,8 @@ class BareSource:
         self._slots.open(size_bytes=size_bytes, slots=slots)
         self._messages = [self._worker.message(memory) for memory in self._slots.memory]
 
-    def fill(self) -> list[Offer]:
-        return self._slots.fill(self._port)
+    def fill(self, *, count: int) -> list[Offer]:
+        return self._slots.fill(self._port, count)
 
     def close(self) -> None:
         self._stopping = True

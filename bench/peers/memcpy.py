@@ -20,14 +20,15 @@ class OwnMemory:
     """Stands where a source's process stands: offers the reader what the reader holds itself."""
 
     cpu_s = 0.0
-    _slots = 0
+    _slots = _next = 0
 
     def call(self, verb: str, **arguments: Any) -> list[Offer] | None:
-        """The same offers each time: payload number = slot."""
+        """The next slots, by turns: payload number = slot."""
         if verb == "open":
-            self._slots = arguments["slots"]
+            self._slots, self._next = arguments["slots"], 0
             return None
-        return [(slot, slot) for slot in range(self._slots)]
+        first, self._next = self._next, self._next + arguments["count"]
+        return [(turn % self._slots, turn % self._slots) for turn in range(first, self._next)]
 
     def watch_cpu(self) -> None:
         """There is no process behind it."""

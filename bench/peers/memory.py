@@ -1,4 +1,4 @@
-"""What every peer's source holds, and where its reader receives: plain memory, as many pieces as a ring has slots."""
+"""What every peer's source holds, as many payloads as a ring has slots, and where its reader receives: plain memory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ __all__ = ["ReceiveBuffers", "Received", "Slots"]
 
 
 class Slots:
-    """A source's payloads."""
+    """A source's payloads, in one block.
 
-    memory: list[NDArray[np.uint8]]
+    Attributes:
+        block: all of them, shape `[slots, size_bytes]`.
+        memory: each of them.
+    """
 
     def __init__(self) -> None:
-        self.memory = []
+        self.block: NDArray[np.uint8] = np.zeros((0, 0), dtype=np.uint8)
+        self.memory: list[NDArray[np.uint8]] = []
         self._written = 0
 
     def open(self, *, size_bytes: int, slots: int) -> None:
         """Hold so many."""
         self._pattern = PayloadPattern(size_bytes)
-        self.memory = [np.zeros(size_bytes, dtype=np.uint8) for _ in range(slots)]
+        self.block = np.zeros((slots, size_bytes), dtype=np.uint8)
+        self.memory = list(self.block)
+        self._next = 0
 
-    def fill(self, port: int) -> list[Offer]:
-        """A payload into every slot; a reference is the port that serves it, and the slot."""
+    def fill(self, port: int, count: int) -> list[Offer]:
+        """Payloads into the next slots; a reference is the port that serves it, and the slot."""
         offers: list[Offer] = []
-        for slot, memory in enumerate(self.memory):
-            np.copyto(memory, self._pattern.payload(self._written))
+        for _ in range(count):
+            slot, self._next = self._next, (self._next + 1) % len(self.memory)
+            np.copyto(self.memory[slot], self._pattern.payload(self._written))
             offers.append((self._written, (port, slot)))
             self._written += 1
         return offers
@@ -53,10 +60,11 @@ class Received:
 
 
 class ReceiveBuffers:
-    """A reader's receive buffers, warm, taken in turn: one more than are held at a time."""
+    """A reader's receive buffers, warm, in one block, taken in turn: one more than are held at a time."""
 
     def __init__(self, size_bytes: int, slots: int) -> None:
-        self.received = [Received(np.zeros(size_bytes, dtype=np.uint8).data) for _ in range(slots + 1)]
+        self.block = np.zeros((slots + 1, size_bytes), dtype=np.uint8)
+        self.received = [Received(buffer.data) for buffer in self.block]
         self._turn = -1
 
     def next(self) -> int:

@@ -42,8 +42,8 @@ class NaiveSource:
     def open(self, *, size_bytes: int, slots: int) -> None:
         self._slots.open(size_bytes=size_bytes, slots=slots)
 
-    def fill(self) -> list[Offer]:
-        return self._slots.fill(self._listener.port)
+    def fill(self, *, count: int) -> list[Offer]:
+        return self._slots.fill(self._listener.port, count)
 
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -56,8 +58,12 @@ def _agent(name: str, transports: str) -> Any:
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
 
 
-def _rows(pieces: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint64]:
-    return np.array([(piece.ctypes.data, piece.nbytes, 0) for piece in pieces], dtype=np.uint64)
+def _rows(first: int, count: int, size_bytes: int) -> NDArray[np.uint64]:
+    """Address, length and device of so many pieces that lie one behind the other."""
+    rows = np.zeros((count, 3), dtype=np.uint64)
+    rows[:, 0] = first + size_bytes * np.arange(count, dtype=np.uint64)
+    rows[:, 1] = size_bytes
+    return rows
 
 
 class NixlSource:
@@ -71,16 +77,20 @@ class NixlSource:
         self._slots = Slots()
         self._agent = _agent(SOURCE, transports)
         self._registered: Any = None
+        self._metadata = NamedTemporaryFile()  # noqa: SIM115 - for each reader; too much to be in every reference
 
     def open(self, *, size_bytes: int, slots: int) -> None:
         self.close()
         self._slots.open(size_bytes=size_bytes, slots=slots)
-        self._registered = self._agent.register_memory(_rows(self._slots.memory), MEMORY)
+        self._block = (self._slots.block.ctypes.data, slots, self._metadata.name)
+        self._registered = self._agent.register_memory(_rows(self._block[0], 1, size_bytes * slots), MEMORY)
+        self._metadata.seek(0)
+        self._metadata.truncate()
+        self._metadata.write(self._agent.get_agent_metadata())
+        self._metadata.flush()
 
-    def fill(self) -> list[Offer]:
-        addresses = [piece.ctypes.data for piece in self._slots.memory]
-        metadata = self._agent.get_agent_metadata()
-        return [(number, (slot, addresses, metadata)) for number, (_, slot) in self._slots.fill(0)]
+    def fill(self, *, count: int) -> list[Offer]:
+        return [(number, (slot, *self._block)) for number, (_, slot) in self._slots.fill(0, count)]
 
     def close(self) -> None:
         if self._registered is not None:
@@ -98,17 +108,18 @@ class NixlReader:
         if self._agent is None:  # making one takes most of a second
             self._agent = _agent("bench-reader", transports)
         self._buffers = ReceiveBuffers(size_bytes, slots)
-        rows = _rows([np.frombuffer(received.buffer, np.uint8) for received in self._buffers.received])
-        self._registered = self._agent.register_memory(rows, MEMORY)
+        block = self._buffers.block
+        self._registered = self._agent.register_memory(_rows(block.ctypes.data, 1, block.nbytes), MEMORY)
+        rows = _rows(block.ctypes.data, len(block), size_bytes)
         self._local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", rows, MEMORY)
         self._remote: Any = None
 
     def resolve(self, reference: Sequence[Any]) -> int:
-        slot, addresses, metadata = reference
+        slot, first, slots, metadata = reference
         if self._remote is None:
-            name = self._agent.add_remote_agent(metadata)
+            name = self._agent.add_remote_agent(Path(metadata).read_bytes())
             self._name = name.decode() if isinstance(name, bytes) else name
-            rows = np.array([(address, self._size_bytes, 0) for address in addresses], dtype=np.uint64)
+            rows = _rows(first, slots, self._size_bytes)
             self._remote = self._agent.prep_xfer_dlist(self._name, rows, MEMORY)
         return int(slot)
 

@@ -32,8 +32,8 @@ class SocketSource:
     def open(self, *, size_bytes: int, slots: int) -> None:
         self._slots.open(size_bytes=size_bytes, slots=slots)
 
-    def fill(self) -> list[Offer]:
-        return self._slots.fill(self._listener.getsockname()[1])
+    def fill(self, *, count: int) -> list[Offer]:
+        return self._slots.fill(self._listener.getsockname()[1], count)
 
     def close(self) -> None:
         self._listener.close()

@@ -44,8 +44,8 @@ class ZeromqSource:
     def open(self, *, size_bytes: int, slots: int) -> None:
         self._slots.open(size_bytes=size_bytes, slots=slots)
 
-    def fill(self) -> list[Offer]:
-        return self._slots.fill(self._port)
+    def fill(self, *, count: int) -> list[Offer]:
+        return self._slots.fill(self._port, count)
 
     def close(self) -> None:
         self._context.term()  # which every serving thread's next wait raises for; it closes its socket
