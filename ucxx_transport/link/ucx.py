@@ -11,6 +11,7 @@
 | WARN_UNUSED_ENV_VARS | n     | a `UCX_IB_*` of the cluster is no news on a host without that fabric                  |
 | RNDV_THRESH          | 512K  | without RDMA only: a rendezvous costs a round trip, 20 % of a read of 64 to 256 KiB   |
 | *_ERROR_HANDLING     | y     | `shm_lanes` only: without it UCX puts no shared memory under a connection by address  |
+| *_FIFO_SIZE, …       | 16    | without `shm_lanes`: queues in shared memory that no one uses are 4 MB a process      |
 
 Over RDMA the rendezvous is the point, so where a host has a device for it the threshold stays UCX's own. It is not
 raised beyond what a segment carries: with `inf` a receive that its endpoint's close cuts off never ends, and its buffer
@@ -62,10 +63,12 @@ TUNED: Final[Settings] = {
 }
 WITHOUT_RDMA: Final[Settings] = {"RNDV_THRESH": "512K"}
 SHM_LANES: Final[Settings] = {"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
+WITHOUT_LANES: Final[Settings] = {
+    f"{of}_{name}": "16" for of in ("POSIX", "SYSV") for name in ("FIFO_SIZE", "RX_BUFS_GROW")
+}
 
 _INHERITED_FROM = {
-    "POSIX_ERROR_HANDLING": "MM_ERROR_HANDLING",
-    "SYSV_ERROR_HANDLING": "MM_ERROR_HANDLING",
+    **{name: f"MM_{name.partition('_')[2]}" for name in (*SHM_LANES, *WITHOUT_LANES)},
     "TCP_CM_REUSEADDR": "CM_REUSEADDR",
 }
 """The wider setting that UCX takes a default from: the user may have set that one."""
@@ -73,7 +76,7 @@ _INHERITED_FROM = {
 
 def context_settings(*, shm_lanes: bool, rdma: bool, ucx: Settings, environment: Settings) -> dict[str, str]:
     """What to give to the context: names without their `UCX_`, and none that UCX finds in the environment itself."""
-    merged = {**TUNED, **({} if rdma else WITHOUT_RDMA), **(SHM_LANES if shm_lanes else {}), **ucx}
+    merged = {**TUNED, **({} if rdma else WITHOUT_RDMA), **(SHM_LANES if shm_lanes else WITHOUT_LANES), **ucx}
     users_rx = "UCX_TCP_RX_SEG_SIZE" in environment or merged["TCP_RX_SEG_SIZE"] != TUNED["TCP_RX_SEG_SIZE"]
     if users_rx and merged["TCP_TX_SEG_SIZE"] == TUNED["TCP_TX_SEG_SIZE"]:
         del merged["TCP_TX_SEG_SIZE"]  # UCX refuses one larger than the receive segment, as ours may be now

@@ -11,6 +11,7 @@ from ucxx_transport.errors import BusyError, ConfigError
 from ucxx_transport.link.ucx import (
     SHM_LANES,
     TUNED,
+    WITHOUT_LANES,
     WITHOUT_RDMA,
     context_settings,
     no_way_to,
@@ -20,12 +21,17 @@ from ucxx_transport.link.ucx import (
 
 
 def test_tuned_settings_apply_where_nobody_says_otherwise() -> None:
-    assert context_settings(rdma=True, shm_lanes=False, ucx={}, environment={"PATH": "/bin"}) == dict(TUNED)
+    assert context_settings(rdma=True, shm_lanes=False, ucx={}, environment={"PATH": "/bin"}) == {
+        **TUNED,
+        **WITHOUT_LANES,
+    }
 
 
 def test_shared_memory_lanes_are_asked_for_only_on_request() -> None:
     assert not set(SHM_LANES) & set(context_settings(rdma=True, shm_lanes=False, ucx={}, environment={}))
-    assert SHM_LANES.items() <= context_settings(rdma=True, shm_lanes=True, ucx={}, environment={}).items()
+    with_lanes = context_settings(rdma=True, shm_lanes=True, ucx={}, environment={})
+    assert SHM_LANES.items() <= with_lanes.items()
+    assert not set(WITHOUT_LANES) & set(with_lanes), "their queues are in use then"
 
 
 def test_configuration_beats_ours() -> None:
@@ -48,13 +54,15 @@ def test_environment_beats_both() -> None:
 @pytest.mark.parametrize(
     ("wider", "left_to_it"),
     [
+        ("UCX_MM_FIFO_SIZE", {"POSIX_FIFO_SIZE", "SYSV_FIFO_SIZE"}),
         ("UCX_MM_ERROR_HANDLING", {"POSIX_ERROR_HANDLING", "SYSV_ERROR_HANDLING"}),
         ("UCX_CM_REUSEADDR", {"TCP_CM_REUSEADDR"}),
     ],
 )
 def test_wider_setting_of_the_user_counts_for_those_it_is_the_default_of(wider: str, left_to_it: set[str]) -> None:
-    settings = context_settings(rdma=True, shm_lanes=True, ucx={}, environment={wider: "n"})
-    assert not left_to_it & set(settings)
+    for shm_lanes in (True, False):
+        settings = context_settings(rdma=True, shm_lanes=shm_lanes, ucx={}, environment={wider: "n"})
+        assert not left_to_it & set(settings)
 
 
 def test_rendezvous_threshold_is_ours_only_where_there_is_no_rdma() -> None:
