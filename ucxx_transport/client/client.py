@@ -14,7 +14,6 @@ repairs the core first (`ClientCore.repair`).
 from __future__ import annotations
 
 import atexit
-import math
 import sys
 import threading
 import time
@@ -262,9 +261,7 @@ class _Lead:
             if core.damaged:
                 core.repair()
             start(core.reads, call)
-            run_once = core.reactor.run_once
-            while not call.done:
-                run_once(math.inf)  # the deadline is a timer of the reactor
+            core.run_until_done(call)
         except BaseException:
             core.damaged = True  # first: a second interrupt may come with the next call
             self._interrupted(call)
@@ -294,7 +291,9 @@ class _Lead:
 
         reactor = None
         try:
-            while not call.done:
+            while True:
+                if call.done:
+                    return
                 if not started and reactor is not core.reactor:  # at first; and when what was submitted is gone
                     reactor = core.reactor
                     if call not in core.reads.jobs:  # which are begun again by `ClientCore.repair`
@@ -324,8 +323,7 @@ class _Lead:
             if core.damaged:
                 core.repair()
             else:
-                while not call.done:
-                    core.reactor.run_once(math.inf)
+                core.run_until_done(call)
         except BaseException:
             core.damaged = True  # first: a second interrupt may come with the next call
             self._interrupted(call)

@@ -226,6 +226,16 @@ class ClientCore(ClientBase):
             reads.go_on(job)  # which reports it at once when nothing is missing
         self.damaged = False
 
+    def run_until_done(self, call: Call) -> None:
+        """Turn until the call is done; its deadline is a timer of the reactor.
+
+        No caller has the loop in place, under its own handlers: where `while` with a condition jumps back, Python 3.12
+        and 3.13 have none for an interrupt (python/cpython#108214).
+        """
+        run_once = self.reactor.run_once
+        while not call.done:
+            run_once(math.inf)
+
     def close(self) -> None:
         """Fail what is under way, take leave of the servers, close connections and rings. Bounded; idempotent."""
         if self.reactor.closed or self.inherited:
@@ -235,8 +245,8 @@ class ClientCore(ClientBase):
                 goodbye = Call(math.inf)
                 with suppress(ConfigError):  # the link was closed before: the interpreter exits
                     self.begin_goodbye(goodbye)
-                    while not goodbye.done and self.reactor.has_link:
-                        self.reactor.run_once(math.inf)
+                    if self.reactor.has_link:
+                        self.run_until_done(goodbye)
         finally:  # also where Ctrl-C ends the wait for a server that is stopped
             self.closed = True
             self.end()

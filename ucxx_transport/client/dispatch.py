@@ -359,7 +359,7 @@ class Dispatch:
             return
         self._settling = True
         try:
-            while self.again or self.finished:
+            while True:
                 if self.again:
                     (source, key), reads = self.again.popitem()
                     reads = [read for read in reads if read.job is not None]
@@ -368,6 +368,8 @@ class Dispatch:
                     elif reads and key is not None:
                         self._enqueue(key, reads, self.now())
                     continue
+                if not self.finished:
+                    break
                 if self.connections.ending:
                     self.connections.send_ends()
                 job = self.finished.pop(0)

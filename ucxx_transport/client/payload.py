@@ -178,7 +178,7 @@ class Deduplicator:
                 self.check(ref)
             if slots is None:
                 slots = self.rings[ref.ring_id] = {}
-                while len(self.rings) > self._max_rings:
+                if len(self.rings) > self._max_rings:
                     self.rings.popitem(last=False)
             else:
                 self.rings.move_to_end(ref.ring_id)

@@ -162,7 +162,7 @@ class CupyReceiver(Receiver):
     def _release_unread(self) -> None:
         """Free the memory whose arrays are gone and which no stream reads any more. The device must be the current."""
         with self._lock:
-            while self._returned:
+            for _ in range(len(self._returned)):
                 memory, streams = self._returned.popleft()
                 self._waiting.append((memory, [self._passed(stream) for stream in streams]))
             self._waiting = [entry for entry in self._waiting if not all(event.done for event in entry[1])]

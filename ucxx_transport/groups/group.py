@@ -138,7 +138,9 @@ class RankGroup(OfOneProcess):
         self._shared.listeners.refuse_in_callback("join_group()")
         retrying = Retrying(self._shared, timeout_s, "joining", cancelled=self._cancelled)
         try:
-            while not self._joining.acquire(timeout=retrying.left_s):
+            while True:
+                if self._joining.acquire(timeout=retrying.left_s):
+                    break
                 retrying.check("another join_group() of this rank")
             has_left = self._cancelled.is_set()  # by a callback's leave that is under way, or one that was interrupted
             self._cancelled.clear()

@@ -244,13 +244,14 @@ class SharedState:
     ) -> T:
         """The first true answer of `find`, which is asked under the lock; else what ended the wait is raised."""
         with self._changed:
-            while not (answer := find(self.now)):
+            while True:
+                if answer := find(self.now):
+                    return answer
                 if self.now.ended is not None:
                     raise copy(self.now.ended)  # several may wait, and come back
                 missing = waiting_for if isinstance(waiting_for, str) else waiting_for(self.now)
                 retrying.check(missing, epoch=self.now.epoch, problems=dict(self.now.snapshot.problems))
                 self._changed.wait(min(retrying.left_s, PAUSE_S))
-            return answer
 
     def on_view(self, callback: Callable[[GroupView], object]) -> Callable[[], None]:
         """Call `callback` with each view from now on, in the thread of `apply`, until what is returned is called."""

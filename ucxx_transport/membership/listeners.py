@@ -169,9 +169,10 @@ class Listeners(Generic[T]):
         until_s = time.monotonic() + timeout_s
         self.retry()
         with self._lock:
-            while busy := [one for one in self._subscriptions if one.is_called or one.queue]:
+            while True:
+                busy = [one for one in self._subscriptions if one.is_called or one.queue]
                 left_s = until_s - time.monotonic()
-                if left_s <= 0 or self.is_calling_back():
+                if not busy or left_s <= 0 or self.is_calling_back():
                     break
                 self._lock.wait(left_s)
         if busy and not self.is_calling_back():

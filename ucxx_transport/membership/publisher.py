@@ -191,7 +191,9 @@ class HeartbeatPublisher(Running):
         refuse_forked(self._pid, "HeartbeatPublisher")
         until_s = self._clock() + checked_seconds(timeout_s, "timeout_s")
         with self._changed:
-            while self.state is not PublisherState.LIVE:
+            while True:
+                if self.state is PublisherState.LIVE:
+                    return self.epoch
                 if self.state is PublisherState.FAILED and self.error is not None:
                     raise self.error
                 if self.state in {PublisherState.NEW, PublisherState.STOPPED}:
@@ -201,7 +203,6 @@ class HeartbeatPublisher(Running):
                     message = "the source was not published in time"
                     raise errors.DeadlineExceededError(message, store=self._store.url, reason=str(self.error))
                 self._changed.wait(left_s)
-            return self.epoch
 
     def stop(self) -> None:
         """Take the source out of the store. Bounded by `stop_timeout_s`; idempotent.

@@ -216,7 +216,9 @@ class SourceWatcher(Running):
         with self._changed:
             if self._thread is None:
                 raise errors.ConfigError("start() the watcher first")
-            while len(ready := self.sources()) < n:
+            while True:
+                if len(ready := self.sources()) >= n:
+                    return ready
                 if self._stopping.is_set():
                     raise errors.ConfigError("the watcher was stopped; make another")
                 left_s = until_s - self._clock()
@@ -229,7 +231,6 @@ class SourceWatcher(Running):
                         store_error="none" if self.error is None else str(self.error),
                     )
                 self._changed.wait(left_s)
-            return ready
 
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""

@@ -137,7 +137,9 @@ def rounds_of(sorted_out: Callable[[], SortedOut], limits: FetchLimits, clock: C
     payloads: dict[int, Payload] = {}
     rounds_left, retried = limits.max_fetch_rounds, 0
     try:
-        while wanted:
+        while True:
+            if not wanted:
+                break
             left_s = max(0.0, until_s - clock())
             limit_s = left_s / 2 if rounds_left > 1 else left_s  # as an attempt's, see `Dispatch.asked`
             outcomes = yield [entry.ref for entry in wanted], limit_s

@@ -188,7 +188,7 @@ class DeviceUploader:
         """Wait for the copies under way and release their memory; nothing is uploaded any more. Idempotent."""
         with self._lock:
             self._closed = True
-            while self._in_flight:
+            for _ in range(len(self._in_flight)):
                 self._in_flight[0][0].wait()
                 self._in_flight.popleft()
         until_s = time.monotonic() + _JOIN_TIMEOUT_S
