@@ -115,6 +115,11 @@ class SeveralSources:
         ]
 
     @property
+    def pids(self) -> tuple[int, ...]:
+        """Of all of them."""
+        return tuple(pid for worker in self._workers for pid in worker.pids)
+
+    @property
     def cpu_s(self) -> float:
         """Of all of them."""
         return sum(worker.cpu_s for worker in self._workers)

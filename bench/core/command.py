@@ -18,7 +18,7 @@ from bench.core import figures as figures_module
 from bench.core.figures import Row, SkippedError
 from bench.core.host import host_facts
 from bench.core.rounds import Plan
-from bench.core.table import disturbance, question_table, verdict_table
+from bench.core.table import disturbance, profile_table, question_table, verdict_table
 from bench.targets import TARGETS, judge
 from ucxx_transport.cli.program import AsJson, console, print_json
 from ucxx_transport.errors import ConfigError, TransportError
@@ -26,7 +26,7 @@ from ucxx_transport.errors import ConfigError, TransportError
 __all__ = ["QUESTIONS", "bench", "chosen_questions"]
 
 QUESTIONS: Final = (
-    *("read", "batch", "take", "lanes", "local", "ring", "ports"),
+    *("read", "batch", "take", "lanes", "steps", "local", "ring", "ports"),
     *("sources", "idle", "spinning", "gpu", "trainer", "stores"),
 )
 FORMAT: Final = "ucxx_transport.bench/2"
@@ -40,6 +40,7 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(QUESTIONS)}; commas or repeated")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="small payloads, shorter turns")] = False,
     check: Annotated[bool, typer.Option("--check", help="print all targets; exit 1 when one is missed")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="where both ends' time goes, by Linux's perf")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="turns of every subject in every case")] = None,
     turn_s: Annotated[float | None, typer.Option("--turn-s", min=0.0, help="seconds timed in a turn, at least")] = None,
     as_json: AsJson = False,
@@ -53,6 +54,7 @@ def bench(
             rounds=rounds or ROUNDS,
             turn_s=(QUICK_TURN_S if quick else TURN_S) if turn_s is None else turn_s,
             quick=quick,
+            profile=profile,
             on_turn=lambda words: progress.update(task, description=words),
         )
         asked = _ask(names, plan, terminal)
@@ -107,6 +109,8 @@ def _ask(names: Sequence[str], plan: Plan, terminal: Console) -> _Asked:
         else:
             asked.rows += rows
             terminal.print(question_table(title, rows))
+            if plan.profile:
+                terminal.print(profile_table(name, rows))
     warning = disturbance(asked.rows)
     if warning is not None:
         terminal.print(warning, style="yellow")

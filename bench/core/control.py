@@ -150,6 +150,12 @@ class ControlledProcess:
         self._tree = process_tree(self._process.pid)
 
     @property
+    def pids(self) -> tuple[int, ...]:
+        """This process and all under it."""
+        assert self._process.pid is not None, "started in __init__"
+        return process_tree(self._process.pid)
+
+    @property
     def cpu_s(self) -> float:
         """CPU seconds used so far by the processes seen at the last `watch_cpu()`."""
         return tree_cpu_s(self._tree)

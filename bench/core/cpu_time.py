@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ForeignLoad", "process_tree", "tree_cpu_s", "tree_sleeps"]
+__all__ = ["ForeignLoad", "process_tree", "tree_cpu_s", "tree_sleeps", "tree_switches"]
 
 CPUCLOCK_SCHED: Final = 2
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
@@ -49,6 +49,16 @@ def tree_sleeps(pids: tuple[int, ...]) -> dict[str, int]:
     """How often each living thread of the processes has gone to sleep since it started."""
     paths = [path for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/status")]
     return {str(path): int(path.read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]) for path in paths}
+
+
+def tree_switches(pids: tuple[int, ...]) -> tuple[int, int]:
+    """How often their living threads went to sleep, and how often one was preempted, since they started."""
+    counts = [0, 0]
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/task").glob("*/status"):
+            for which, name in enumerate(("\nvoluntary_ctxt_switches:", "\nnonvoluntary_ctxt_switches:")):
+                counts[which] += int(path.read_text().split(name)[1].split()[0])
+    return counts[0], counts[1]
 
 
 class ForeignLoad:

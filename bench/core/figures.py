@@ -3,6 +3,7 @@
 | figure           | what it is                                                                                       |
 |------------------|--------------------------------------------------------------------------------------------------|
 | p50_us, p99_us   | of one read: from the call until its bytes are held; in a batch the batch's time over its reads  |
+| first_us         | p50 of the first read behind a refill of the slots, which finds the caches full of payloads      |
 | per_s            | reads a second, from the first call of a batch to the end of the last                            |
 | gb_per_s         | payload bytes / 1e9 / second, over the same time                                                 |
 | reader_cpu_us    | user + system µs of the reading process a read                                                   |

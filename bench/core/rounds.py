@@ -10,7 +10,7 @@ import array
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from bench.core.cpu_time import ForeignLoad
 from bench.core.ends import Offer
 from bench.core.figures import Row, percentile_us
 from bench.core.host import pool_bytes
+from bench.core.profile import ENDS, Sampler
 from ucxx_transport.units import format_bytes
 
 __all__ = ["Lane", "Plan", "Source", "Supply", "measure_sizes", "take_turn"]
@@ -50,6 +51,7 @@ class Plan:
         reads: of one order, at most: their slots are filled again before the next, as the last to be read.
         pool_bytes: payload bytes that a source holds, but for `least_slots`: more than the caches do.
         least_slots: slots of a source, at least.
+        profile: where the time of both ends goes is sampled, which makes everything slower.
         on_turn: called with words about what has just been measured.
     """
 
@@ -59,6 +61,7 @@ class Plan:
     reads: int = 64
     pool_bytes: int = field(default_factory=pool_bytes)
     least_slots: int = 4
+    profile: bool = False
     on_turn: Callable[[str], None] = lambda _: None
 
     def slots(self, size_bytes: int) -> int:
@@ -75,6 +78,9 @@ class Source(Protocol):
 
     @property
     def cpu_s(self) -> float: ...
+
+    @property
+    def pids(self) -> tuple[int, ...]: ...
 
     def call(self, verb: str, **arguments: object) -> Any: ...
 
@@ -205,17 +211,22 @@ def take_turn(
     options = dict(lane.options)
     lane.reader.call("open", size_bytes=size_bytes, slots=held or slots, hold=held, **options)
     lane.reader.call("verify", offers=supply.next(held or slots), batch=lane.batch, compare=compare)
+    sampler = Sampler({"reader": lane.reader.pids, "source": lane.source.pids}) if plan.profile else None
     foreign_load = ForeignLoad()
     tally = _Tally()
     last_batch_s = clock() + TURN_LIMIT * plan.turn_s
     while not tally.reads or (tally.wall_ns < plan.turn_s * 1e9 and clock() < last_batch_s):
         offers: Sequence[Offer] = supply.next(reads)
         cpu_s = lane.source.cpu_s
-        answer = lane.reader.call("time", offers=offers, batch=lane.batch)
+        with sampler.on() if sampler else nullcontext():
+            answer = lane.reader.call("time", offers=offers, batch=lane.batch)
         tally.add(answer, reads=len(offers), source_cpu_s=lane.source.cpu_s - cpu_s)
     foreign_cores = foreign_load.cores()
     lane.reader.call("close")
-    return {**tally.figures(size_bytes), "foreign_cores": foreign_cores}
+    figures = {**tally.figures(size_bytes), "foreign_cores": foreign_cores}
+    if sampler:
+        figures |= sampler.figures(tally.reads, {end: figures[f"{end}_cpu_us"] for end in ENDS})
+    return figures
 
 
 class _Tally:
@@ -225,12 +236,15 @@ class _Tally:
         self.reads = 0
         self.wall_ns = 0
         self._latencies_ns = array.array("q")
+        self._firsts_ns = array.array("q")
         self._reader_cpu_s = 0.0
         self._source_cpu_s = 0.0
         self._calls_ns: list[float] = []
 
     def add(self, answer: Mapping[str, Any], *, reads: int, source_cpu_s: float) -> None:
+        came = len(self._latencies_ns)
         self._latencies_ns.frombytes(answer["latencies_ns"])
+        self._firsts_ns.append(self._latencies_ns[came])
         self.reads += reads
         self.wall_ns += answer["wall_ns"]
         self._reader_cpu_s += answer["cpu_ns"] / 1e9
@@ -242,6 +256,7 @@ class _Tally:
         return {
             "p50_us": percentile_us(self._latencies_ns, 0.50),
             "p99_us": percentile_us(self._latencies_ns, 0.99),
+            "first_us": percentile_us(self._firsts_ns, 0.50),
             "per_s": self.reads / wall_s,
             "gb_per_s": gigabytes / wall_s,
             "reader_cpu_us": self._reader_cpu_s / self.reads * 1e6,

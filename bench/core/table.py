@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Final
 from rich.table import Table
 
 from bench.core.figures import Row, Spread
+from bench.core.profile import ENDS, PARTS
 from ucxx_transport.units import format_duration
 
 if TYPE_CHECKING:
     from bench.targets import Verdict
 
-__all__ = ["disturbance", "question_table", "verdict_table"]
+__all__ = ["disturbance", "profile_table", "question_table", "verdict_table"]
 
 DISTURBED_CORES: Final = 0.15
 """More than this used by others in the median turn makes figures not worth quoting."""
@@ -51,6 +52,10 @@ SHOWN: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "episodes_per_s": ("episodes/s", _number),
     "waiting_share": ("waits", lambda share: f"{share:.1%}"),
     "fetch_us": ("a batch is waited for", _duration),
+    "collect_us": ("of it: collect", _duration),
+    "queue_us": ("the records' queue", _duration),
+    "start_us": ("start", _duration),
+    "resolve_us": ("resolve", _duration),
     "compute_us": ("a step computes", _duration),
 }
 """Figures that are shown, in this order; the document has all."""
@@ -82,6 +87,21 @@ def _cells(row: Row, shown: Sequence[str]) -> list[str]:
         if place == 0:
             cells.append("" if spread is None else f"{words(spread.min)} … {words(spread.max)}")
     return cells
+
+
+def profile_table(question: str, rows: Sequence[Row]) -> Table:
+    """Where the time of both ends went: µs of CPU a read, and how often a thread was switched a read; medians."""
+    table = Table(title=f"{question}: µs of CPU a read", title_justify="left")
+    for heading in ("", "", ""):
+        table.add_column(heading)
+    for heading in (*PARTS, "together", "sleeps", "preempted"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        for end in ENDS if f"reader_{PARTS[0]}_us" in row.figures else ():
+            shown = [f"{end}_{part}_us" for part in PARTS]
+            shown += [f"{end}_cpu_us", f"{end}_sleeps", f"{end}_preempted"]
+            table.add_row(row.case, row.subject, end, *(_number(row.spread(figure).median) for figure in shown))
+    return table
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:

@@ -13,7 +13,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -23,12 +23,13 @@ from bench.peers.memory import ReceiveBuffers, Received, Slots
 if TYPE_CHECKING:
     from bench.core.ends import Offer
 
-__all__ = ["BareReader", "BareSource"]
+__all__ = ["SHM_LANES", "BareReader", "BareSource"]
 
 HOST: Final = "127.0.0.1"
 SPIN_S: Final = 50e-6
 SLEEP_S: Final = 1.0
 SETTINGS: Final = {"TLS": "tcp", "TCP_TX_SEG_SIZE": "256K", "TCP_RX_SEG_SIZE": "512K", "WARN_UNUSED_ENV_VARS": "n"}
+SHM_LANES: Final = {**SETTINGS, "TLS": "tcp,sm,self", "POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
 REQUEST_TAG: Final = 1 << 32
 MOST_PAYLOADS: Final = 1024
 """Of one request."""
@@ -37,7 +38,7 @@ MOST_PAYLOADS: Final = 1024
 class _Worker:
     """A UCX worker, whose progress is made by the thread that waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Mapping[str, str]) -> None:
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
         from ucxx.types import Tag
@@ -45,7 +46,7 @@ class _Worker:
         self._array, self.tag = Array, Tag
         self.request_tag = Tag(REQUEST_TAG)
         features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
-        context = libucxx.UCXContext(config_dict=SETTINGS, feature_flags=features)
+        context = libucxx.UCXContext(config_dict=dict(settings), feature_flags=features)
         self.ucx = libucxx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self.ucx.init_blocking_progress_mode()
         self._epoll = select.epoll()
@@ -76,9 +77,14 @@ class _Worker:
 
 
 class BareSource:
-    """Serves one client after the other, in a thread."""
+    """Serves one client after the other, in a thread.
 
-    def __init__(self) -> None:
+    Args:
+        settings: of UCX; the reader's `options` may have others, too.
+    """
+
+    def __init__(self, settings: Mapping[str, str] = SETTINGS) -> None:
+        self._settings = settings
         self._slots = Slots()
         self._messages: list[Any] = []
         self._stopping = False
@@ -101,7 +107,7 @@ class BareSource:
     def _serve(self) -> None:
         from ucxx._lib.libucxx import UCXListener
 
-        self._worker = worker = _Worker()
+        self._worker = worker = _Worker(self._settings)
         accepted: list[Any] = []
         listener = UCXListener.create(worker.ucx, 0, accepted.append, deliver_endpoint=True)
         self._port = listener.port
@@ -163,8 +169,8 @@ class _Connection:
 class BareReader:
     """A connection to each source, opened when the first reference to it is resolved."""
 
-    def open(self, *, size_bytes: int, slots: int) -> None:
-        self._worker = _Worker()
+    def open(self, *, size_bytes: int, slots: int, settings: Mapping[str, str] = SETTINGS) -> None:
+        self._worker = _Worker(settings)
         self._buffers = ReceiveBuffers(size_bytes, slots)
         self._messages = [self._worker.message(received.buffer) for received in self._buffers.received]
         self._tags = [self._worker.tag(place) for place in range(len(self._messages))]

@@ -20,6 +20,7 @@ class OwnMemory:
     """Stands where a source's process stands: offers the reader what the reader holds itself."""
 
     cpu_s = 0.0
+    pids = ()
     _slots = _next = 0
 
     def call(self, verb: str, **arguments: Any) -> list[Offer] | None:

@@ -17,6 +17,8 @@ SIZE_BYTES = 1024
 class Payloads:
     """A source that takes a while to refill its slots, and a reader that needs `read_ns` for one read."""
 
+    pids = ()
+
     def __init__(self, *, fill_s: float, read_ns: int) -> None:
         self.now_s = 0.0
         self.cpu_s = 0.0

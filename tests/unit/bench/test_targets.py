@@ -87,7 +87,7 @@ def test_microseconds_are_scaled_to_a_call_of_70_ns() -> None:
 
 
 def test_targets_name_a_question_that_there_is_and_verdicts_go_into_json() -> None:
-    assert set(QUESTIONS) - {target.question for target in TARGETS} == {"stores"}
+    assert set(QUESTIONS) - {target.question for target in TARGETS} == {"stores", "steps"}
     for found in judge(rows_for(RATIO, [1.0], [2.0]), QUESTIONS):
         assert json.loads(json.dumps(found.to_dict()))["verdict"] == found.word
 
