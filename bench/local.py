@@ -1,7 +1,8 @@
 """What does a read on the worker's own host take? In place, and copied, beside memcpy.
 
 A view moves no byte: its time says how soon a reader may start, whatever the size. The first ones behind a refill find
-the caches full of payloads and take several times as long, so there are enough slots for the median to lie beyond them.
+the caches full of payloads and take several times as long: so there are as many to a refill at every size, and enough
+for the median to lie beyond those.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bench.peers.memcpy import MemcpyReader, OwnMemory
 __all__ = ["SIZES", "VIEW_ASYNCIO", "VIEW_BLOCKING", "measure"]
 
 SIZES: Final = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
-LEAST_SLOTS: Final = 8
+READS: Final = 16
 VIEW_BLOCKING: Final = "view, blocking"
 VIEW_ASYNCIO: Final = "view, asyncio"
 
@@ -34,5 +35,5 @@ def measure(question: str, plan: Plan) -> list[Row]:
             Lane(subject="copy, asyncio", source=ring, reader=asyncio, options=copy, hold=False),
             Lane(subject="memcpy", source=OwnMemory(), reader=lineup.reader("memcpy", MemcpyReader), hold=False),
         ]
-        few = replace(plan, turn_s=plan.turn_s / 2, least_slots=LEAST_SLOTS)
+        few = replace(plan, turn_s=plan.turn_s / 2, reads=READS, least_slots=READS)
         return measure_sizes(question, lanes, plan.sizes(SIZES), few)
