@@ -20,8 +20,11 @@ from bench.core.host import call_ns
 from bench.core.rounds import Plan
 from ucxx_transport.config import RingConfig
 from ucxx_transport.ring import SharedRingBuffer
+from ucxx_transport.ring.leases import Hold
 from ucxx_transport.schema import Schema, SlotRef, TensorSpec
 from ucxx_transport.schema.episode_record import EpisodeRecord, RewardSummary
+from ucxx_transport.schema.slot_ref import renumbered
+from ucxx_transport.schema.tensors import copy_fields
 
 __all__ = ["FEW", "FULL", "SCATTERED", "measure"]
 
@@ -79,6 +82,7 @@ def _subjects(stack: ExitStack) -> Iterator[tuple[str, Sample]]:
     fields = ring(slots=SLOTS, schema=Schema([TensorSpec("obs", (PAYLOAD_BYTES // 4,), "float32")]))
     arrays = {"obs": np.zeros(PAYLOAD_BYTES // 4, np.float32)}
     yield "write of 4 KiB, one field", _repeated(lambda: fields.write(arrays))
+    yield from _parts_of_a_write(fields, arrays)
     yield "acquire and mark_consumed", _reads(ring(slots=CALLS_A_SAMPLE, slot_bytes=64))
 
     ref = raw.write_raw(data)
@@ -92,6 +96,8 @@ def _subjects(stack: ExitStack) -> Iterator[tuple[str, Sample]]:
     form = record.to_dict()
     yield "EpisodeRecord.to_dict", _repeated(record.to_dict)
     yield "EpisodeRecord.from_dict", _repeated(lambda: EpisodeRecord.from_dict(form))
+    yield "of that: SlotRef.from_dict", _repeated(lambda: SlotRef.from_dict(form["ref"]))
+    yield "of that: RewardSummary.from_dict", _repeated(lambda: RewardSummary.from_dict(form["rewards"]))
 
     few = ring(slots=SLOTS, slot_bytes=64)
     yield FEW, _writes(few)
@@ -112,6 +118,21 @@ def _timed_writes(ring: SharedRingBuffer) -> tuple[float, list[SlotRef]]:
     began = time.perf_counter()
     made = [ring.write_raw(small) for _ in range(CALLS_A_SAMPLE)]
     return (time.perf_counter() - began) / CALLS_A_SAMPLE, made
+
+
+def _parts_of_a_write(ring: SharedRingBuffer, arrays: dict[str, Any]) -> Iterator[tuple[str, Sample]]:
+    schema, transitions, target = ring.schema, ring.transitions, np.zeros_like(arrays["obs"])
+    words, common = Hold(transitions).words, (ring.ring_id, ring.name, "host", None, (), ring.fingerprint)
+    assert schema is not None
+    yield "of that: Schema.arrange", _repeated(lambda: schema.arrange(arrays))
+    yield "of that: the copy, one field", _repeated(lambda: copy_fields([target], [arrays["obs"]]))
+    yield "of that: its reference", _repeated(lambda: renumbered(common, 1, 2, PAYLOAD_BYTES, None, None))
+
+    def transit() -> None:
+        transitions.reserve(words, overwrites=True)
+        transitions.commit(words, 1)
+
+    yield "of that: reserve and commit, in C", _repeated(transit)
 
 
 def _reads(ring: SharedRingBuffer) -> Sample:

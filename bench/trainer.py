@@ -4,6 +4,8 @@ Episodes a second, and the share of its time that it waits for data. A worker pr
 can; a trainer process takes them in batches of 8, reads every byte, and computes: for no time at all (how many episodes
 a second can it be given?), and for longer than fetching a batch over UCX takes (what does it wait then? It sleeps, as
 one does whose GPU computes). The same for a `multiprocessing.Queue` of arrays.
+
+What it waits is everything between two steps; `PARTS` says of what it consists.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import multiprocessing
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["SIZES", "UCX_AHEAD", "VIEW_AHEAD", "measure"]
+__all__ = ["PARTS", "SIZES", "UCX_AHEAD", "VIEW_AHEAD", "measure"]
 
 SIZES: Final = (64 << 10, 1 << 20, 16 << 20)
 BATCH: Final = 8
@@ -55,6 +58,9 @@ FEEDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "in place, on demand": {"local": "view", "ahead": False},
 }
 """The first says how long a step computes."""
+PARTS: Final = ("collect", "queue", "start", "resolve")
+"""Of a wait: for the batch that was asked for; for the next records, in the queue that brings them from the worker, and
+asking for those; and the episodes' arrays, to be had."""
 QUEUE: Final = "multiprocessing.Queue"
 QUEUE_BYTES: Final = 1 << 20
 """Larger episodes go through a queue by the tenth of a second."""
@@ -118,6 +124,7 @@ def _take_turn(way: _Way, turn_s: float, compute_s: float) -> dict[str, float]:
         "waiting_share": computing["waiting_s"] / computing["wall_s"],
         "fetch_us": idle["waiting_s"] / idle["steps"] * 1e6,
         "compute_us": compute_s * 1e6,
+        **{f"{part}_us": computing[part] / computing["steps"] * 1e6 for part in PARTS if part in computing},
         "foreign_cores": foreign_cores,
     }
 
@@ -135,6 +142,7 @@ class Trainer:
         self._channel = channel
         self._feed: RolloutFeed | None = None
         self._started = False
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
 
     def open(self, *, size_bytes: int) -> None:
         """Take every slot's worth of episodes once, and compare every byte."""
@@ -148,13 +156,14 @@ class Trainer:
     def train(self, *, seconds: float, compute_s: float) -> dict[str, float]:
         """Steps until `seconds` have passed."""
         self._step(compute_s)  # not counted: what its batch is waited for depends on what was done before this order
+        self._spent_s.clear()
         steps, waiting_s = 0, 0.0
         began_s = now_s = time.perf_counter()
         while steps < LEAST_STEPS or now_s - began_s < seconds:
             waiting_s += self._step(compute_s)
             steps += 1
             now_s = time.perf_counter()
-        return {"steps": steps, "waiting_s": waiting_s, "wall_s": now_s - began_s}
+        return {"steps": steps, "waiting_s": waiting_s, "wall_s": now_s - began_s, **self._spent_s}
 
     def close(self) -> None:
         """End the feed, with what it has fetched ahead."""
@@ -180,13 +189,26 @@ class Trainer:
         if self._feed is None or self._way is None:
             return self._take()
         if not self._started:
-            self._feed.start(self._take())
+            self._start(self._feed)
+        began_s = time.perf_counter()
         batch: list[Any] = self._feed.collect() or []
+        self._spent_s["collect"] += time.perf_counter() - began_s
         self._started = self._way["ahead"]
         if self._started:
-            self._feed.start(self._take())
+            self._start(self._feed)
+        began_s = time.perf_counter()
         trees = [(record["sequence"], self._feed.resolve(record)) for record in batch]
-        return [(number, tree["data"]) for number, tree in trees if tree is not None]
+        arrays = [(number, tree["data"]) for number, tree in trees if tree is not None]
+        self._spent_s["resolve"] += time.perf_counter() - began_s
+        return arrays
+
+    def _start(self, feed: RolloutFeed) -> None:
+        began_s = time.perf_counter()
+        records = self._take()
+        taken_s = time.perf_counter()
+        feed.start(records)
+        self._spent_s["queue"] += taken_s - began_s
+        self._spent_s["start"] += time.perf_counter() - taken_s
 
     def _take(self) -> list[Any]:
         return [self._channel.get(timeout=WAIT_LIMIT_S) for _ in range(BATCH)]
