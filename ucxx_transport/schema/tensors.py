@@ -201,9 +201,7 @@ def fit(value: object, spec: TensorSpec) -> Array:
     if shape == (0,) and spec.varlen and isinstance(value, (list, tuple)):
         shape = (0, *full[1:])
         array = array.reshape(shape)
-    if shape != full and not (
-        spec.varlen and len(shape) == len(full) and shape[0] <= full[0] and shape[1:] == full[1:]
-    ):
+    if shape != full and not (spec.varlen and shape and shape[0] <= full[0] and shape[1:] == full[1:]):
         wanted = f"(≤{full[0]}, {', '.join(map(str, full[1:]))})" if spec.varlen else str(full)
         text = f"shape {shape} is not {wanted}: {_shape_remedy(shape, spec)}"
         raise misfit(spec.name, text, given=shape, expected=wanted)
