@@ -80,10 +80,7 @@ def on_host(leaf: object, field: str, runtimes: RuntimeFinder = runtime_of) -> A
 
 
 def receiver_for(device: str) -> Receiver:
-    """What receives on "cuda", "cuda:N", "cupy" or "cupy:N"; without a number on the library's current device.
-
-    A ConfigError: the library is not installed, or finds no such GPU here.
-    """
+    """What receives on "cuda[:N]" or "cupy[:N]", N the current one; a ConfigError: no such library or GPU here."""
     library, _, number = device.partition(":")
     index = int(number) if number else None
     if library == "cuda":

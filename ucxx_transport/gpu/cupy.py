@@ -94,8 +94,7 @@ class CupyRuntime(Runtime):
         return host
 
 
-_PER_THREAD_STREAM: Final = 2
-"""`cudaStreamPerThread`: another stream in every thread that names it."""
+_PER_THREAD_STREAM: Final = 2  # `cudaStreamPerThread`: another stream in every thread that names it
 
 
 class CupyReceiver(Receiver):

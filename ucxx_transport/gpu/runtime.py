@@ -65,8 +65,7 @@ class DeviceArray(NamedTuple):
 class Runtime(ABC):
     """CUDA by way of one `library`. Copies to the host are ordered by the calling thread's current streams."""
 
-    remedy = ""
-    """What else helps where it cannot take an array."""
+    remedy = ""  # what else helps where it cannot take an array
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -129,10 +128,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy_to_host(self, array: DeviceArray, target: Array) -> None:
-        """Begin one copy to contiguous page-locked memory of the same shape and dtype; does not wait for it.
-
-        What is not contiguous is made so on the device.
-        """
+        """Begin a copy, made contiguous on the device if need be, to page-locked memory of its shape and dtype."""
 
     @abstractmethod
     def wait(self, device: int) -> None:

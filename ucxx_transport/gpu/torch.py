@@ -70,8 +70,7 @@ class _Writable:
         self._array = array  # held: it holds the payload's memory
 
 
-_LEGACY_STREAM: Final = 1
-"""How CUDA's array interface names the default stream."""
+_LEGACY_STREAM: Final = 1  # the default stream, in CUDA's array interface
 
 
 class TorchRuntime(Runtime):

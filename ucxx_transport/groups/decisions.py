@@ -130,10 +130,7 @@ class GroupSnapshot:
         return frozenset(missing for joiner in late for missing in self._missing(joiner, self.view))
 
     def turn_of(self, rank: int) -> int:
-        """How many live members should have written the next view before `rank` does: 0 for one of them.
-
-        Those in the group come first, by rank; so a joiner leaves the group's view to the group, if there is one.
-        """
+        """How many live members should write the next view before `rank` does: those in the group first, by rank."""
         in_group = [other for other in self.view.ranks if other in self.members]
         order = [*in_group, *(other for other in sorted(self.members) if other not in in_group)]
         return order.index(rank) if rank in order else len(order)

@@ -278,10 +278,7 @@ class Participant:
 
 
 def change_view(retrying: Retrying, event: RankEvent, ranks: Collection[int], *, incarnation: str | None = None) -> int:
-    """Make an event happen to those of `ranks` that it concerns, see `GroupSnapshot.view_after`.
-
-    Returns the epoch of the view in which it is so. A NotReadyError: one to RECALL is not in the group.
-    """
+    """Have `GroupSnapshot.view_after` written; the epoch it is so in. A NotReadyError: one to RECALL is no member."""
     store, keys, group = retrying.shared.store, retrying.shared.keys, retrying.shared.now.group
     while True:
         snapshot = GroupSnapshot.of(group, retrying.call(store.snapshot, keys.prefix))

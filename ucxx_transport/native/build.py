@@ -61,10 +61,7 @@ def compilers() -> list[Compiler]:
 
 
 def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
-    """Compile the sources into a shared library; the compiler that did it, or a CompilationError with what each said.
-
-    The target is replaced in one step, so that a process that has the old one mapped keeps it.
-    """
+    """Compile the sources into a shared library; the compiler that did it, or a CompilationError with what all said."""
     from subprocess import PIPE, STDOUT, CalledProcessError, run
 
     tried = []
@@ -74,7 +71,7 @@ def compile_library(target: Path, flags: Sequence[str] = ()) -> Compiler:
         command = [*compiler.command, *flags, *map(str, SOURCES), "-o", str(made)]
         try:
             run(command, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", check=True)
-            made.replace(target)
+            made.replace(target)  # a process that has the old one mapped keeps it
         except OSError as exc:  # it is not there, or has made nothing
             tried.append(f"{compiler.name}: {exc.strerror}: {exc.filename}")
         except CalledProcessError as exc:

@@ -250,11 +250,8 @@ def process_name(pid: int) -> str:
 
 
 def why_full(ring: Transitions) -> tuple[str, dict[str, object]]:
-    """Why a write found no slot, in words that end with what helps, and the numbers behind them.
-
-    It looks at all slots without the lock: one that changes meanwhile may be missing.
-    """
-    states, entries = _headers(ring)
+    """Why a write found no slot, in words that end with what helps, and the numbers behind them."""
+    states, entries = _headers(ring)  # without the lock: a slot that changes meanwhile may be missing
     holders = _holders(states, entries)
     readers_of = (entries[:, :, layout.ENTRY_LEASE] & 1).sum(axis=1)  # of each slot: how many have had the payload
     waiting = Counter(readers_of[states == SlotState.READY].tolist())

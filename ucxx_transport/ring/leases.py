@@ -39,8 +39,7 @@ _next_lease_id = itertools.count(1).__next__
 live: dict[int, ref[Any]] = {}
 """This process's holds that have not ended: each as long as it is there, or the array that it was handed over to. A
 forked child inherits the objects only."""
-unsettled: list[Hold] = []
-"""Holds that were dropped while the lock was not to be had: `settle` ends them."""
+unsettled: list[Hold] = []  # dropped while the lock was not to be had: `settle` ends them
 
 
 class Hold:

@@ -63,10 +63,7 @@ InPlace: TypeAlias = "bool | Callable[[SharedRingBuffer], bool]"  # whose payloa
 
 
 def unpacker_for(device: object = None) -> tuple[Unpack, DeviceUploader | None, InPlace]:
-    """How payloads become arrays on `device`, what takes them there as they come, if that is a GPU, and from where.
-
-    A ConfigError: as `checked_device`, or a library is not installed, or this machine has no such GPU.
-    """
+    """How payloads become arrays on `device`, what takes them to a GPU, from where; a ConfigError: no such is here."""
     as_they_are = attrgetter("arrays")
     name = checked_device(device)
     if name == "numpy":

@@ -252,10 +252,7 @@ class ClientSession:
         return asked
 
     def on_offer(self, attempt: int, message: Message) -> Offer:
-        """What the server has picked; `receive` it at once.
-
-        Raises what the server says instead; a ProtocolError: an offer that was not asked for.
-        """
+        """What the server has picked, to `receive` at once; or the error that it answers, or a ProtocolError."""
         sequence, header, body = self._answer(attempt, message)
         max_payloads, max_bytes = self._takes.pop(attempt)
         for number in range(attempt + 1, attempt + 1 + max_payloads):
