@@ -242,7 +242,7 @@ def test_every_setting_is_checked_before_there_is_a_trajectory() -> None:
         ({"server": {"ports": 0}}, "server.ports"),
         ({"server": "127.0.0.1"}, "server takes a ServerConfig, or a dict"),
         ({"serve": True, "server": {"host": "255.255.255.254"}}, "publish_host"),
-        ({"serve": True, "server": {"host": "no-such-host.invalid"}}, "nor a name"),
+        ({"serve": True, "server": {"host": "no-such-host.invalid"}}, "or name that resolves"),
         ({"server": {"host": "127.0.0.1:5000"}}, "a port in it"),
         ({"server": {"publish_host": "lb.example:5000"}}, "a port in it"),
         ({"publisher": {"interval_s": 0}}, "publisher.interval_s"),
