@@ -19,6 +19,7 @@ import functools
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -209,6 +210,20 @@ class Wakeup:
             os.eventfd_read(self._descriptor)
         except BlockingIOError:  # it is already
             return
+
+
+LOOK_S: Final = 1.0
+"""A wait for a lock takes no longer at a time: of a signal that comes just before it sleeps, Python hears behind it."""
+
+
+def wait_for(changed: threading.Condition, is_over: Callable[[], bool], limit_s: float) -> bool:
+    """`changed.wait_for`, in waits of `LOOK_S`."""
+    until_s = time.monotonic() + limit_s
+    while not is_over():
+        if (left_s := until_s - time.monotonic()) <= 0:
+            return False
+        changed.wait(min(left_s, LOOK_S))
+    return True
 
 
 def start_thread(target: Callable[..., object], *args: object, name: str) -> threading.Thread:

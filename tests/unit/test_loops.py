@@ -8,8 +8,21 @@ its own, or `while True`, in whatever a program's main thread calls.
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+import pytest
+
+from tests.support.fake_source import FakeSource
+from tests.support.local_worker import LocalWorker, silence
+from tests.support.memory_store import MemoryData, MemoryStore
+from tests.support.rows import row
+from tests.support.store_in_front import StoreInFront
+from ucxx_transport import RingConfig, RolloutFeed, SharedRingBuffer
+from ucxx_transport.machine import LOOK_S
+from ucxx_transport.membership import HeartbeatPublisher, SourceWatcher
 
 PACKAGE = Path(__file__).parents[2] / "ucxx_transport"
 ELSEWHERE = {
@@ -58,3 +71,35 @@ def test_a_loop_that_an_interrupt_may_end_has_its_handlers_around_the_call_of_it
     }
     assert found - ELSEWHERE == set()
     assert ELSEWHERE - found == set(), "what is not there any more"
+
+
+def test_no_wait_sleeps_so_long_that_an_interrupt_just_before_it_is_not_heard_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python hears of a signal between two bytecodes, or where it ends a system call that has begun."""
+    waits: list[float | None] = []
+    plain, main = threading.Condition.wait, threading.current_thread()
+
+    def wait(changed: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.current_thread() is not main:
+            return plain(changed, timeout)
+        waits.append(timeout)
+        raise KeyboardInterrupt
+
+    store = MemoryStore(MemoryData())
+    away = StoreInFront(store)
+    away.reachable = False
+    config = RingConfig(slots=1, slot_bytes=64)
+    with (
+        SharedRingBuffer.create(config) as ring,
+        RolloutFeed({"connect_timeout_s": 600}, deadline_s=600, link_factory=silence) as feed,
+        SourceWatcher(store) as watcher,
+        HeartbeatPublisher(away, "worker", FakeSource()) as publisher,
+    ):
+        feed.start(LocalWorker(ring).play_far_away(1))
+        monkeypatch.setattr(threading.Condition, "wait", wait)
+        for call in (feed.collect, partial(watcher.wait_for, 1, 600), partial(publisher.wait_published, 600)):
+            with row(call=call), pytest.raises(KeyboardInterrupt):
+                call()
+        monkeypatch.undo()
+    assert [timeout is not None and timeout <= LOOK_S for timeout in waits] == [True] * 3

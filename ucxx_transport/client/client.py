@@ -27,6 +27,7 @@ from ucxx_transport.client.jobs import Call, Job, Takeable
 from ucxx_transport.client.payload import Payload
 from ucxx_transport.client.reads import Reads
 from ucxx_transport.errors import ConfigError, DeadlineExceededError, TransportError
+from ucxx_transport.machine import LOOK_S
 from ucxx_transport.schema import SlotRef
 from ucxx_transport.schema.episode_record import slot_ref_of
 from ucxx_transport.teardown import Closing, refuse_forked
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
     from ucxx_transport.schema.episode_record import Referring
 
 _CLOSE_WAIT_S: Final = 5.0
-
-LOOK_S: Final = 1.0
-"""A thread that follows looks this often whether there is a lead to take; it is woken long before."""
 
 OVERDUE_S: Final = 5.0
 """One that follows gives up so long after its deadline: the one that leads hangs in a callback of the application."""
@@ -312,7 +310,7 @@ class _Lead:
             self.wake()
 
     def _wait(self, follower: threading.Lock, call: Call) -> None:
-        follower.acquire(timeout=LOOK_S)
+        follower.acquire(timeout=LOOK_S)  # it is woken long before where there is a lead to take
         if self._core.reactor.now() - call.until_s > OVERDUE_S:
             raise DeadlineExceededError("the thread that runs this client's connections does not get on")
 

@@ -15,7 +15,7 @@ from typing import Final, Self
 from ucxx_transport import errors
 from ucxx_transport.config import PublisherConfig, checked_seconds
 from ucxx_transport.groups.participant import Participant, change_view, put_policy_version
-from ucxx_transport.groups.state import GONE, GroupState, GroupStatistics, Member, Retrying, SharedState
+from ucxx_transport.groups.state import GONE, PAUSE_S, GroupState, GroupStatistics, Member, Retrying, SharedState
 from ucxx_transport.groups.view import GroupView, MemberRecord, RankEvent, RankState
 from ucxx_transport.logs import get_logger
 from ucxx_transport.membership.listeners import ADD, REMOVE
@@ -139,7 +139,7 @@ class RankGroup(OfOneProcess):
         retrying = Retrying(self._shared, timeout_s, "joining", cancelled=self._cancelled)
         try:
             while True:
-                if self._joining.acquire(timeout=retrying.left_s):
+                if self._joining.acquire(timeout=min(retrying.left_s, PAUSE_S)):
                     break
                 retrying.check("another join_group() of this rank")
             has_left = self._cancelled.is_set()  # by a callback's leave that is under way, or one that was interrupted

@@ -27,7 +27,7 @@ from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import PublisherConfig, StoreConfig, checked_seconds
 from ucxx_transport.logs import get_logger
-from ucxx_transport.machine import start_thread
+from ucxx_transport.machine import LOOK_S, start_thread
 from ucxx_transport.membership.entries import source_key
 from ucxx_transport.membership.renewal import RETRIES_AN_INTERVAL, Keeper
 from ucxx_transport.membership.sources import Publication, RingSource, SourceRecord, SourceStatus, next_epoch
@@ -202,7 +202,7 @@ class HeartbeatPublisher(Running):
                 if left_s <= 0:
                     message = "the source was not published in time"
                     raise errors.DeadlineExceededError(message, store=self._store.url, reason=str(self.error))
-                self._changed.wait(left_s)
+                self._changed.wait(min(left_s, LOOK_S))
 
     def stop(self) -> None:
         """Take the source out of the store. Bounded by `stop_timeout_s`; idempotent.

@@ -25,7 +25,7 @@ from ucxx_transport import errors
 from ucxx_transport.backoff import random_pause_s
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.logs import get_logger
-from ucxx_transport.machine import start_thread
+from ucxx_transport.machine import LOOK_S, start_thread
 from ucxx_transport.membership.entries import SOURCES
 from ucxx_transport.membership.listeners import Listeners
 from ucxx_transport.membership.sources import SourceChange, SourceRecord, SourceStatus, SourceView
@@ -230,7 +230,7 @@ class SourceWatcher(Running):
                         timeout_s=timeout_s,
                         store_error="none" if self.error is None else str(self.error),
                     )
-                self._changed.wait(left_s)
+                self._changed.wait(min(left_s, LOOK_S))
 
     def statistics(self) -> WatcherStatistics:
         """Counts since it was made."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from ucxx_transport.config import checked_seconds
 from ucxx_transport.errors import ConfigError, TransportError
 from ucxx_transport.logs import get_logger
+from ucxx_transport.machine import wait_for
 from ucxx_transport.teardown import refuse_forked
 from ucxx_transport.trainer.batch import ROUND_PAUSE_S, Batch, PrefetchStatistics, given_up, rounds_of
 from ucxx_transport.trainer.loss_policy import AskedFor, Loss, LossReason, Sources, discardable_of, record_of, remember
@@ -133,7 +134,7 @@ class PendingBatch:
         if not self.has_begun:
             self.begin()
         with fetches.lock:
-            fetches.changed.wait_for(self._is_over, min(limit_s, threading.TIMEOUT_MAX))
+            wait_for(fetches.changed, self._is_over, limit_s)
             fetches.check_usable()
             if self not in fetches.untaken:
                 raise ConfigError(_TAKEN)
@@ -305,14 +306,12 @@ class Fetches:
 
     def count(self, fetch: PendingBatch, batch: Batch, failure: Exception | None = None) -> bool:
         """Count a batch, once, and log its losses; `failure` is what ended the fetch. False: it is cancelled."""
-        problem = failure
         with self.lock:
             if fetch.is_counted or fetch not in self.untaken:
                 return fetch.is_counted
             sources, before = copy(self._sources), self.counts
-            if batch.in_time:
-                came = [fetch.records[place] for place in batch.payloads]
-                problem = sources.problem_in(came, batch.losses, alone=fetch.alone)
+            came = [fetch.records[place] for place in batch.payloads]
+            problem = sources.problem_in(came, batch.losses, alone=fetch.alone) if batch.in_time else failure
             now = replace(
                 before,
                 batches=before.batches + batch.in_time,
