@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -34,9 +35,14 @@ class SegmentFolder:
     def __init__(self, name: str) -> None:
         for old in _SHARED_MEMORY.glob(f"{_PREFIX}*"):
             _remove_if_abandoned(old)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{name}-", dir=_SHARED_MEMORY))
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:  # another process that starts may take a new folder, still without a lock, for an abandoned one
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{name}-", dir=_SHARED_MEMORY))
+            with suppress(FileNotFoundError):
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                if self.path.exists():
+                    break
+                os.close(self._fd)
         self.path.chmod(0o1777)  # as /dev/shm: some tests take another user's part
 
     def remove(self) -> list[str]:
